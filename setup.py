@@ -26,6 +26,7 @@ from pathlib import Path
 import ninja
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.errors import CompileError
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 # The oldest torch the library runs on: 2.10, the first with a stable parallel_for. The bytes are
@@ -132,7 +133,6 @@ class Build(BuildExtension):
         print(f"masked_loss: CUDA kernels {'from ' + str(home) if home else 'left out'}")
         if home is not None:
             self.add_cuda(ext, home)
-        ext.depends = [*ext.depends, self.settings_file(ext)]
         super().build_extension(ext)
 
     def add_cuda(self, ext: Extension, home: Path) -> None:
@@ -142,13 +142,12 @@ class Build(BuildExtension):
         ext.extra_objects = self.compile_cuda(home, defines)
         ext.extra_link_args += [f"-L{cuda_library_dir(home)}", "-lcudart_static"]
         ext.extra_link_args += ["-lrt", "-lpthread", "-ldl"]
-        ext.depends = [*ext.depends, *ext.extra_objects]
 
     def compile_cuda(self, home: Path, defines: list[str]) -> list[str]:
         """Compiles what changed, in parallel, and returns all objects."""
         directory = Path(self.build_temp).resolve() / "cuda"
         directory.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{os.path.abspath('csrc')}", *(f"-isystem{p}" for p in include_paths())]
+        includes = [f"-I{os.path.abspath('csrc')}", *(f"-isystem={p}" for p in include_paths())]
         flags = [*NVCC_FLAGS, *arch_flags(), *DEFINES, *defines, *includes]
         if compiler := os.environ.get("CXX"):
             flags.append(f"-ccbin={compiler}")
@@ -167,16 +166,9 @@ class Build(BuildExtension):
             lines.append(f"build {ninja_escape(target)}: nvcc {absolute}")
         (directory / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run(["ninja", "-v", "-C", str(directory), *jobs], check=True)
+        if subprocess.run(["ninja", "-v", "-C", str(directory), *jobs]).returncode != 0:
+            raise CompileError("nvcc failed, see above")
         return objects
-
-    def settings_file(self, ext: Extension) -> str:
-        """A file that is newer than the library whenever another kind of library is asked for."""
-        path = Path(self.build_temp) / "settings"
-        settings = repr([ext.extra_compile_args, ext.extra_link_args, ext.extra_objects])
-        if not path.is_file() or path.read_text() != settings:
-            path.write_text(settings)
-        return str(path)
 
 
 class Wheel(bdist_wheel):
@@ -190,7 +182,6 @@ extension = CppExtension(
     "masked_loss._C",
     files("csrc/**/*.cpp"),
     include_dirs=[os.path.abspath("csrc")],
-    depends=files("csrc/**/*.h"),
     extra_compile_args={"cxx": [*CXX_FLAGS, *DEFINES]},
     # libtorch.so must be asked for by name although nothing in it is used: where torch has CUDA it
     # brings libtorch_cuda.so along, which the library's weak symbols bind to.
