@@ -2,13 +2,13 @@
 """Builds masked_loss/_C.so, the one library that holds every operator.
 
 Settings, all from the environment:
-  MASKED_LOSS_CUDA=auto|1|0     compile the CUDA kernels: when nvcc is found (default), always, never
-  MASKED_LOSS_CUDA_RELEASE=1    compile them for every architecture that a release serves
-  TORCH_CUDA_ARCH_LIST="9.0"    compile them for these instead, as in PyTorch
-  CUDA_HOME, MAX_JOBS           where the CUDA toolkit is, how many compilers to run at once
+  MASKED_LOSS_CUDA=auto|1|0    compile the CUDA kernels: when nvcc is found (default), always, never
+  MASKED_LOSS_CUDA_RELEASE=1   compile them for every architecture that a release serves
+  TORCH_CUDA_ARCH_LIST="9.0"   compile them for these instead, as in PyTorch
+  CUDA_HOME, MAX_JOBS          where the CUDA toolkit is, how many compilers to run at once
 
-The library uses the LibTorch stable ABI, so it depends on neither the Python nor the exact torch that
-built it: no Python symbol, and one wheel (py3-none-<platform>) for torch 2.10 and everything later.
+The library uses the LibTorch stable ABI, so it is tied to neither the Python nor the torch that
+built it: no Python symbol in it, and one wheel (py3-none-<platform>) for every torch from 2.10 on.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import ninja
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.errors import CompileError
@@ -37,8 +36,13 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfa
 DEFAULT_ARCHS = "8.0 9.0+PTX"
 RELEASE_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
-# torch runs `ninja` by name: take the one from the build requirements, installed system-wide or not.
-os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+# torch calls ninja by name. The package from PyPI need not be on PATH (`.venv/bin/python setup.py`).
+with suppress(ImportError):
+    import ninja
+
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+if shutil.which("ninja") is None:
+    raise SystemExit("setup.py: needs ninja; `pip install ninja`")
 
 
 def files(pattern: str) -> list[str]:
@@ -100,7 +104,7 @@ def cuda_library_dir(home: Path) -> str:
     for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
         if (home / name / "libcudart_static.a").is_file():
             return str(home / name)
-    raise SystemExit(f"setup.py: no libcudart_static.a below {home}; install the CUDA runtime there")
+    raise SystemExit(f"setup.py: no libcudart_static.a below {home}; install the CUDA runtime")
 
 
 def ninja_escape(text: str) -> str:
