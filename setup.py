@@ -36,7 +36,7 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfa
 DEFAULT_ARCHS = "8.0 9.0+PTX"
 RELEASE_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
-# torch calls ninja by name. The package from PyPI need not be on PATH (`.venv/bin/python setup.py`).
+# torch calls ninja by name, but a ninja from PyPI is not on PATH in `.venv/bin/python setup.py`.
 with suppress(ImportError):
     import ninja
 
@@ -118,6 +118,12 @@ class Build(BuildExtension):
     stable-ABI library needs neither CUDA in torch nor the same version, so nvcc is called here.
     """
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # One place for the objects of every kind of build: pip's editable install would compile
+        # everything again in a temporary directory of its own.
+        self.build_temp = os.path.join("build", "objects")
+
     def run(self) -> None:
         with self.alone():
             super().run()
@@ -125,14 +131,13 @@ class Build(BuildExtension):
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Two builds of one tree at a time would write the same objects."""
-        lock = Path(self.build_temp).parent / "lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as handle:
+        directory = Path(self.build_temp)
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "lock").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
     def build_extension(self, ext: Extension) -> None:
-        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         home = cuda_to_build_with()
         print(f"masked_loss: CUDA kernels {'from ' + str(home) if home else 'left out'}")
         if home is not None:

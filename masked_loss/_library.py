@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Loads the compiled operators, masked_loss/_C.so, into torch.
 
-The library uses the LibTorch stable ABI and no Python, so one build serves every torch from 2.10 on.
+The library uses the LibTorch stable ABI and no Python: one build serves every torch from 2.10 on.
 What can still go wrong is said in one ImportError: what was looked for, what was found, what to do.
 """
 
@@ -39,13 +39,13 @@ def load(library: Path = LIBRARY, torch_version: str = torch.__version__) -> Non
             f"{_how_to_build()}"
         )
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
         raise ImportError(
             f"masked_loss: the compiled operators do not fit this machine or this torch.\n"
             f"Looked for: a library for {platform.system()} {platform.machine()}, "
             f"torch >= {_dotted(OLDEST_TORCH)} (found torch {torch_version})\n"
-            f"Found: {library}, which did not load: {error}\n"
+            f"Found: {library}, which did not load: {error.__cause__ or error}\n"
             f"{_how_to_build()}"
         ) from error
 

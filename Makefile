@@ -1,0 +1,89 @@
+# Every target sets up what it needs in $(VENV), from nothing but python3, make and a C++ compiler.
+#   make test TORCH=2.10.0             another torch
+#   make test TORCH_INDEX=https://...  an index that has it, such as PyTorch's own for CPU-only builds
+#   make test MASKED_LOSS_CUDA=0       no CUDA kernels (see setup.py for the other settings)
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip install -q --disable-pip-version-check
+stamps := $(VENV)/stamps
+library := masked_loss/_C.so
+sources := $(shell find csrc -type f)
+formatted := $(shell find csrc tests examples tools \
+	-name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+cmake := $(or $(shell command -v cmake),$(VENV)/bin/cmake)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench cpp-test cuda-check build clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(stamps)/demo $(library)  ## train a small language model with a loss mask that works
+	$(python) examples/train_minimind.py $(DEMO_ARGS)
+
+test: $(stamps)/test $(library) cpp-test  ## all tests: Python, docstrings, documents, kernels
+	$(python) -m pytest -q $(PYTEST_ARGS)
+
+cpp-test: $(cmake) $(VENV)/bin/ninja  ## the kernels alone, under the address and UB sanitizers
+	$(cmake) -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+		-DMASKED_LOSS_LIBRARY=OFF -DMASKED_LOSS_KERNEL_TESTS=ON
+	$(cmake) --build build/cpp
+	$(dir $(cmake))ctest --test-dir build/cpp --output-on-failure --no-tests=error
+
+lint: $(stamps)/dev  ## formatters in check mode, linters, types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(python) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(formatted)
+
+format: $(stamps)/dev  ## rewrite the sources as the formatters want them
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(formatted)
+
+bench: $(stamps)/bench $(library)  ## measure against PyTorch on this machine
+	$(python) benchmarks/cpu.py $(BENCH_ARGS)
+
+cuda-check: $(stamps)/torch  ## registers, spills and 128-bit accesses of the CUDA kernels
+	@if command -v "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || command -v nvcc; then \
+		$(python) tools/cuda_check.py; \
+	else echo "cuda-check: skipped, no nvcc in CUDA_HOME, /usr/local/cuda or PATH"; fi
+
+build: $(library)  ## compile the operators into $(library)
+
+clean:  ## remove what was built, but not $(VENV)
+	rm -rf build dist *.egg-info $(library)
+
+$(python):
+	$(PYTHON) -m venv $(VENV)
+
+# The version is part of the name, so that TORCH=... installs again.
+$(stamps)/torch-$(TORCH): | $(python)
+	@mkdir -p $(@D) && rm -f $(@D)/torch*
+	$(pip) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		'torch==$(TORCH)' 'setuptools>=77' 'ninja>=1.11'
+	@touch $@
+
+$(stamps)/torch: $(stamps)/torch-$(TORCH)
+	@touch $@
+
+$(library): $(sources) setup.py $(stamps)/torch
+	$(python) setup.py -q build_ext --inplace
+	@touch $@
+
+$(stamps)/test $(stamps)/demo $(stamps)/bench: $(stamps)/%: $(stamps)/torch pyproject.toml | $(library)
+	$(pip) --no-build-isolation -e '.[$*]' 'torch==$(TORCH)'
+	@touch $@
+
+$(stamps)/dev: $(stamps)/torch pyproject.toml
+	$(pip) $$(sed -n '/^dev = \[/,/^\]/s/.*"\(.*\)".*/\1/p' pyproject.toml)
+	@touch $@
+
+$(VENV)/bin/cmake $(VENV)/bin/ninja: $(VENV)/bin/%: | $(python)
+	$(pip) $*
