@@ -77,12 +77,12 @@ def masked_cross_entropy(
 
     if softcap is not None:
         y = softcap * torch.tanh(y / softcap)
-    lse = torch.logsumexp(y, dim=-1)
+    lse = y.logsumexp(dim=-1)
+    nll = -y.log_softmax(dim=-1)  # lse - y, without the rounding of lse
     c = y.new_ones(y.shape[-1]) if class_weight is None else class_weight.to(y.dtype)
-    ce = c[index] * (lse - y.gather(-1, index[..., None])[..., 0])
+    ce = c[index] * nll.gather(-1, index[..., None])[..., 0]
     if label_smoothing:
-        smooth = (c * (lse[..., None] - y)).mean(dim=-1)
-        ce = (1 - label_smoothing) * ce + label_smoothing * smooth
+        ce = (1 - label_smoothing) * ce + label_smoothing * (c * nll).mean(dim=-1)
 
     # The mean of the cross entropy divides by the class weights too, that of the z-loss does not.
     loss = _reduce(ce, weight, weight * c[index], reduction, normalizer)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What all tests share: the devices, the dtypes, the seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import masked_loss  # noqa: F401  (loads the operators)
+
+
+def has_cuda() -> bool:
+    """Whether there is a CUDA device and the library was built with CUDA kernels."""
+    return torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "masked_loss::cross_entropy", "CUDA"
+    )
+
+
+DEVICES = ["cpu", "cuda"] if has_cuda() else ["cpu"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def pytest_report_header() -> str:
+    return (
+        f"masked_loss: {torch.ops.masked_loss.cpu_capability()} kernels, torch {torch.__version__}"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("cuda") and not has_cuda():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and CUDA kernels"))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
