@@ -217,9 +217,9 @@ def draw(runs: dict[str, Run], out: Path) -> None:
     for name, run in runs.items():
         window = max(1, len(run.train) // 20)  # a moving average: single batches are noisy
         smooth = torch.tensor(run.train).unfold(0, window, 1).mean(1).tolist()
-        look = style.get(name, {})
-        reported.plot(range(window, len(run.train) + 1), smooth, label=name, **look)
-        learned.plot(list(run.valid), list(run.valid.values()), label=name, **look)
+        steps, valid = zip(*list(run.valid.items())[1:], strict=True)  # without the random model
+        reported.plot(range(window, len(run.train) + 1), smooth, label=name, **style.get(name, {}))
+        learned.plot(steps, valid, label=name, **style.get(name, {}))
 
     bug, right = runs["the bug"].valid, runs["masked_loss"].valid
     last = max(bug)
@@ -227,15 +227,17 @@ def draw(runs: dict[str, Run], out: Path) -> None:
     if early < last:
         arrow = {"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0}
         learned.annotate("", (early, bug[last]), (last, bug[last]), arrowprops=arrow)
-        lost = f"{last - early:.0f} of {last} steps lost"
+        lost = f"the bug lost {last - early:.0f} of {last} steps:"
         text = f"{lost}\n+{bug[last] - right[last]:.2f} nats per real token"
-        learned.annotate(
-            text, (last, bug[last]), (0, 8), textcoords="offset points", ha="right", va="bottom"
-        )
-    reported.set_title("What the trainer reports: the bug looks best", loc="left")
-    reported.set_ylabel("training loss (nats)")
-    learned.set_title("What the model learns: the bug is worst", loc="left")
-    learned.set_ylabel("validation loss per real token (nats)")
+        above = (last, max(loss for step, loss in bug.items() if step >= last / 2))
+        learned.annotate(text, above, (0, 10), textcoords="offset points", ha="right")
+    reported.set_title("What the trainer reports", loc="left")
+    reported.set_ylabel("training loss (nats per token counted)")
+    learned.set_title("What the model learns", loc="left")
+    learned.set_ylabel("validation loss (nats per real token)")
+    for name, text in (("the bug", "padding counted"), ("masked_loss", "real tokens only")):
+        level = statistics.mean(runs[name].train[-last // 2 :])
+        reported.annotate(text, (last, level), (0, 14), textcoords="offset points", ha="right")
     for axes in (reported, learned):
         axes.set_xlabel("training step")
         axes.set_xlim(0, last)
