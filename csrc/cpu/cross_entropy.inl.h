@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Cross entropy of rows of logits, and its gradient, without ever holding a row of probabilities.
+//
+// A row is read once from memory: its second look, where the gradient (or a smoothed target, or a
+// statistic) is wanted, finds it in the cache. A row is cut into fixed segments whose logsumexps
+// are merged in order, so that several threads can share a long row and still give the same bits.
+// A masked row is never read; its gradient is set to zero.
+
+// A full vector, or the first n lanes of one.
+struct Full {};
+struct Part {
+  int n;
+};
+template <class V, class T>
+ML_FN V load(const T* p, Full) {
+  return V::load(p);
+}
+template <class V, class T>
+ML_FN V load(const T* p, Part part) {
+  return V::load(p, part.n);
+}
+template <class V, class T>
+ML_FN void store(V v, T* p, Full) {
+  v.store(p);
+}
+template <class V, class T>
+ML_FN void store(V v, T* p, Part part) {
+  v.store(p, part.n);
+}
+template <class V>
+ML_FN V keep(V v, Full, typename V::Scalar) {
+  return v;
+}
+template <class V>
+ML_FN V keep(V v, Part part, typename V::Scalar fill) {
+  return keep(v, part.n, fill);
+}
+
+// f(j, Full or Part) over [begin, end).
+template <class V, class F>
+ML_FN void for_each_vector(int64_t begin, int64_t end, const F& f) {
+  for (; begin + V::kLanes <= end; begin += V::kLanes) f(begin, Full{});
+  if (begin < end) f(begin, Part{static_cast<int>(end - begin)});
+}
+
+template <class T, bool kCapped, bool kSoft>
+struct Rows {
+  using V = VecOf<T>;
+  using A = typename V::Scalar;
+  using Lse = LogSumExp<A>;
+
+  const CrossEntropyArgs& args;
+  const A cap = static_cast<A>(args.softcap);
+  const A inverse_cap = kCapped ? 1 / cap : A(0);
+  const A z_loss = static_cast<A>(args.z_loss);
+  const A hard_scale = static_cast<A>(1 - args.label_smoothing);
+  const A probs_scale = args.probs ? hard_scale : A(0);
+  const A uniform = static_cast<A>(args.label_smoothing / static_cast<double>(args.cols));
+  const A* const class_weight = static_cast<const A*>(args.class_weight);
+
+  struct Row {
+    const T* x;
+    T* dx;
+    const T* probs;
+    int64_t token;   // the token that this row of logits scores
+    int64_t target;  // its class, or -1
+    A hard;          // the hard part of its target distribution
+  };
+
+  A* field(int64_t which, int64_t token) const {
+    return static_cast<A*>(args.tokens) + which * args.rows + token;
+  }
+
+  int64_t token_of(int64_t row) const {
+    if (!args.shift) return row;
+    const bool last = row % args.steps == args.steps - 1;
+    return last ? row - (args.steps - 1) : row + 1;  // the last scores nothing: a masked token
+  }
+
+  bool active(int64_t row) const { return *field(TokenField::kWeight, token_of(row)) != 0; }
+
+  const T* logits_of(int64_t row) const {
+    return static_cast<const T*>(args.logits) + (row / args.steps) * args.batch_stride +
+           (row % args.steps) * args.step_stride;
+  }
+
+  T* dlogits_of(int64_t row) const {
+    return static_cast<T*>(args.dlogits) + (row / args.steps) * args.grad_batch_stride +
+           (row % args.steps) * args.grad_step_stride;
+  }
+
+  Row row_at(int64_t row) const {
+    Row r;
+    r.x = logits_of(row);
+    r.dx = args.dlogits ? dlogits_of(row) : nullptr;
+    r.token = token_of(row);
+    r.probs = args.probs ? static_cast<const T*>(args.probs) + row * args.cols : nullptr;
+    r.target = args.probs ? -1 : index_at(args.target, args.target_type, r.token);
+    r.hard = args.probs ? A(0) : hard_scale * (class_weight ? class_weight[r.target] : A(1));
+    return r;
+  }
+
+  template <class Count>
+  ML_FN V logit(const T* x, Count count) const {
+    const V raw = load<V>(x, count);
+    if constexpr (kCapped) return softcap(raw, V(cap), V(inverse_cap));
+    return raw;
+  }
+
+  A logit(const T* x) const {
+    if constexpr (kCapped) return softcap(A(widen(*x)), cap, inverse_cap);
+    return A(widen(*x));
+  }
+
+  template <class Count>
+  ML_FN V soft_target_at(const Row& r, int64_t j, Count count) const {
+    return soft_target(class_weight ? load<V>(class_weight + j, count) : V(1),
+                       r.probs ? load<V>(r.probs + j, count) : V(0), V(probs_scale), V(uniform));
+  }
+
+  A soft_target_at(const Row& r, int64_t j) const {
+    return soft_target(class_weight ? class_weight[j] : A(1), r.probs ? A(widen(r.probs[j])) : A(0),
+                       probs_scale, uniform);
+  }
+
+  Lse lse(const T* x, int64_t begin, int64_t end) const {
+    constexpr int kBlock = V::kBlock;
+    constexpr int64_t kStep = kBlock * V::kLanes;
+    LogSumExp<V> lanes;
+    int64_t j = begin;
+    for (; j + kStep <= end; j += kStep) {
+      V y[kBlock];
+      for (int i = 0; i < kBlock; ++i) {
+        __builtin_prefetch(x + j + i * V::kLanes + kAhead / sizeof(T));
+        y[i] = logit(x + j + i * V::kLanes, Full{});
+      }
+      lanes.push(y);
+    }
+    for_each_vector<V>(j, end, [&](int64_t i, auto count) {
+      const V y[1] = {keep(logit(x + i, count), count, -std::numeric_limits<A>::infinity())};
+      lanes.push(y);
+    });
+    const A top = lane_max(lanes.top);
+    return {top, lane_sum(lanes.sum * exp(lanes.top - V(top)))};
+  }
+
+  // sum_j q_j (top - y_j) and sum_j q_j over the soft part of the target distribution.
+  void soft_sums(const Row& r, A top, A* below, A* mass) const {
+    V below_lanes(0), mass_lanes(0);
+    for_each_vector<V>(0, args.cols, [&](int64_t j, auto count) {
+      const V q = keep(soft_target_at(r, j, count), count, 0);
+      below_lanes = below_lanes + keep(q * (V(top) - logit(r.x + j, count)), count, 0);
+      mass_lanes = mass_lanes + q;
+    });
+    *below = lane_sum(below_lanes);
+    *mass = lane_sum(mass_lanes);
+  }
+
+  A entropy(const Row& r, const Lse& lse) const {
+    const V top(lse.top), log_sum(log(lse.sum)), inverse_sum(1 / lse.sum);
+    V lanes(0);
+    for_each_vector<V>(0, args.cols, [&](int64_t j, auto count) {
+      const V h = entropy_term(logit(r.x + j, count), top, log_sum, inverse_sum);
+      lanes = lanes + keep(h, count, 0);
+    });
+    return lane_sum(lanes);
+  }
+
+  // argmax of the logits = target, where the first of equal logits wins.
+  bool is_argmax(const Row& r) const {
+    const A own = A(widen(r.x[r.target]));
+    if (own != own) return false;
+    const A below_own = std::nextafter(own, std::numeric_limits<A>::lowest());
+    return !any_above(r.x, 0, r.target, below_own) &&
+           !any_above(r.x, r.target + 1, args.cols, own);
+  }
+
+  bool any_above(const T* x, int64_t begin, int64_t end, A bound) const {
+    bool found = false;
+    for (; begin + V::kLanes <= end && !found; begin += V::kLanes) {
+      found = any_greater(V::load(x + begin), V(bound));
+    }
+    for (; begin < end && !found; ++begin) found = A(widen(x[begin])) > bound;
+    return found;
+  }
+
+  // From a row's logsumexp to what the token table keeps of it.
+  void finish(const Row& r, const Lse& lse) const {
+    A loss = 0, mass = r.hard;
+    if (r.target >= 0) loss = hard_loss(lse, logit(r.x + r.target), r.hard);
+    if constexpr (kSoft) {
+      A below, soft_mass;
+      soft_sums(r, lse.top, &below, &soft_mass);
+      loss += soft_loss(lse, below, soft_mass);
+      mass += soft_mass;
+    }
+    *field(TokenField::kLoss, r.token) = loss;
+    *field(TokenField::kTop, r.token) = lse.top;
+    *field(TokenField::kSum, r.token) = lse.sum;
+    *field(TokenField::kMass, r.token) = mass;
+    if (args.stats) {
+      *field(TokenField::kEntropy, r.token) = entropy(r, lse);
+      *field(TokenField::kCorrect, r.token) = r.target >= 0 && is_argmax(r);
+    }
+  }
+
+  LogitGrad<A> grad_of(const Row& r) const {
+    const Lse lse{*field(TokenField::kTop, r.token), *field(TokenField::kSum, r.token)};
+    const double* group = args.groups + (r.token / args.group_size) * GroupField::kCount;
+    const A* dloss = static_cast<const A*>(args.dloss);
+    const A scale = *field(TokenField::kWeight, r.token) *
+                    (dloss ? dloss[args.dloss_per_token ? r.token : 0] : A(1));
+    return logit_grad(lse, *field(TokenField::kMass, r.token), r.hard, z_loss,
+                      static_cast<A>(scale * group[GroupField::kScaleLoss]),
+                      static_cast<A>(scale * group[GroupField::kScaleZ]));
+  }
+
+  // The gradient of [begin, end) of a row; while it is computed, `next` is brought closer.
+  void grad(const Row& r, const LogitGrad<A>& g, int64_t begin, int64_t end, const T* next) const {
+    const A top = *field(TokenField::kTop, r.token);
+    const bool has_target = begin <= r.target && r.target < end;
+    const A own = has_target ? logit(r.x + r.target) : A(0);  // now: dx may be x
+    const auto at = [&](int64_t j, auto count) {
+      const V y = logit(r.x + j, count);
+      V d = softmax_grad(y, V(top), V(g.softmax));
+      if constexpr (kSoft) d = d - V(g.soft) * soft_target_at(r, j, count);
+      if constexpr (kCapped) d = d * softcap_slope(y, V(inverse_cap));
+      return d;
+    };
+    int64_t j = begin;
+    if (args.stream) {
+      constexpr uintptr_t kBytes = V::kLanes * sizeof(T);
+      const uintptr_t misaligned = reinterpret_cast<uintptr_t>(r.dx + j) % kBytes;
+      const int64_t head = misaligned ? (kBytes - misaligned) / sizeof(T) : 0;
+      if (head && j + head <= end) {
+        store(at(j, Part{static_cast<int>(head)}), r.dx + j, Part{static_cast<int>(head)});
+        j += head;
+      }
+      for (; j + V::kLanes <= end; j += V::kLanes) {
+        __builtin_prefetch(next + j, 0, 2);
+        at(j, Full{}).stream(r.dx + j);
+      }
+    }
+    for_each_vector<V>(j, end, [&](int64_t i, auto count) {
+      __builtin_prefetch(next + i, 0, 2);
+      store(at(i, count), r.dx + i, count);
+    });
+    if (has_target) {
+      A d = softmax_grad(own, top, g.softmax) - g.hard;
+      if constexpr (kSoft) d -= g.soft * soft_target_at(r, r.target);
+      if constexpr (kCapped) d *= softcap_slope(own, inverse_cap);
+      narrow(d, r.dx + r.target);
+    }
+  }
+
+  void masked(int64_t row) const {
+    const int64_t token = token_of(row);
+    if (args.forward) {
+      finish_masked(token);
+    }
+    if (args.dlogits) std::memset(dlogits_of(row), 0, args.cols * sizeof(T));
+  }
+
+  void finish_masked(int64_t token) const {
+    *field(TokenField::kLoss, token) = 0;
+    *field(TokenField::kTop, token) = 0;
+    *field(TokenField::kSum, token) = 1;
+    *field(TokenField::kMass, token) = 0;
+    if (args.stats) {
+      *field(TokenField::kEntropy, token) = 0;
+      *field(TokenField::kCorrect, token) = 0;
+    }
+  }
+
+  // One thread, whole rows.
+  void run(int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end; ++row) {
+      if (!active(row)) {
+        masked(row);
+        continue;
+      }
+      const Row r = row_at(row);
+      if (args.forward) {
+        Lse all;
+        for (int64_t j = 0; j < args.cols; j += kSegment) {
+          all.merge(lse(r.x, j, std::min(j + kSegment, args.cols)));
+        }
+        finish(r, all);
+      }
+      if (args.dlogits) {
+        const T* next = row + 1 < end && active(row + 1) ? logits_of(row + 1) : r.x;
+        const LogitGrad<A> g = grad_of(r);
+        for (int64_t j = 0; j < args.cols; j += kSegment) {
+          grad(r, g, j, std::min(j + kSegment, args.cols), next);
+        }
+      }
+    }
+    if (args.stream) end_streams();
+  }
+
+  // Several threads on one row: each segment's logsumexp, then (one thread) the row's, then each
+  // segment's gradient.
+  void run_lse(int64_t row, int64_t segment, void* partial) const {
+    if (!active(row)) return;
+    const int64_t begin = segment * kSegment;
+    static_cast<Lse*>(partial)[segment] =
+        lse(logits_of(row), begin, std::min(begin + kSegment, args.cols));
+  }
+
+  void run_finish(int64_t row, const void* partial) const {
+    if (!active(row)) return finish_masked(token_of(row));
+    Lse all;
+    for (int64_t i = 0; i * kSegment < args.cols; ++i) {
+      all.merge(static_cast<const Lse*>(partial)[i]);
+    }
+    finish(row_at(row), all);
+  }
+
+  void run_grad(int64_t row, int64_t segment) const {
+    const int64_t begin = segment * kSegment;
+    const int64_t end = std::min(begin + kSegment, args.cols);
+    if (active(row)) {
+      const Row r = row_at(row);
+      grad(r, grad_of(r), begin, end, r.x);
+      if (args.stream) end_streams();
+    } else {
+      std::memset(dlogits_of(row) + begin, 0, (end - begin) * sizeof(T));
+    }
+  }
+};
+
+// Options that an inner loop should not have to ask for are template arguments.
+template <class T, class F>
+void with_options(const CrossEntropyArgs& args, const F& f) {
+  const bool capped = args.softcap != 0;
+  const bool soft = args.probs || args.label_smoothing != 0;
+  if (capped) {
+    if (soft) return f(Rows<T, true, true>{args});
+    return f(Rows<T, true, false>{args});
+  }
+  if (soft) return f(Rows<T, false, true>{args});
+  return f(Rows<T, false, false>{args});
+}
+
+template <class T>
+constexpr RowKernels row_kernels() {
+  return {
+      [](const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+        with_options<T>(args, [&](const auto& rows) { rows.run(begin, end); });
+      },
+      [](const CrossEntropyArgs& args, int64_t row, int64_t segment, void* partial) {
+        with_options<T>(args, [&](const auto& rows) { rows.run_lse(row, segment, partial); });
+      },
+      [](const CrossEntropyArgs& args, int64_t row, const void* partial) {
+        with_options<T>(args, [&](const auto& rows) { rows.run_finish(row, partial); });
+      },
+      [](const CrossEntropyArgs& args, int64_t row, int64_t segment) {
+        with_options<T>(args, [&](const auto& rows) { rows.run_grad(row, segment); });
+      },
+  };
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {name,
+          {row_kernels<double>(), row_kernels<float>(), row_kernels<BFloat16>(),
+           row_kernels<Float16>()}};
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Vectors of 16 floats: AVX-512 F, BW, DQ, VL. Included inside namespace avx512 and its target
+// region, after vec_lane.inl.h and vec_math.inl.h.
+
+struct Vec {
+  using Scalar = float;
+  static constexpr int kLanes = 16;
+  static constexpr int kBlock = 8;  // vectors in flight; 32 registers hold them and exp's constants
+  __m512 v;
+
+  Vec() = default;
+  ML_FN Vec(__m512 x) : v(x) {}
+  ML_FN explicit Vec(float x) : v(_mm512_set1_ps(x)) {}
+
+  ML_FN static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+  ML_FN static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  ML_FN static Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  ML_FN static Vec load(const BFloat16* p) {
+    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  ML_FN static Vec load(const BFloat16* p, int n) {
+    return widened(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+  ML_FN static Vec load(const Float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  ML_FN static Vec load(const Float16* p, int n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+
+  ML_FN void store(float* p) const { _mm512_storeu_ps(p, v); }
+  ML_FN void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  ML_FN void store(BFloat16* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16());
+  }
+  ML_FN void store(BFloat16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), bfloat16()); }
+  ML_FN void store(Float16* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), float16());
+  }
+  ML_FN void store(Float16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), float16()); }
+
+  // Around the caches; p must be aligned to the vector.
+  ML_FN void stream(float* p) const { _mm512_stream_ps(p, v); }
+  ML_FN void stream(BFloat16* p) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16());
+  }
+  ML_FN void stream(Float16* p) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), float16());
+  }
+
+ private:
+  ML_FN static Vec widened(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  // To nearest even; a NaN stays one: rounding its bits could carry into infinity.
+  ML_FN __m256i bfloat16() const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    rounded = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits,
+                                   _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
+  ML_FN __m256i float16() const {
+    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+};
+
+ML_FN Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
+ML_FN Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+ML_FN Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+ML_FN Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
+ML_FN bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+ML_FN float lane_sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+ML_FN float lane_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+ML_FN Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+ML_FN Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+ML_FN Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
+ML_FN Vec if_less(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), yes.v);
+}
+ML_FN Vec keep(Vec a, int n, float fill) {
+  return _mm512_mask_mov_ps(_mm512_set1_ps(fill), Vec::first(n), a.v);
+}
+ML_FN Vec with_sign(Vec magnitude, Vec sign) {
+  return _mm512_or_ps(magnitude.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)));
+}
+
+// e^x = 2^n 2^f, n the integer nearest to x log2(e). scalef underflows to 0 by itself; the bound
+// only keeps -inf away from inf - inf. A NaN, as the second operand of max, passes.
+ML_FN Vec exp(Vec x) {
+  const __m512 log2e = _mm512_set1_ps(1.44269504f);
+  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-110.0f), x.v);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(bounded, log2e), _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_scalef_ps(exp2_fraction(Vec(_mm512_fmsub_ps(bounded, log2e, n))).v, n);
+}
+
+ML_FN Vec tanh(Vec x) { return tanh_wide(x); }
+
+ML_FN void end_streams() { _mm_sfence(); }

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "device.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "check.h"
+#include "cpu/backend.h"
+#if defined(MASKED_LOSS_WITH_CUDA)
+#include "cuda/backend.h"
+#endif
+
+namespace masked_loss {
+namespace {
+
+// Less work than this is done before another thread has woken up.
+constexpr int64_t kSerialWork = 1 << 15;
+
+cpu::Threads threads_for(int64_t work) {
+  const int64_t count = work < kSerialWork ? 1 : torch::stable::get_num_threads();
+  return {count, [count](const std::function<void()>& worker) {
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) worker();
+            });
+          }};
+}
+
+}  // namespace
+
+Device Device::of(const torch::stable::Tensor& t) {
+  if (t.is_cpu()) return {false, 0};
+#if !defined(MASKED_LOSS_WITH_CUDA)
+  check::fail("RuntimeError",
+              "masked_loss: this build has no CUDA kernels, and a CUDA tensor came. Install it from "
+              "source where nvcc is found: MASKED_LOSS_CUDA=1 pip install --no-binary masked_loss "
+              "masked_loss");
+#endif
+  return {true, t.get_device_index()};
+}
+
+// One line per kernel: the CPU's threads, or the device's stream.
+#if defined(MASKED_LOSS_WITH_CUDA)
+#define ML_RUN(kernel, args, work)                                                      \
+  if (cuda_) {                                                                          \
+    const torch::stable::accelerator::DeviceGuard guard(index_);                        \
+    return cuda::kernel(args, cuda::current_stream(index_));                            \
+  }                                                                                     \
+  return cpu::kernel(args, threads_for(work))
+#else
+#define ML_RUN(kernel, args, work) return cpu::kernel(args, threads_for(work))
+#endif
+
+int64_t Device::weigh(const WeighArgs& args) const { ML_RUN(weigh, args, args.tokens); }
+void Device::cross_entropy(const CrossEntropyArgs& args) const {
+  ML_RUN(cross_entropy, args, args.rows * args.cols);
+}
+void Device::rescale(const CrossEntropyArgs& args) const {
+  ML_RUN(rescale, args, args.rows * args.cols);
+}
+void Device::load_values(const ValuesArgs& args) const { ML_RUN(load_values, args, args.tokens); }
+void Device::reduce(const ReduceArgs& args) const { ML_RUN(reduce, args, args.tokens); }
+void Device::mask_grad(const MaskGradArgs& args) const { ML_RUN(mask_grad, args, args.tokens); }
+void Device::values_grad(const ValuesArgs& args) const { ML_RUN(values_grad, args, args.tokens); }
+
+bool Device::prepare_output(void* data, int64_t bytes) const {
+  constexpr int64_t kLarge = 4 << 20;
+  if (cuda_ || bytes < kLarge) return false;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Fresh memory comes page by page as it is written: 32,000 faults for 128 MiB, most of the time
+  // of a backward pass. Only whole pages inside the tensor are touched, and it is only a wish.
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return true;
+}
+
+}  // namespace masked_loss

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The mathematics of masked_loss, written once.
+//
+// Included inside a backend's namespace, after the backend has defined, for its value type V,
+// arithmetic, exp, log, tanh, max(a, b) = a > b ? a : b, any_greater and ML_FN. It has no guard and includes nothing: an
+// instruction set's code must be compiled inside that instruction set's target region.
+//
+// One token: x_j are its logits, y_j = softcap(x_j), p = softmax(y), q its target distribution:
+//   ce      = sum_j q_j (lse - y_j),   lse = log sum_j exp(y_j)
+//   z       = z_loss lse^2
+//   q_j     = (1 - smoothing) c_t [j = t]  +  c_j (probs_scale probs_j + uniform)
+//              -- the hard part, class t --     -- the soft part, every class --
+// A class index has probs_scale = 0 and uniform = smoothing / V; class probabilities have no hard
+// part, probs_scale = 1 - smoothing and the same uniform.
+
+// log sum_j exp(y_j) in one pass. Invariant: sum = sum_j exp(y_j - top) over all y pushed so far.
+// top starts at the lowest finite number: with -inf, a first value of -inf would give
+// exp(-inf - -inf) = NaN.
+template <class V>
+struct LogSumExp {
+  V top, sum;
+
+  // Written out: an implicit constructor would not belong to the target region.
+  ML_FN LogSumExp() : top(V(Limits<V>::lowest())), sum(V(0)) {}
+  ML_FN LogSumExp(V t, V s) : top(t), sum(s) {}
+
+  ML_FN void raise(V to) {
+    sum = sum * exp(top - to);
+    top = to;
+  }
+
+  // N exponentials, and one more where the maximum grows, not 2 N. A NaN reaches sum.
+  template <int N>
+  ML_FN void push(const V (&y)[N]) {
+    V peak = top;
+    for (int i = 0; i < N; ++i) peak = max(y[i], peak);
+    if (any_greater(peak, top)) raise(peak);
+    V part[N];
+    for (int i = 0; i < N; ++i) part[i] = exp(y[i] - top);
+    for (int width = N / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) part[i] = part[i] + part[i + width];
+    }
+    sum = sum + part[0];
+  }
+
+  ML_FN void merge(const LogSumExp& other) {
+    const V peak = max(top, other.top);
+    sum = sum * exp(top - peak) + other.sum * exp(other.top - peak);
+    top = peak;
+  }
+
+  ML_FN V value() const { return top + log(sum); }
+};
+
+// y = cap tanh(x / cap), and dy/dx from y.
+template <class V>
+ML_FN V softcap(V x, V cap, V inverse) {
+  return cap * tanh(x * inverse);
+}
+template <class V>
+ML_FN V softcap_slope(V y, V inverse) {
+  const V t = y * inverse;
+  return V(1) - t * t;
+}
+
+// The soft part of q_j.
+template <class V>
+ML_FN V soft_target(V class_weight, V probs, V probs_scale, V uniform) {
+  return class_weight * (probs_scale * probs + uniform);
+}
+
+// q_j (lse - y_j) of the hard part. (top - y) + log(sum), not lse - y: exact where logits are large.
+template <class A>
+ML_FN A hard_loss(const LogSumExp<A>& lse, A y, A q) {
+  return q * ((lse.top - y) + log(lse.sum));
+}
+
+// The soft part of ce, from its two sums over the row: sum_j q_j (top - y_j) and sum_j q_j.
+template <class A>
+ML_FN A soft_loss(const LogSumExp<A>& lse, A below, A mass) {
+  return below + mass * log(lse.sum);
+}
+
+template <class A>
+ML_FN A z_term(A top, A sum, A z_loss) {
+  const A lse = top + log(sum);
+  return z_loss * lse * lse;
+}
+
+// d(ce_scale ce + z_scale z) / dy_j = softmax exp(y_j - top) - soft q_j(soft part) - [j = t] hard
+template <class A>
+struct LogitGrad {
+  A softmax, soft, hard;
+};
+template <class A>
+ML_FN LogitGrad<A> logit_grad(const LogSumExp<A>& lse, A mass, A hard, A z_loss, A ce_scale,
+                              A z_scale) {
+  // Without a z-loss its term must not appear at all: 0 * lse is NaN for an infinite lse.
+  A sum_p = ce_scale * mass;
+  if (z_loss != A(0)) sum_p = sum_p + A(2) * z_scale * z_loss * lse.value();
+  return {sum_p / lse.sum, ce_scale, ce_scale * hard};
+}
+template <class V>
+ML_FN V softmax_grad(V y, V top, V softmax) {
+  return softmax * exp(y - top);
+}
+
+// p_j (lse - y_j), of which the entropy is the sum. y = -inf has p = 0: 0 * inf must not be made.
+template <class V>
+ML_FN V entropy_term(V y, V top, V log_sum, V inverse_sum) {
+  const V below = max(V(Limits<V>::lowest()), y - top);
+  return exp(below) * inverse_sum * (log_sum - below);
+}
+
+// Group by group: what the sums of weighted losses are multiplied by.
+// mean: 1 / sum w c (z: 1 / sum w); sequence_mean: that over the number of active sequences;
+// with a normalizer 1 / normalizer; none and sum: 1. A group without an active token gets 0.
+ML_FN double group_scale(double denominator, double active_groups) {
+  return 1.0 / (denominator * active_groups);
+}
+
+// d loss / d w_n = scale_loss (ce_n - c_n mean_loss) + scale_z (z_n - mean_z)
+ML_FN double weight_grad(double ce, double z, double c, const double* group) {
+  return group[GroupField::kScaleLoss] * (ce - c * group[GroupField::kMeanLoss]) +
+         group[GroupField::kScaleZ] * (z - group[GroupField::kMeanZ]);
+}

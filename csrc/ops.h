@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The operators. The same functions serve the CPU and CUDA; see register.cpp for the schemas.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace masked_loss {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor cross_entropy(Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
+                     OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
+                     double label_smoothing, double z_loss, std::optional<double> softcap,
+                     bool shift, bool inplace_backward);
+
+std::tuple<Tensor, Tensor> cross_entropy_stats(
+    Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
+    OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
+    double label_smoothing, double z_loss, std::optional<double> softcap, bool shift,
+    bool inplace_backward);
+
+// -> loss, stats, tokens, groups
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
+    Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
+    OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
+    double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats);
+
+// -> loss, stats, tokens, groups, dlogits for dloss = 1
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(
+    Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
+    OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
+    double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats);
+
+Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor tokens,
+                              Tensor groups, OptionalTensor class_weight, double label_smoothing,
+                              double z_loss, std::optional<double> softcap, bool shift);
+
+// The gradient overwrites the logits.
+void cross_entropy_backward_inplace(Tensor dloss, Tensor logits, Tensor target, Tensor tokens,
+                                    Tensor groups, OptionalTensor class_weight,
+                                    double label_smoothing, double z_loss,
+                                    std::optional<double> softcap, bool shift);
+
+// dlogits holds the gradient for dloss = 1, and becomes that for dloss, rounded once.
+void cross_entropy_rescale(Tensor dlogits, Tensor dloss, Tensor logits, Tensor target,
+                           Tensor tokens, Tensor groups, OptionalTensor class_weight,
+                           double label_smoothing, double z_loss, std::optional<double> softcap,
+                           bool shift);
+
+Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, OptionalTensor target,
+                 OptionalTensor class_weight, double z_loss);
+
+Tensor masked_reduce(Tensor values, OptionalTensor mask, std::string reduction,
+                     OptionalTensor normalizer);
+
+// -> loss, tokens, groups
+std::tuple<Tensor, Tensor, Tensor> masked_reduce_forward(Tensor values, OptionalTensor mask,
+                                                         std::string reduction,
+                                                         OptionalTensor normalizer);
+
+Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups);
+
+std::string cpu_capability();
+
+}  // namespace masked_loss

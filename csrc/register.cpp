@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The operators of masked_loss: their schemas, nothing else.
+//
+// cross_entropy, cross_entropy_stats and masked_reduce are public and differentiable; the others
+// are the halves that their autograd formulas (masked_loss/_ops.py) are made of.
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+#define ML_CROSS_ENTROPY                                                                         \
+  "(Tensor logits, Tensor target, Tensor? mask=None, *, str reduction=\"mean\", "                \
+  "Tensor? normalizer=None, int ignore_index=-100, Tensor? class_weight=None, "                  \
+  "float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, bool shift=False, "
+#define ML_BACKWARD                                                                              \
+  "Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, float label_smoothing, "   \
+  "float z_loss, float? softcap, bool shift"
+
+STABLE_TORCH_LIBRARY(masked_loss, m) {
+  m.def("cross_entropy" ML_CROSS_ENTROPY "bool inplace_backward=False) -> Tensor");
+  m.def("cross_entropy_stats" ML_CROSS_ENTROPY
+        "bool inplace_backward=False) -> (Tensor loss, Tensor stats)");
+  m.def("cross_entropy_forward" ML_CROSS_ENTROPY
+        "bool stats=False) -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups)");
+  m.def("cross_entropy_fused" ML_CROSS_ENTROPY
+        "bool stats=False) -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups, "
+        "Tensor dlogits)");
+  m.def("cross_entropy_backward(Tensor dloss, Tensor logits, " ML_BACKWARD ") -> Tensor");
+  m.def("cross_entropy_backward_inplace(Tensor dloss, Tensor(a!) logits, " ML_BACKWARD ") -> ()");
+  m.def("cross_entropy_rescale(Tensor(a!) dlogits, Tensor dloss, Tensor logits, " ML_BACKWARD
+        ") -> ()");
+  m.def("mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Tensor? target, "
+        "Tensor? class_weight, float z_loss) -> Tensor");
+  m.def("masked_reduce(Tensor values, Tensor? mask=None, *, str reduction=\"mean\", "
+        "Tensor? normalizer=None) -> Tensor");
+  m.def("masked_reduce_forward(Tensor values, Tensor? mask, *, str reduction, "
+        "Tensor? normalizer) -> (Tensor loss, Tensor tokens, Tensor groups)");
+  m.def("masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups) "
+        "-> Tensor");
+  m.def("cpu_capability() -> str");
+}
+
+namespace {
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  using namespace masked_loss;
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_stats", TORCH_BOX(&cross_entropy_stats));
+  m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
+  m.impl("cross_entropy_fused", TORCH_BOX(&cross_entropy_fused));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  m.impl("cross_entropy_backward_inplace", TORCH_BOX(&cross_entropy_backward_inplace));
+  m.impl("cross_entropy_rescale", TORCH_BOX(&cross_entropy_rescale));
+  m.impl("mask_grad", TORCH_BOX(&mask_grad));
+  m.impl("masked_reduce", TORCH_BOX(&masked_reduce));
+  m.impl("masked_reduce_forward", TORCH_BOX(&masked_reduce_forward));
+  m.impl("masked_reduce_backward", TORCH_BOX(&masked_reduce_backward));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(masked_loss, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(masked_loss, CUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(masked_loss, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&masked_loss::cpu_capability));
+}
