@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from samples import Case, Sample
+from torch import Tensor
 
 Results = dict[str, Tensor]
 
