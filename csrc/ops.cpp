@@ -307,8 +307,8 @@ Problem backward_problem(const Tensor& dloss, const Tensor& logits, const Tensor
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
-    Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
-    OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
+    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
+    OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
     double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats) {
   Forward f = forward(logits, target, mask, reduction, normalizer, ignore_index, class_weight,
                       {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift}, stats, false);
@@ -316,8 +316,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(
-    Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
-    OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
+    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
+    OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
     double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats) {
   Forward f = forward(logits, target, mask, reduction, normalizer, ignore_index, class_weight,
                       {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift}, stats, true);
@@ -415,8 +415,8 @@ Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Option
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_reduce_forward(Tensor values, OptionalTensor mask,
-                                                         std::string reduction_name,
-                                                         OptionalTensor normalizer) {
+                                                         OptionalTensor normalizer,
+                                                         std::string reduction_name) {
   const DType dtype = check::floating(kMaskedReduce, "values", values);
   const Shape shape = shape_of(values);
   if (mask) check::mask(kMaskedReduce, *mask, "values", values, shape);
@@ -446,7 +446,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_reduce_forward(Tensor values, Optional
 
 Tensor masked_reduce(Tensor values, OptionalTensor mask, std::string reduction,
                      OptionalTensor normalizer) {
-  return std::get<0>(masked_reduce_forward(values, mask, reduction, normalizer));
+  return std::get<0>(masked_reduce_forward(values, mask, normalizer, reduction));
 }
 
 Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups) {

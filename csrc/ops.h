@@ -26,14 +26,14 @@ std::tuple<Tensor, Tensor> cross_entropy_stats(
 
 // -> loss, stats, tokens, groups
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
-    Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
-    OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
+    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
+    OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
     double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats);
 
 // -> loss, stats, tokens, groups, dlogits for dloss = 1
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(
-    Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
-    OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
+    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
+    OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
     double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats);
 
 Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor tokens,
@@ -60,8 +60,8 @@ Tensor masked_reduce(Tensor values, OptionalTensor mask, std::string reduction,
 
 // -> loss, tokens, groups
 std::tuple<Tensor, Tensor, Tensor> masked_reduce_forward(Tensor values, OptionalTensor mask,
-                                                         std::string reduction,
-                                                         OptionalTensor normalizer);
+                                                         OptionalTensor normalizer,
+                                                         std::string reduction);
 
 Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups);
 

@@ -7,23 +7,24 @@
 
 #include "ops.h"
 
-#define ML_CROSS_ENTROPY                                                                         \
+#define ML_PUBLIC                                                                                \
   "(Tensor logits, Tensor target, Tensor? mask=None, *, str reduction=\"mean\", "                \
   "Tensor? normalizer=None, int ignore_index=-100, Tensor? class_weight=None, "                  \
-  "float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, bool shift=False, "
+  "float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, bool shift=False, "         \
+  "bool inplace_backward=False) -> "
+#define ML_FORWARD                                                                               \
+  "(Tensor logits, Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, "      \
+  "str reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, "       \
+  "bool shift, bool stats) -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups"
 #define ML_BACKWARD                                                                              \
   "Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, float label_smoothing, "   \
   "float z_loss, float? softcap, bool shift"
 
 STABLE_TORCH_LIBRARY(masked_loss, m) {
-  m.def("cross_entropy" ML_CROSS_ENTROPY "bool inplace_backward=False) -> Tensor");
-  m.def("cross_entropy_stats" ML_CROSS_ENTROPY
-        "bool inplace_backward=False) -> (Tensor loss, Tensor stats)");
-  m.def("cross_entropy_forward" ML_CROSS_ENTROPY
-        "bool stats=False) -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups)");
-  m.def("cross_entropy_fused" ML_CROSS_ENTROPY
-        "bool stats=False) -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups, "
-        "Tensor dlogits)");
+  m.def("cross_entropy" ML_PUBLIC "Tensor");
+  m.def("cross_entropy_stats" ML_PUBLIC "(Tensor loss, Tensor stats)");
+  m.def("cross_entropy_forward" ML_FORWARD ")");
+  m.def("cross_entropy_fused" ML_FORWARD ", Tensor dlogits)");
   m.def("cross_entropy_backward(Tensor dloss, Tensor logits, " ML_BACKWARD ") -> Tensor");
   m.def("cross_entropy_backward_inplace(Tensor dloss, Tensor(a!) logits, " ML_BACKWARD ") -> ()");
   m.def("cross_entropy_rescale(Tensor(a!) dlogits, Tensor dloss, Tensor logits, " ML_BACKWARD
@@ -32,8 +33,8 @@ STABLE_TORCH_LIBRARY(masked_loss, m) {
         "Tensor? class_weight, float z_loss) -> Tensor");
   m.def("masked_reduce(Tensor values, Tensor? mask=None, *, str reduction=\"mean\", "
         "Tensor? normalizer=None) -> Tensor");
-  m.def("masked_reduce_forward(Tensor values, Tensor? mask, *, str reduction, "
-        "Tensor? normalizer) -> (Tensor loss, Tensor tokens, Tensor groups)");
+  m.def("masked_reduce_forward(Tensor values, Tensor? mask, Tensor? normalizer, str reduction) "
+        "-> (Tensor loss, Tensor tokens, Tensor groups)");
   m.def("masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups) "
         "-> Tensor");
   m.def("cpu_capability() -> str");

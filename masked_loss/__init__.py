@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Cross entropy under a loss mask: correct first, and fast.
+
+>>> import torch, masked_loss
+>>> logits, target = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
+>>> mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])  # the second sequence is padded
+>>> loss = masked_loss.masked_cross_entropy(logits, target, mask)
+"""
+
+from masked_loss.errors import ReducedLossError
+from masked_loss.functional import cross_entropy, masked_cross_entropy, masked_mean, masked_reduce
+from masked_loss.modules import CrossEntropyLoss, MaskedCrossEntropyLoss
+from masked_loss.stats import LossStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossEntropyLoss",
+    "LossStats",
+    "MaskedCrossEntropyLoss",
+    "ReducedLossError",
+    "cross_entropy",
+    "masked_cross_entropy",
+    "masked_mean",
+    "masked_reduce",
+]

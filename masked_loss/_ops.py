@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The operators as PyTorch sees them: fakes for tracing, formulas for autograd.
+
+For each operator, in this order: fake, setup_context, backward, register. What an operator
+computes is in csrc/; what a loss means to its caller is in functional.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from masked_loss._library import load
+
+load()
+
+ops = torch.ops.masked_loss
+_library = torch.library.Library("masked_loss", "IMPL")
+
+# Fields of the tables that forward leaves for backward, see csrc/args.h.
+_TOKEN_FIELDS_SAVED, _TOKEN_FIELDS, _GROUP_FIELDS, _STATS = 5, 7, 4, 4
+
+
+def _below_autograd() -> Any:
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Eager and real: neither traced, nor a subclass, nor under a torch.func transform."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward that runs now may be followed by another one (retain_graph)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _loss_dtype(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def _group_count(reduction: str, shape: torch.Size) -> int | torch.SymInt:
+    if reduction != "sequence_mean" or len(shape) == 0 or shape[-1] == 0:
+        return 1
+    return shape[:-1].numel()
+
+
+def _loop(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A vmap rule that calls ``op`` for each element: right for any operator."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        def element(i: int) -> Any:
+            pairs = zip(args, in_dims, strict=True)
+            return op(*(arg if dim is None else arg.select(dim, i) for arg, dim in pairs))
+
+        results = [element(i) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    return rule
+
+
+# cross_entropy, cross_entropy_stats
+
+
+def _fake_forward(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    normalizer: Tensor | None,
+    class_weight: Tensor | None,
+    reduction: str,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stats = options[-1]
+    shape = logits.shape[:-1]
+    dtype = _loss_dtype(logits)
+    fields = _TOKEN_FIELDS if stats else _TOKEN_FIELDS_SAVED
+    return (
+        logits.new_empty(shape if reduction == "none" else (), dtype=dtype),
+        logits.new_empty((_STATS if stats else 0,), dtype=dtype),
+        logits.new_empty((fields, shape.numel()), dtype=dtype),
+        logits.new_empty((_group_count(reduction, shape), _GROUP_FIELDS), dtype=torch.float64),
+    )
+
+
+def _fake_fused(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return (*_fake_forward(logits, *args), _fake_gradient(logits))
+
+
+def _fake_gradient(values: Tensor) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _public(call: Callable[..., Any], stats: bool) -> Callable[..., Any]:
+    """``call`` takes the arguments in forward's order; the public operators take them by name."""
+
+    def operator(
+        logits: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        normalizer: Tensor | None = None,
+        ignore_index: int = -100,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        shift: bool = False,
+        inplace_backward: bool = False,
+    ) -> Any:
+        tensors = (logits, target, mask, normalizer, class_weight)
+        options = (reduction, ignore_index, label_smoothing, z_loss, softcap, shift, stats)
+        loss, statistics, *_ = call(*tensors, *options)
+        return (loss, statistics) if stats else loss
+
+    return operator
+
+
+class CrossEntropy(torch.autograd.Function):
+    """(loss, stats) and what backward needs, of which only the loss is differentiable.
+
+    ``fused`` computes the gradient in forward, which reads the logits once instead of twice. That
+    gradient is for dloss = 1; backward hands it over, or, for another dloss, computes it anew into
+    the same memory: scaling it would round half types twice.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        normalizer: Tensor | None,
+        class_weight: Tensor | None,
+        options: tuple[Any, ...],
+        fused: bool,
+        inplace: bool,
+    ) -> tuple[Tensor, ...]:
+        op = ops.cross_entropy_fused.default if fused else ops.cross_entropy_forward.default
+        with _below_autograd():
+            return op(logits, target, mask, normalizer, class_weight, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, target, mask, _, class_weight, options, fused, ctx.inplace = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        wants_mask = mask is not None and mask.requires_grad
+        ctx.save_for_backward(
+            logits, target, mask if wants_mask else None, class_weight, *output[2:]
+        )
+        _, _, label_smoothing, z_loss, softcap, shift, _ = options
+        ctx.formula = (label_smoothing, z_loss, softcap, shift)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        wants_logits, _, wants_mask = ctx.needs_input_grad[:3]
+        if dloss is None:
+            return (None,) * 8
+        logits, target, mask, class_weight, tokens, groups, *dlogits = ctx.saved_tensors
+        formula = (target, tokens, groups, class_weight, *ctx.formula)
+        dmask = gradient = None
+        with _below_autograd():
+            if wants_mask:
+                index = None if target.is_floating_point() else target
+                dmask = ops.mask_grad.default(
+                    dloss, mask, tokens, groups, index, class_weight, ctx.formula[1]
+                )
+            if wants_logits and ctx.inplace:
+                ops.cross_entropy_backward_inplace.default(dloss, logits, *formula)
+                torch.autograd.graph.increment_version(logits)
+                gradient = logits.detach()
+            elif wants_logits and dlogits and not _keeps_graph():
+                (gradient,) = dlogits
+                ops.cross_entropy_rescale.default(gradient, dloss, logits, *formula)
+            elif wants_logits:
+                gradient = ops.cross_entropy_backward.default(dloss, logits, *formula)
+        return gradient, None, dmask, None, None, None, None, None
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    normalizer: Tensor | None,
+    class_weight: Tensor | None,
+    *options: Any,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, ...]:
+    """loss, stats and more, with autograd; straight to the kernels where nothing needs it.
+
+    ``options``: reduction, ignore_index, label_smoothing, z_loss, softcap, shift, stats.
+    """
+    if not _differentiated(logits, mask):
+        with _below_autograd():
+            return ops.cross_entropy_forward.default(
+                logits, target, mask, normalizer, class_weight, *options
+            )
+    plain = _is_plain(logits)
+    inplace = inplace_backward and plain
+    fused = plain and not inplace and logits.requires_grad and options[0] != "none"
+    return CrossEntropy.apply(
+        logits, target, mask, normalizer, class_weight, options, fused, inplace
+    )
+
+
+def _autograd(op: Any, stats: bool) -> Callable[..., Any]:
+    """The operator's Autograd kernel."""
+
+    def kernel(logits: Tensor, target: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if _differentiated(logits, mask):
+            inplace = kwargs.get("inplace_backward", False)
+            call = partial(cross_entropy, inplace_backward=inplace)
+            return _public(call, stats)(logits, target, mask, **kwargs)
+        with _below_autograd():
+            return op(logits, target, mask, **kwargs)
+
+    return kernel
+
+
+torch.library.register_fake("masked_loss::cross_entropy", _public(_fake_forward, False))
+torch.library.register_fake("masked_loss::cross_entropy_stats", _public(_fake_forward, True))
+torch.library.register_fake("masked_loss::cross_entropy_forward", _fake_forward)
+torch.library.register_fake("masked_loss::cross_entropy_fused", _fake_fused)
+torch.library.register_fake(
+    "masked_loss::cross_entropy_backward", lambda dloss, logits, *_: _fake_gradient(logits)
+)
+torch.library.register_fake("masked_loss::cross_entropy_backward_inplace", lambda *_: None)
+torch.library.register_fake("masked_loss::cross_entropy_rescale", lambda *_: None)
+torch.library.register_fake("masked_loss::mask_grad", lambda dloss, mask, *_: _fake_gradient(mask))
+_library.impl("cross_entropy", _autograd(ops.cross_entropy.default, False), "Autograd")
+_library.impl("cross_entropy_stats", _autograd(ops.cross_entropy_stats.default, True), "Autograd")
+
+
+# masked_reduce
+
+
+def _fake_reduce_forward(
+    values: Tensor, mask: Tensor | None, normalizer: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _loss_dtype(values)
+    groups = _group_count(reduction, values.shape)
+    return (
+        values.new_empty(values.shape if reduction == "none" else (), dtype=dtype),
+        values.new_empty((2, values.numel()), dtype=dtype),
+        values.new_empty((groups, _GROUP_FIELDS), dtype=torch.float64),
+    )
+
+
+def _fake_reduce(
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    normalizer: Tensor | None = None,
+) -> Tensor:
+    return _fake_reduce_forward(values, mask, normalizer, reduction)[0]
+
+
+class MaskedReduce(torch.autograd.Function):
+    """The reduction of values under a mask, differentiable in both."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        values: Tensor, mask: Tensor | None, normalizer: Tensor | None, reduction: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with _below_autograd():
+            return ops.masked_reduce_forward.default(values, mask, normalizer, reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        values, mask, _, _ = inputs
+        _, tokens, groups = output
+        ctx.mark_non_differentiable(tokens, groups)
+        ctx.set_materialize_grads(False)
+        wants_mask = mask is not None and mask.requires_grad
+        ctx.save_for_backward(values, mask if wants_mask else None, tokens, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return (None,) * 4
+        values, mask, tokens, groups = ctx.saved_tensors
+        dvalues = dmask = None
+        with _below_autograd():
+            if ctx.needs_input_grad[0]:
+                dvalues = ops.masked_reduce_backward.default(dloss, values, tokens, groups)
+            if ctx.needs_input_grad[1]:
+                dmask = ops.mask_grad.default(dloss, mask, tokens, groups, None, None, 0.0)
+        return dvalues, dmask, None, None
+
+
+def masked_reduce(
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    normalizer: Tensor | None = None,
+) -> Tensor:
+    if not _differentiated(values, mask):
+        with _below_autograd():
+            return ops.masked_reduce.default(
+                values, mask, reduction=reduction, normalizer=normalizer
+            )
+    return MaskedReduce.apply(values, mask, normalizer, reduction)[0]
+
+
+torch.library.register_fake("masked_loss::masked_reduce", _fake_reduce)
+torch.library.register_fake("masked_loss::masked_reduce_forward", _fake_reduce_forward)
+torch.library.register_fake(
+    "masked_loss::masked_reduce_backward", lambda dloss, values, *_: _fake_gradient(values)
+)
+_library.impl("masked_reduce", masked_reduce, "Autograd")
+
+for _op in (
+    ops.cross_entropy_forward,
+    ops.cross_entropy_backward,
+    ops.mask_grad,
+    ops.masked_reduce_forward,
+    ops.masked_reduce_backward,
+):
+    torch.library.register_vmap(_op.default, _loop(_op.default))

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The losses as functions. What exactly they compute is written in docs/semantics.md."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+from torch.overrides import handle_torch_function, has_torch_function
+
+from masked_loss import _ops, reference
+from masked_loss.errors import ReducedLossError
+from masked_loss.stats import LossStats
+
+_TYPED = re.compile(r"(ValueError|TypeError|IndexError|RuntimeError): ([^\n]*)")
+
+
+def _typed(error: RuntimeError) -> Exception:
+    """The error that a check in csrc/check.h means: C++ can raise a RuntimeError only."""
+    found = _TYPED.match(str(error))
+    return getattr(builtins, found[1])(found[2]) if found else error
+
+
+def _require_tensor(who: str, what: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{who}: {what} must be a tensor, got {type(value).__name__}")
+
+
+def _constant(who: str, what: str, value: Tensor | None) -> None:
+    if value is not None and value.requires_grad:
+        raise ValueError(f"{who}: {what} is not differentiable, got one that requires grad")
+
+
+def _divisor(who: str, normalizer: float | Tensor | None, like: Tensor) -> Tensor | None:
+    if normalizer is None:
+        return None
+    if isinstance(normalizer, Tensor):
+        _constant(who, "normalizer", normalizer)
+        return normalizer
+    if not isinstance(normalizer, (int, float)):
+        raise TypeError(
+            f"{who}: normalizer must be a number or a 0-dim tensor, got {type(normalizer).__name__}"
+        )
+    return like.new_full((), normalizer, dtype=torch.float64)
+
+
+@overload
+def masked_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    shift: bool = False,
+    inplace_backward: bool = False,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def masked_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    shift: bool = False,
+    inplace_backward: bool = False,
+    return_stats: Literal[True],
+) -> tuple[Tensor, LossStats]: ...
+
+
+def masked_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    shift: bool = False,
+    inplace_backward: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""Cross entropy of each token's logits, weighted by a mask, reduced once.
+
+    For tokens n with logits :math:`x_n`, target :math:`t_n` and weight
+    :math:`w_n = \text{mask}_n [t_n \ne \text{ignore\_index}]`:
+
+    .. math::
+        \ell_n = \text{logsumexp}(x_n) - x_{n, t_n}, \qquad
+        \text{loss} = \frac{\sum_n w_n \ell_n}{\sum_n w_n} \quad \text{(reduction="mean")}
+
+    A token with :math:`w_n = 0` is *masked*: its logits are never read, so a NaN in them reaches
+    neither the loss nor a gradient, and its gradient is exactly 0. If every token is masked the
+    loss is 0 and so are the gradients; ``return_stats`` tells (``stats.tokens == 0``).
+
+    Args:
+        logits: [..., V] float64, float32, bfloat16 or float16. Half types are computed in float32.
+        target: [...] int64 or int32 class indices.
+        mask: [...] bool, integer or floating: the weight of each token; None stands for 1. A
+            floating mask that requires grad gets its gradient.
+        reduction: ``"none"``: :math:`w_n \ell_n`, in the shape of target; ``"sum"``; ``"mean"``;
+            ``"sequence_mean"``: the mean of each sequence (the last dimension of target is time),
+            then the mean over the sequences that have an active token.
+        normalizer: a number or 0-dim tensor that the sum is divided by, instead of the weights'
+            sum: the token count of the whole accumulated batch makes gradient accumulation exact.
+            With ``"mean"`` and ``"sum"``.
+        ignore_index: a target with this value has weight 0.
+        class_weight: [V]; multiplies each token's loss by its class's weight, which then also
+            counts in the denominator, as in :func:`torch.nn.functional.cross_entropy`.
+        label_smoothing: between 0 and 1, as in :func:`torch.nn.functional.cross_entropy`.
+        z_loss: adds ``z_loss * logsumexp(x_n) ** 2`` to each token's loss (PaLM, section 5).
+        softcap: replaces the logits by ``softcap * tanh(logits / softcap)`` first (Gemma 2).
+        shift: for causal language models: ``logits[..., t, :]`` scores ``target[..., t + 1]``,
+            without a copy of the logits. ``mask`` stays aligned with ``target``, and so is the
+            result of ``"none"``; the first token of a sequence takes no part.
+        inplace_backward: backward overwrites the logits with their gradient, instead of
+            allocating it. The logits must not be used afterwards. No effect under torch.compile.
+        return_stats: returns ``(loss, LossStats)``.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits); with ``return_stats`` also
+        :class:`masked_loss.LossStats`.
+
+    Raises:
+        IndexError: a target that is neither masked nor ignored is out of range (on the CPU; on
+            CUDA a device-side assert, as in PyTorch).
+        TypeError: a dtype that is not offered.
+        ValueError: shapes that do not fit, an unknown reduction, a number out of its range.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html,
+    and docs/semantics.md for what differs from it.
+
+    >>> import torch
+    >>> from masked_loss import masked_cross_entropy
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [9.0, 9.0]], requires_grad=True)
+    >>> target = torch.tensor([0, 0, 1])
+    >>> mask = torch.tensor([1, 1, 0])  # the third token is padding
+    >>> loss = masked_cross_entropy(logits, target, mask)
+    >>> loss.backward()
+    >>> loss, logits.grad[2]
+    (tensor(0.7201, grad_fn=<CrossEntropyBackward>), tensor([0., 0.]))
+    """
+    who = "masked_cross_entropy"
+    if has_torch_function((logits, target, mask)) and not torch.compiler.is_compiling():
+        return handle_torch_function(  # type: ignore[no-any-return]
+            masked_cross_entropy,
+            (logits, target, mask),
+            logits,
+            target,
+            mask,
+            reduction=reduction,
+            normalizer=normalizer,
+            ignore_index=ignore_index,
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            shift=shift,
+            inplace_backward=inplace_backward,
+            return_stats=return_stats,
+        )
+    _require_tensor(who, "logits", logits)
+    _require_tensor(who, "target", target)
+    if target.is_floating_point():
+        raise TypeError(f"{who}: target must be int64 or int32 class indices, got {target.dtype}")
+    if inplace_backward and not torch.compiler.is_compiling() and _overlaps(logits):
+        raise ValueError(f"{who}: inplace_backward needs logits without overlapping memory")
+    return _cross_entropy(
+        who, logits, target, mask, reduction, normalizer, ignore_index, class_weight,
+        label_smoothing, z_loss, softcap, shift, inplace_backward, return_stats,
+    )  # fmt: skip
+
+
+def _overlaps(t: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def _cross_entropy(
+    who: str,
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    ignore_index: int,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    shift: bool,
+    inplace_backward: bool,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, LossStats]:
+    if mask is not None:
+        _require_tensor(who, "mask", mask)
+    _constant(who, "class_weight", class_weight)
+    divisor = _divisor(who, normalizer, logits)
+    if torch.compiler.is_compiling():
+        op = _ops.ops.cross_entropy_stats if return_stats else _ops.ops.cross_entropy
+        result = op(
+            logits, target, mask, reduction=reduction, normalizer=divisor,
+            ignore_index=ignore_index, class_weight=class_weight, label_smoothing=label_smoothing,
+            z_loss=z_loss, softcap=softcap, shift=shift, inplace_backward=inplace_backward,
+        )  # fmt: skip
+        return (result[0], LossStats(*result[1].unbind())) if return_stats else result
+    try:
+        loss, stats, *_ = _ops.cross_entropy(
+            logits, target, mask, divisor, class_weight,
+            reduction, ignore_index, label_smoothing, z_loss, softcap, shift, return_stats,
+            inplace_backward=inplace_backward,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise _typed(error) from None
+    return (loss, LossStats(*stats.unbind())) if return_stats else loss
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""A drop-in for :func:`torch.nn.functional.cross_entropy` that takes a mask.
+
+    The same arguments in the same order, and the same results, except where this is better: if all
+    tokens are ignored or masked, the mean is 0 and not NaN; half-precision inputs give a float32
+    loss that was rounded once; int32 targets work; a NaN in an ignored row stays there.
+
+    .. math::
+        \text{loss} = \frac{\sum_n w_n c_{t_n} \ell_n}{\sum_n w_n c_{t_n}}, \qquad
+        w_n = \text{mask}_n [t_n \ne \text{ignore\_index}], \quad c = \text{weight}
+
+    Args:
+        input: (C), (N, C) or (N, C, d1, ...), floating.
+        target: class indices of shape (), (N) or (N, d1, ...), or class probabilities of the
+            shape of input.
+        weight: [C], the weight of each class.
+        size_average: deprecated, see ``reduction``; understood as PyTorch does.
+        ignore_index: a target with this value has weight 0; not with class probabilities.
+        reduce: deprecated, see ``reduction``; understood as PyTorch does.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``.
+        label_smoothing: between 0 and 1.
+        mask: the weight of each token, in the shape that class indices have; None stands for 1.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs).
+
+    Raises:
+        IndexError: a target is out of range, on the CPU.
+        TypeError: a dtype that is not offered.
+        ValueError: shapes that do not fit, an unknown reduction, a number out of its range.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html
+
+    >>> import torch, masked_loss
+    >>> input, target = torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64)
+    >>> masked_loss.cross_entropy(input, target)
+    tensor(1.0986)
+    >>> masked_loss.cross_entropy(input, target, mask=torch.zeros(2, 4, dtype=torch.bool))
+    tensor(0.)
+    """
+    who = "cross_entropy"
+    if has_torch_function((input, target, mask)) and not torch.compiler.is_compiling():
+        return handle_torch_function(  # type: ignore[no-any-return]
+            cross_entropy,
+            (input, target, mask),
+            input,
+            target,
+            weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
+            mask=mask,
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f'{who}: reduction must be "none", "sum" or "mean", got {reduction!r}')
+    _require_tensor(who, "input", input)
+    _require_tensor(who, "target", target)
+    logits = input.movedim(1, -1) if input.dim() > 2 else input
+    if target.is_floating_point():
+        if target.shape != input.shape:
+            raise ValueError(
+                f"{who}: class probabilities must have the shape of input, "
+                f"{list(input.shape)}, got {list(target.shape)}"
+            )
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        if target.requires_grad and torch.is_grad_enabled():  # the kernels do not differentiate it
+            wide = torch.promote_types(dtype, torch.float32)
+            return reference.cross_entropy(
+                input.to(wide), target.to(wide), weight, ignore_index, reduction,
+                label_smoothing, mask=mask,
+            )  # fmt: skip
+        target = (target.movedim(1, -1) if target.dim() > 2 else target).to(dtype)
+        logits = logits.to(dtype)
+    else:
+        expected = [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
+        if input.dim() == 0 or list(target.shape) != expected:
+            raise ValueError(
+                f"{who}: target must have shape {expected} for input {list(input.shape)}, "
+                f"got {list(target.shape)}"
+            )
+        if target.dtype == torch.uint8:  # PyTorch takes these too
+            target = target.long()
+    loss = _cross_entropy(
+        who, logits, target, mask, reduction, None, ignore_index, weight,
+        label_smoothing, 0.0, None, False, False, False,
+    )  # fmt: skip
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def masked_reduce(
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    r"""Reduces losses computed elsewhere, weighted by a mask.
+
+    .. math::
+        \text{none: } w_n v_n, \quad \text{sum: } \sum_n w_n v_n, \quad
+        \text{mean: } \frac{\sum_n w_n v_n}{\sum_n w_n}, \quad
+        \text{sequence\_mean: } \frac{1}{|S|} \sum_{s \in S}
+        \frac{\sum_{n \in s} w_n v_n}{\sum_{n \in s} w_n}
+
+    with S the sequences (the last dimension is time) that have an active token. Masked values are
+    not read, so a NaN in them stays there. All masked: 0, and gradients 0.
+
+    Args:
+        values: [...] float64, float32, bfloat16 or float16, one loss for each token.
+        mask: [...] bool, integer or floating: the weight of each value; None stands for 1. A
+            floating mask that requires grad gets its gradient.
+        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"sequence_mean"``.
+        normalizer: a number or 0-dim tensor that the sum is divided by, instead of the weights'
+            sum. With ``"mean"`` and ``"sum"``.
+
+    Returns:
+        float32 (float64 for float64 values), of the shape of values for ``"none"``, else 0-dim.
+
+    Raises:
+        ReducedLossError: values is a scalar, and mask is not: the loss was reduced already.
+        TypeError: a dtype that is not offered.
+        ValueError: shapes that do not fit, an unknown reduction.
+
+    Source: docs/semantics.md.
+
+    >>> import torch, masked_loss
+    >>> losses = torch.tensor([1.0, 3.0, float("nan")])
+    >>> masked_loss.masked_reduce(losses, torch.tensor([True, True, False]))
+    tensor(2.)
+    """
+    who = "masked_reduce"
+    if has_torch_function((values, mask)) and not torch.compiler.is_compiling():
+        return handle_torch_function(  # type: ignore[no-any-return]
+            masked_reduce,
+            (values, mask),
+            values,
+            mask,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
+    _require_tensor(who, "values", values)
+    if mask is not None:
+        _require_tensor(who, "mask", mask)
+        if values.dim() == 0 and mask.dim() > 0:
+            raise ReducedLossError(
+                f"{who}: values must hold one loss for each token of the mask "
+                f"{list(mask.shape)}, got a scalar: the loss was reduced before the mask could "
+                f'count. Compute it with reduction="none".'
+            )
+    divisor = _divisor(who, normalizer, values)
+    if torch.compiler.is_compiling():
+        return _ops.ops.masked_reduce(  # type: ignore[no-any-return]
+            values, mask, reduction=reduction, normalizer=divisor
+        )
+    try:
+        return _ops.masked_reduce(values, mask, reduction=reduction, normalizer=divisor)
+    except RuntimeError as error:
+        raise _typed(error) from None
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""The mean of values, weighted by a mask: :math:`\sum_n w_n v_n / \sum_n w_n`.
+
+    :func:`masked_reduce` with ``reduction="mean"``: the same shapes, dtypes, errors and source.
+
+    >>> import torch, masked_loss
+    >>> masked_loss.masked_mean(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([1, 1, 0]))
+    tensor(2.)
+    """
+    return masked_reduce(values, mask)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a loss tells about its batch besides the loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LossStats(NamedTuple):
+    """Weighted sums over the active tokens of a batch, as 0-dim tensors without a graph.
+
+    Sums, not means: add them up over micro-batches and ranks, then divide by the sum of ``tokens``.
+    A batch whose every token is masked has ``tokens == 0``.
+
+    >>> import torch, masked_loss
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 0.0]])
+    >>> mask = torch.tensor([True, True, False])
+    >>> loss, stats = masked_loss.masked_cross_entropy(
+    ...     logits, torch.tensor([0, 0, 1]), mask, return_stats=True)
+    >>> stats.tokens, stats.correct / stats.tokens
+    (tensor(2.), tensor(0.5000))
+    """
+
+    tokens: Tensor
+    """Σ w: the number of tokens, where the mask is of zeros and ones."""
+    correct: Tensor
+    """Σ w·[argmax logits = target]; the first of equal logits is the argmax."""
+    entropy: Tensor
+    """Σ w·H(softmax(logits)), in nats."""
+    z_loss: Tensor
+    """Σ w·z_loss·logsumexp(logits)²: what the z-loss adds to the sum of losses."""
