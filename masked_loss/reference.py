@@ -136,15 +136,30 @@ def cross_entropy(
         assert isinstance(loss, Tensor)
         return loss
 
-    token_weight = _weight(mask, logits.shape[:-1], logits)
-    active = (token_weight != 0)[..., None]
     probability = target.movedim(1, -1) if target.dim() > 1 else target
-    probability = probability.where(active, 0).to(input.dtype)
-    probability = (1 - label_smoothing) * probability + label_smoothing / logits.shape[-1]
-    log_softmax = logits.where(active, 0).log_softmax(dim=-1)
-    c = 1 if weight is None else weight.to(input.dtype)
-    ce = -(c * probability * log_softmax).sum(dim=-1)
-    return _reduce(ce, token_weight, token_weight, reduction, None)
+    return probability_cross_entropy(logits, probability, mask, weight, label_smoothing, reduction)
+
+
+def probability_cross_entropy(
+    logits: Tensor,
+    probability: Tensor,
+    mask: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross entropy of ``logits`` [..., V] and class probabilities [..., V]; differentiates both.
+
+    >>> probability_cross_entropy(torch.zeros(2, 10), torch.full((2, 10), 0.1))
+    tensor(2.3026)
+    """
+    weight = _weight(mask, logits.shape[:-1], logits)
+    active = (weight != 0)[..., None]
+    p = probability.where(active, 0).to(logits.dtype)
+    p = (1 - label_smoothing) * p + label_smoothing / logits.shape[-1]
+    nll = -logits.where(active, 0).log_softmax(dim=-1)
+    c = 1 if class_weight is None else class_weight.to(logits.dtype)
+    return _reduce((c * p * nll).sum(dim=-1), weight, weight, reduction, None)
 
 
 def masked_reduce(
