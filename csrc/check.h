@@ -94,6 +94,14 @@ inline void same_device(const char* who, const char* what, const Tensor& t, cons
   }
 }
 
+inline void same_dtype(const char* who, const char* what, const Tensor& t, const char* other,
+                       const Tensor& expected) {
+  if (t.scalar_type() != expected.scalar_type()) {
+    fail("TypeError", who, ": ", what, " must be ", name_of(expected.scalar_type()), " like ",
+         other, ", got ", name_of(t.scalar_type()));
+  }
+}
+
 inline void shape(const char* who, const char* what, const Tensor& t, const Shape& expected) {
   const Shape got = shape_of(t);
   if (got != expected) {
@@ -179,10 +187,7 @@ inline void cross_entropy(const char* who, const Tensor& logits, const Tensor& t
   if (expected.empty()) fail("ValueError", who, ": logits must have shape [..., V], got []");
   if (probabilities) {
     if (shift) fail("ValueError", who, ": shift needs class indices, got class probabilities");
-    if (target.scalar_type() != logits.scalar_type()) {
-      fail("TypeError", who, ": class probabilities must be ", name_of(logits.scalar_type()),
-           " like logits, got ", name_of(target.scalar_type()));
-    }
+    same_dtype(who, "a target of class probabilities", target, "logits", logits);
   } else {
     class_indices(who, target);
     expected.pop_back();

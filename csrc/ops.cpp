@@ -205,35 +205,34 @@ Tensor reduced(const Device& device, const Tables& tables, int64_t tokens, Reduc
   return loss;
 }
 
-void set_gradient(Problem& p, const Tensor& dlogits) {
-  const Rows rows = *rows_in_place(dlogits);
-  p.args.dlogits = rows.tensor.data_ptr();
-  p.args.grad_batch_stride = rows.batch_stride;
-  p.args.grad_step_stride = rows.step_stride;
+// dlogits has rows like the logits', and may be the logits.
+void set_gradient(Problem& p, const Tensor& dlogits, const Tensor& logits) {
+  check::shape(kCrossEntropy, "dlogits", dlogits, shape_of(logits));
+  check::same_dtype(kCrossEntropy, "dlogits", dlogits, "logits", logits);
+  check::same_device(kCrossEntropy, "dlogits", dlogits, "logits", logits);
+  const std::optional<Rows> rows = rows_in_place(dlogits);
+  if (!rows) {
+    check::fail("ValueError", kCrossEntropy, ": dlogits must have contiguous classes and rows");
+  }
+  p.args.dlogits = dlogits.data_ptr();
+  p.args.grad_batch_stride = rows->batch_stride;
+  p.args.grad_step_stride = rows->step_stride;
+  p.args.stream = p.args.dlogits != p.args.logits &&
+                  p.device.prepare_output(p.args.dlogits, dlogits.numel() * dlogits.element_size());
 }
 
-Tensor fresh_gradient(Problem& p, const Tensor& logits) {
-  Tensor dlogits = empty(logits, shape_of(logits), dtype_id(logits));
-  set_gradient(p, dlogits);
-  p.args.stream = p.device.prepare_output(p.args.dlogits, dlogits.numel() * dlogits.element_size());
-  return dlogits;
-}
-
-struct Forward {
-  Tensor loss, stats, tokens, groups;
-  std::optional<Tensor> dlogits;
-};
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, stats, tokens, groups
 
 Forward forward(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& mask,
                 const std::string& reduction_name, const std::optional<Tensor>& normalizer,
                 int64_t ignore_index, const std::optional<Tensor>& class_weight,
-                const Options& options, bool stats, bool gradient) {
+                const Options& options, bool stats, const std::optional<Tensor>& dlogits) {
   Problem p = make_problem(logits, target, class_weight, options);
   if (mask) check::mask(kCrossEntropy, *mask, "logits", logits, p.token_shape);
   const Reduction reduction =
       check::reduction(kCrossEntropy, reduction_name, static_cast<int64_t>(p.token_shape.size()),
                        normalizer, "logits", logits);
-  if (gradient && reduction == Reduction::kNone) {
+  if (dlogits && reduction == Reduction::kNone) {
     check::fail("ValueError", kCrossEntropy,
                 ": the fused operator needs a scalar reduction, got \"none\"");
   }
@@ -252,18 +251,18 @@ Forward forward(const Tensor& logits, const Tensor& target, const std::optional<
   const Tables tables = weigh(kCrossEntropy, p.device, weights, logits, fields, mask, normalizer,
                               p.token_shape);
   const int64_t stat_count = stats ? static_cast<int64_t>(StatField::kCount) : 0;
-  Forward out{logits, empty(logits, {stat_count}, accumulation_id(p.wide)), tables.tokens,
-              tables.groups, std::nullopt};
+  const Tensor stat_sums = empty(logits, {stat_count}, accumulation_id(p.wide));
   p.args.tokens = tables.tokens.data_ptr();
   p.args.groups = static_cast<const double*>(tables.groups.data_ptr());
   p.args.group_size = tables.group_size;
   p.args.stats = stats;
   p.args.forward = true;
-  if (gradient) out.dlogits = fresh_gradient(p, logits);
+  if (dlogits) set_gradient(p, *dlogits, logits);
   p.device.cross_entropy(p.args);
-  out.loss = reduced(p.device, tables, p.args.rows, reduction, p.wide, options.z_loss,
-                     p.token_shape, logits, stats ? std::optional<Tensor>(out.stats) : std::nullopt);
-  return out;
+  const Tensor loss =
+      reduced(p.device, tables, p.args.rows, reduction, p.wide, options.z_loss, p.token_shape,
+              logits, stats ? std::optional<Tensor>(stat_sums) : std::nullopt);
+  return {loss, stat_sums, tables.tokens, tables.groups};
 }
 
 // One value, or one for each token.
@@ -292,95 +291,70 @@ void check_tables(const char* who, const Tensor& tokens, const Tensor& groups, i
   }
 }
 
-Problem backward_problem(const Tensor& dloss, const Tensor& logits, const Tensor& target,
-                         const Tensor& tokens, const Tensor& groups,
-                         const std::optional<Tensor>& class_weight, const Options& options) {
-  Problem p = make_problem(logits, target, class_weight, options);
-  check_tables(kCrossEntropy, tokens, groups, p.args.rows, p.wide, TokenField::kSaved);
-  p.args.tokens = tokens.data_ptr();
-  p.args.groups = static_cast<const double*>(groups.data_ptr());
-  p.args.group_size = p.args.rows / std::max<int64_t>(1, groups.size(0));
-  p.args.dloss_per_token = dloss.dim() != 0;
-  return p;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
     Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
     OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
     double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats) {
-  Forward f = forward(logits, target, mask, reduction, normalizer, ignore_index, class_weight,
-                      {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift}, stats, false);
-  return {f.loss, f.stats, f.tokens, f.groups};
+  return forward(logits, target, mask, reduction, normalizer, ignore_index, class_weight,
+                 {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift}, stats,
+                 std::nullopt);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(
-    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(
+    Tensor dlogits, Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
     OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
     double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats) {
-  Forward f = forward(logits, target, mask, reduction, normalizer, ignore_index, class_weight,
-                      {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift}, stats, true);
-  return {f.loss, f.stats, f.tokens, f.groups, *f.dlogits};
+  return forward(logits, target, mask, reduction, normalizer, ignore_index, class_weight,
+                 {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift}, stats,
+                 dlogits);
 }
 
 Tensor cross_entropy(Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
                      OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
                      double label_smoothing, double z_loss, std::optional<double> softcap,
                      bool shift, bool) {
-  return forward(logits, target, mask, reduction, normalizer, ignore_index, class_weight,
-                 {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift}, false, false)
-      .loss;
+  return std::get<0>(cross_entropy_forward(logits, target, mask, normalizer, class_weight,
+                                           reduction, ignore_index, label_smoothing, z_loss,
+                                           softcap, shift, false));
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_stats(
     Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
     OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
     double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool) {
-  Forward f = forward(logits, target, mask, reduction, normalizer, ignore_index, class_weight,
-                      {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift}, true, false);
-  return {f.loss, f.stats};
+  const Forward result =
+      cross_entropy_forward(logits, target, mask, normalizer, class_weight, reduction, ignore_index,
+                            label_smoothing, z_loss, softcap, shift, true);
+  return {std::get<0>(result), std::get<1>(result)};
+}
+
+void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, Tensor target,
+                                Tensor tokens, Tensor groups, OptionalTensor class_weight,
+                                double label_smoothing, double z_loss,
+                                std::optional<double> softcap, bool shift, bool unless_one) {
+  Problem p =
+      make_problem(logits, target, class_weight,
+                   {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift});
+  check_tables(kCrossEntropy, tokens, groups, p.args.rows, p.wide, TokenField::kSaved);
+  const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows, logits);
+  p.args.tokens = tokens.data_ptr();
+  p.args.groups = static_cast<const double*>(groups.data_ptr());
+  p.args.group_size = p.args.rows / std::max<int64_t>(1, groups.size(0));
+  p.args.dloss = scale.data_ptr();
+  p.args.dloss_per_token = dloss.dim() != 0;
+  set_gradient(p, dlogits, logits);
+  unless_one ? p.device.rescale(p.args) : p.device.cross_entropy(p.args);
 }
 
 Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor tokens,
                               Tensor groups, OptionalTensor class_weight, double label_smoothing,
                               double z_loss, std::optional<double> softcap, bool shift) {
-  Problem p = backward_problem(dloss, logits, target, tokens, groups, class_weight,
-                               {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift});
-  const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows, logits);
-  p.args.dloss = scale.data_ptr();
-  Tensor dlogits = fresh_gradient(p, logits);
-  p.device.cross_entropy(p.args);
+  Tensor dlogits = empty(logits, shape_of(logits), dtype_id(logits));
+  cross_entropy_backward_out(dlogits, dloss, logits, target, tokens, groups, class_weight,
+                             label_smoothing, z_loss, softcap, shift, false);
   return dlogits;
-}
-
-void cross_entropy_backward_inplace(Tensor dloss, Tensor logits, Tensor target, Tensor tokens,
-                                    Tensor groups, OptionalTensor class_weight,
-                                    double label_smoothing, double z_loss,
-                                    std::optional<double> softcap, bool shift) {
-  Problem p = backward_problem(dloss, logits, target, tokens, groups, class_weight,
-                               {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift});
-  const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows, logits);
-  p.args.dloss = scale.data_ptr();
-  set_gradient(p, p.logits.tensor);
-  p.device.cross_entropy(p.args);
-  // Logits that had to be copied to have rows get their gradient copied back.
-  if (p.logits.tensor.data_ptr() != logits.data_ptr()) {
-    torch::stable::copy_(logits, p.logits.tensor);
-  }
-}
-
-void cross_entropy_rescale(Tensor dlogits, Tensor dloss, Tensor logits, Tensor target,
-                           Tensor tokens, Tensor groups, OptionalTensor class_weight,
-                           double label_smoothing, double z_loss, std::optional<double> softcap,
-                           bool shift) {
-  Problem p = backward_problem(dloss, logits, target, tokens, groups, class_weight,
-                               {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift});
-  check::shape(kCrossEntropy, "dlogits", dlogits, shape_of(logits));
-  const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows, logits);
-  p.args.dloss = scale.data_ptr();
-  set_gradient(p, dlogits);
-  p.device.rescale(p.args);
 }
 
 Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, OptionalTensor target,

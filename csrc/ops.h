@@ -30,9 +30,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
     OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
     double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats);
 
-// -> loss, stats, tokens, groups, dlogits for dloss = 1
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(
-    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
+// The same, and the gradient for dloss = 1 into dlogits.
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(
+    Tensor dlogits, Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
     OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
     double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats);
 
@@ -40,17 +40,13 @@ Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor
                               Tensor groups, OptionalTensor class_weight, double label_smoothing,
                               double z_loss, std::optional<double> softcap, bool shift);
 
-// The gradient overwrites the logits.
-void cross_entropy_backward_inplace(Tensor dloss, Tensor logits, Tensor target, Tensor tokens,
-                                    Tensor groups, OptionalTensor class_weight,
-                                    double label_smoothing, double z_loss,
-                                    std::optional<double> softcap, bool shift);
-
-// dlogits holds the gradient for dloss = 1, and becomes that for dloss, rounded once.
-void cross_entropy_rescale(Tensor dlogits, Tensor dloss, Tensor logits, Tensor target,
-                           Tensor tokens, Tensor groups, OptionalTensor class_weight,
-                           double label_smoothing, double z_loss, std::optional<double> softcap,
-                           bool shift);
+// The gradient into dlogits, which may be the logits themselves. With unless_one, dlogits holds the
+// gradient for dloss = 1, and for another dloss it is computed anew: scaled, it would be rounded
+// twice.
+void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, Tensor target,
+                                Tensor tokens, Tensor groups, OptionalTensor class_weight,
+                                double label_smoothing, double z_loss,
+                                std::optional<double> softcap, bool shift, bool unless_one);
 
 Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, OptionalTensor target,
                  OptionalTensor class_weight, double z_loss);

@@ -13,7 +13,7 @@
   "float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, bool shift=False, "         \
   "bool inplace_backward=False) -> "
 #define ML_FORWARD                                                                               \
-  "(Tensor logits, Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, "      \
+  "Tensor logits, Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, "       \
   "str reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, "       \
   "bool shift, bool stats) -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups"
 #define ML_BACKWARD                                                                              \
@@ -23,12 +23,11 @@
 STABLE_TORCH_LIBRARY(masked_loss, m) {
   m.def("cross_entropy" ML_PUBLIC "Tensor");
   m.def("cross_entropy_stats" ML_PUBLIC "(Tensor loss, Tensor stats)");
-  m.def("cross_entropy_forward" ML_FORWARD ")");
-  m.def("cross_entropy_fused" ML_FORWARD ", Tensor dlogits)");
+  m.def("cross_entropy_forward(" ML_FORWARD ")");
+  m.def("cross_entropy_fused(Tensor(a!) dlogits, " ML_FORWARD ")");
   m.def("cross_entropy_backward(Tensor dloss, Tensor logits, " ML_BACKWARD ") -> Tensor");
-  m.def("cross_entropy_backward_inplace(Tensor dloss, Tensor(a!) logits, " ML_BACKWARD ") -> ()");
-  m.def("cross_entropy_rescale(Tensor(a!) dlogits, Tensor dloss, Tensor logits, " ML_BACKWARD
-        ") -> ()");
+  m.def("cross_entropy_backward_out(Tensor(a!) dlogits, Tensor dloss, Tensor logits, " ML_BACKWARD
+        ", bool unless_one) -> ()");
   m.def("mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Tensor? target, "
         "Tensor? class_weight, float z_loss) -> Tensor");
   m.def("masked_reduce(Tensor values, Tensor? mask=None, *, str reduction=\"mean\", "
@@ -49,8 +48,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
   m.impl("cross_entropy_fused", TORCH_BOX(&cross_entropy_fused));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
-  m.impl("cross_entropy_backward_inplace", TORCH_BOX(&cross_entropy_backward_inplace));
-  m.impl("cross_entropy_rescale", TORCH_BOX(&cross_entropy_rescale));
+  m.impl("cross_entropy_backward_out", TORCH_BOX(&cross_entropy_backward_out));
   m.impl("mask_grad", TORCH_BOX(&mask_grad));
   m.impl("masked_reduce", TORCH_BOX(&masked_reduce));
   m.impl("masked_reduce_forward", TORCH_BOX(&masked_reduce_forward));

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from masked_loss._library import load
+from masked_loss._memory import gradient_like
 
 load()
 
@@ -41,6 +42,47 @@ def _is_plain(tensor: Tensor) -> bool:
 def _keeps_graph() -> bool:
     """Whether the backward that runs now may be followed by another one (retain_graph)."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def differentiable(
+    name: str,
+    forward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """The function that calls ``forward`` and that autograd and torch.func differentiate.
+
+    torch.func needs a Function whose setup_context stands apart. PyTorch binds the arguments of
+    such a one by inspecting its signature at each call, which takes longer than a small loss; so
+    plain autograd gets one that is made the old way.
+    """
+
+    def forward_with_context(ctx: Any, *args: Any) -> Any:
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"backward": staticmethod(backward)}
+    eager = type(
+        name, (torch.autograd.Function,), {**methods, "forward": staticmethod(forward_with_context)}
+    )
+    transformed = type(
+        name,
+        (torch.autograd.Function,),
+        {
+            **methods,
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(setup_context),
+            "generate_vmap_rule": True,
+        },
+    )
+
+    def call(*args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return transformed.apply(*args)
+        return eager.apply(*args)
+
+    return call
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -99,10 +141,6 @@ def _fake_forward(
     )
 
 
-def _fake_fused(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return (*_fake_forward(logits, *args), _fake_gradient(logits))
-
-
 def _fake_gradient(values: Tensor) -> Tensor:
     return torch.empty_like(values, memory_format=torch.contiguous_format)
 
@@ -133,68 +171,68 @@ def _public(call: Callable[..., Any], stats: bool) -> Callable[..., Any]:
     return operator
 
 
-class CrossEntropy(torch.autograd.Function):
-    """(loss, stats) and what backward needs, of which only the loss is differentiable.
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    normalizer: Tensor | None,
+    class_weight: Tensor | None,
+    options: tuple[Any, ...],
+    fused: bool,
+    inplace: bool,
+) -> tuple[Tensor, ...]:
+    """loss, stats, tokens, groups; ``fused``: and the gradient for dloss = 1."""
+    args = (logits, target, mask, normalizer, class_weight, *options)
+    with _below_autograd():
+        if not fused:
+            return ops.cross_entropy_forward.default(*args)
+        dlogits = gradient_like(logits)
+        return (*ops.cross_entropy_fused.default(dlogits, *args), dlogits)
 
-    ``fused`` computes the gradient in forward, which reads the logits once instead of twice. That
-    gradient is for dloss = 1; backward hands it over, or, for another dloss, computes it anew into
-    the same memory: scaling it would round half types twice.
-    """
 
-    generate_vmap_rule = True
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, mask, _, class_weight, options, _, ctx.inplace = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    wants_mask = mask is not None and mask.requires_grad
+    ctx.save_for_backward(logits, target, mask if wants_mask else None, class_weight, *output[2:])
+    _, _, label_smoothing, z_loss, softcap, shift, _ = options
+    ctx.formula = (label_smoothing, z_loss, softcap, shift)
 
-    @staticmethod
-    def forward(
-        logits: Tensor,
-        target: Tensor,
-        mask: Tensor | None,
-        normalizer: Tensor | None,
-        class_weight: Tensor | None,
-        options: tuple[Any, ...],
-        fused: bool,
-        inplace: bool,
-    ) -> tuple[Tensor, ...]:
-        op = ops.cross_entropy_fused.default if fused else ops.cross_entropy_forward.default
-        with _below_autograd():
-            return op(logits, target, mask, normalizer, class_weight, *options)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, mask, _, class_weight, options, fused, ctx.inplace = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        wants_mask = mask is not None and mask.requires_grad
-        ctx.save_for_backward(
-            logits, target, mask if wants_mask else None, class_weight, *output[2:]
-        )
-        _, _, label_smoothing, z_loss, softcap, shift, _ = options
-        ctx.formula = (label_smoothing, z_loss, softcap, shift)
+@once_differentiable
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    wants_logits, _, wants_mask = ctx.needs_input_grad[:3]
+    if dloss is None:
+        return (None,) * 8
+    logits, target, mask, class_weight, tokens, groups, *dlogits = ctx.saved_tensors
+    formula = (dloss, logits, target, tokens, groups, class_weight, *ctx.formula)
+    dmask = gradient = None
+    with _below_autograd():
+        if wants_mask:
+            index = None if target.is_floating_point() else target
+            dmask = ops.mask_grad.default(
+                dloss, mask, tokens, groups, index, class_weight, ctx.formula[1]
+            )
+        if wants_logits and ctx.inplace:
+            ops.cross_entropy_backward_out.default(logits, *formula, False)
+            torch.autograd.graph.increment_version(logits)
+            gradient = logits.detach()
+        elif wants_logits and dlogits and not _keeps_graph():
+            (gradient,) = dlogits
+            ops.cross_entropy_backward_out.default(gradient, *formula, True)
+        elif wants_logits and _is_plain(logits):
+            gradient = gradient_like(logits)
+            ops.cross_entropy_backward_out.default(gradient, *formula, False)
+        elif wants_logits:
+            gradient = ops.cross_entropy_backward.default(*formula)
+    return gradient, None, dmask, None, None, None, None, None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        wants_logits, _, wants_mask = ctx.needs_input_grad[:3]
-        if dloss is None:
-            return (None,) * 8
-        logits, target, mask, class_weight, tokens, groups, *dlogits = ctx.saved_tensors
-        formula = (target, tokens, groups, class_weight, *ctx.formula)
-        dmask = gradient = None
-        with _below_autograd():
-            if wants_mask:
-                index = None if target.is_floating_point() else target
-                dmask = ops.mask_grad.default(
-                    dloss, mask, tokens, groups, index, class_weight, ctx.formula[1]
-                )
-            if wants_logits and ctx.inplace:
-                ops.cross_entropy_backward_inplace.default(dloss, logits, *formula)
-                torch.autograd.graph.increment_version(logits)
-                gradient = logits.detach()
-            elif wants_logits and dlogits and not _keeps_graph():
-                (gradient,) = dlogits
-                ops.cross_entropy_rescale.default(gradient, dloss, logits, *formula)
-            elif wants_logits:
-                gradient = ops.cross_entropy_backward.default(dloss, logits, *formula)
-        return gradient, None, dmask, None, None, None, None, None
+
+CrossEntropy = differentiable("CrossEntropy", _forward, _setup_context, _backward)
+"""Of the outputs only the loss is differentiable. ``fused`` reads the logits once instead of twice;
+its gradient is for dloss = 1, and backward hands it over or, for another dloss, computes it anew
+into the same memory: scaling it would round half types twice."""
 
 
 def cross_entropy(
@@ -218,9 +256,7 @@ def cross_entropy(
     plain = _is_plain(logits)
     inplace = inplace_backward and plain
     fused = plain and not inplace and logits.requires_grad and options[0] != "none"
-    return CrossEntropy.apply(
-        logits, target, mask, normalizer, class_weight, options, fused, inplace
-    )
+    return CrossEntropy(logits, target, mask, normalizer, class_weight, options, fused, inplace)
 
 
 def _autograd(op: Any, stats: bool) -> Callable[..., Any]:
@@ -240,12 +276,13 @@ def _autograd(op: Any, stats: bool) -> Callable[..., Any]:
 torch.library.register_fake("masked_loss::cross_entropy", _public(_fake_forward, False))
 torch.library.register_fake("masked_loss::cross_entropy_stats", _public(_fake_forward, True))
 torch.library.register_fake("masked_loss::cross_entropy_forward", _fake_forward)
-torch.library.register_fake("masked_loss::cross_entropy_fused", _fake_fused)
+torch.library.register_fake(
+    "masked_loss::cross_entropy_fused", lambda dlogits, *args: _fake_forward(*args)
+)
 torch.library.register_fake(
     "masked_loss::cross_entropy_backward", lambda dloss, logits, *_: _fake_gradient(logits)
 )
-torch.library.register_fake("masked_loss::cross_entropy_backward_inplace", lambda *_: None)
-torch.library.register_fake("masked_loss::cross_entropy_rescale", lambda *_: None)
+torch.library.register_fake("masked_loss::cross_entropy_backward_out", lambda *_: None)
 torch.library.register_fake("masked_loss::mask_grad", lambda dloss, mask, *_: _fake_gradient(mask))
 _library.impl("cross_entropy", _autograd(ops.cross_entropy.default, False), "Autograd")
 _library.impl("cross_entropy_stats", _autograd(ops.cross_entropy_stats.default, True), "Autograd")
@@ -276,40 +313,38 @@ def _fake_reduce(
     return _fake_reduce_forward(values, mask, normalizer, reduction)[0]
 
 
-class MaskedReduce(torch.autograd.Function):
-    """The reduction of values under a mask, differentiable in both."""
+def _reduce_forward(
+    values: Tensor, mask: Tensor | None, normalizer: Tensor | None, reduction: str
+) -> tuple[Tensor, ...]:
+    with _below_autograd():
+        return ops.masked_reduce_forward.default(values, mask, normalizer, reduction)
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(
-        values: Tensor, mask: Tensor | None, normalizer: Tensor | None, reduction: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with _below_autograd():
-            return ops.masked_reduce_forward.default(values, mask, normalizer, reduction)
+def _reduce_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    values, mask, _, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    wants_mask = mask is not None and mask.requires_grad
+    ctx.save_for_backward(values, mask if wants_mask else None, *output[1:])
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        values, mask, _, _ = inputs
-        _, tokens, groups = output
-        ctx.mark_non_differentiable(tokens, groups)
-        ctx.set_materialize_grads(False)
-        wants_mask = mask is not None and mask.requires_grad
-        ctx.save_for_backward(values, mask if wants_mask else None, tokens, groups)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if dloss is None:
-            return (None,) * 4
-        values, mask, tokens, groups = ctx.saved_tensors
-        dvalues = dmask = None
-        with _below_autograd():
-            if ctx.needs_input_grad[0]:
-                dvalues = ops.masked_reduce_backward.default(dloss, values, tokens, groups)
-            if ctx.needs_input_grad[1]:
-                dmask = ops.mask_grad.default(dloss, mask, tokens, groups, None, None, 0.0)
-        return dvalues, dmask, None, None
+@once_differentiable
+def _reduce_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 4
+    values, mask, tokens, groups = ctx.saved_tensors
+    dvalues = dmask = None
+    with _below_autograd():
+        if ctx.needs_input_grad[0]:
+            dvalues = ops.masked_reduce_backward.default(dloss, values, tokens, groups)
+        if ctx.needs_input_grad[1]:
+            dmask = ops.mask_grad.default(dloss, mask, tokens, groups, None, None, 0.0)
+    return dvalues, dmask, None, None
+
+
+MaskedReduce = differentiable(
+    "MaskedReduce", _reduce_forward, _reduce_setup_context, _reduce_backward
+)
 
 
 def masked_reduce(
@@ -324,7 +359,7 @@ def masked_reduce(
             return ops.masked_reduce.default(
                 values, mask, reduction=reduction, normalizer=normalizer
             )
-    return MaskedReduce.apply(values, mask, normalizer, reduction)[0]
+    return MaskedReduce(values, mask, normalizer, reduction)[0]
 
 
 torch.library.register_fake("masked_loss::masked_reduce", _fake_reduce)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Memory for large gradients on the CPU, kept from one step to the next.
+
+A gradient of logits is the largest tensor of a training step. Allocated anew, its pages come from
+the system one after the other, zeroed: for 128 MiB that takes longer than computing the gradient.
+So the memory of the last one is used again as soon as nobody else refers to it. At most one idle
+block is kept.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import threading
+
+import torch
+from torch import Tensor
+
+# Smaller ones come from malloc, which keeps its memory itself.
+_LARGE = 32 << 20
+
+_lock = threading.Lock()
+_block: mmap.mmap | None = None
+
+
+def gradient_like(values: Tensor) -> Tensor:
+    """An uninitialised, contiguous tensor like ``values``."""
+    size = values.numel() * values.element_size()
+    if size < _LARGE or values.device.type != "cpu":
+        return torch.empty_like(values, memory_format=torch.contiguous_format)
+    return torch.frombuffer(_take(size), dtype=values.dtype, count=values.numel()).view(
+        values.shape
+    )
+
+
+def _take(size: int) -> mmap.mmap:
+    """A block of at least ``size`` bytes that no tensor refers to."""
+    global _block
+    with _lock:
+        # A tensor made of the block holds a reference to it; idle, it has this module's, the local
+        # variable's and getrefcount's own.
+        block = _block
+        fits = block is not None and size <= len(block) <= size + size // 4
+        if block is None or not fits or sys.getrefcount(block) > 3:
+            _block = block = None  # an idle block that does not fit goes first
+            block = mmap.mmap(-1, size)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                block.madvise(mmap.MADV_HUGEPAGE)
+            _block = block
+        return block
