@@ -158,11 +158,11 @@ inline Reduction reduction(const char* who, const std::string& name, int64_t tar
   return parsed;
 }
 
-inline void class_weight(const char* who, const Tensor& weight, const Tensor& logits,
-                         int64_t classes) {
+inline void class_weight(const char* who, const Tensor& weight, const char* other,
+                         const Tensor& expected, int64_t classes) {
   floating(who, "class_weight", weight);
   shape(who, "class_weight", weight, {classes});
-  same_device(who, "class_weight", weight, "logits", logits);
+  same_device(who, "class_weight", weight, other, expected);
 }
 
 inline void numbers(const char* who, double label_smoothing, double z_loss) {

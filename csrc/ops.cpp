@@ -22,6 +22,7 @@ using torch::headeronly::ScalarType;
 
 constexpr const char* kCrossEntropy = "cross_entropy";
 constexpr const char* kMaskedReduce = "masked_reduce";
+constexpr const char* kLinear = "linear_cross_entropy";
 
 // Straight through the C shim: the dispatcher's new_empty costs more than a small loss.
 Tensor empty(const Tensor& like, const Shape& shape, int32_t dtype) {
@@ -127,7 +128,7 @@ Problem make_problem(const Tensor& logits, const Tensor& target,
                 check::text(shape_of(logits)));
   }
   if (class_weight) {
-    check::class_weight(kCrossEntropy, *class_weight, logits, p.logits.cols);
+    check::class_weight(kCrossEntropy, *class_weight, "logits", logits, p.logits.cols);
     p.class_weight = as_type(*class_weight, accumulation_type(p.wide));
   }
   CrossEntropyArgs& a = p.args;
@@ -386,6 +387,80 @@ Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Option
   args.mask_type = mask_type;
   Device::of(mask).mask_grad(args);
   return dmask;
+}
+
+std::tuple<Tensor, Tensor> linear_weigh(Tensor target, OptionalTensor mask,
+                                        OptionalTensor normalizer, OptionalTensor class_weight,
+                                        std::string reduction_name, int64_t ignore_index,
+                                        int64_t classes, double label_smoothing, double z_loss,
+                                        std::optional<double> softcap, bool wide, bool shift,
+                                        bool stats) {
+  const Shape shape = shape_of(target);
+  check::numbers(kLinear, label_smoothing, z_loss);
+  check::softcap(kLinear, softcap);
+  WeighArgs args{};
+  args.target_type = check::class_indices(kLinear, target);
+  if (shift && shape.empty()) {
+    check::fail("ValueError", kLinear, ": shift needs a time dimension, got a scalar target");
+  }
+  if (mask) check::mask(kLinear, *mask, "target", target, shape);
+  args.reduction = check::reduction(kLinear, reduction_name, static_cast<int64_t>(shape.size()),
+                                    normalizer, "target", target);
+  std::optional<Tensor> weight;
+  if (class_weight) {
+    check::class_weight(kLinear, *class_weight, "target", target, classes);
+    weight = as_type(*class_weight, accumulation_type(wide));
+  }
+  const Tensor flat = as_contiguous(target);
+  args.tokens = product(shape);
+  args.steps = shape.empty() ? 1 : shape.back();
+  args.skip_first = shift;
+  args.target = flat.data_ptr();
+  args.classes = classes;
+  args.ignore_index = ignore_index;
+  args.class_weight = data(weight);
+  args.wide = wide;
+  const int64_t fields = stats ? TokenField::kCount : TokenField::kSaved;
+  const Tables tables = weigh(kLinear, Device::of(target), args, target, fields, mask, normalizer,
+                              shape);
+  return {tables.tokens, tables.groups};
+}
+
+void linear_chunk(Tensor logits, Tensor target, Tensor tokens, Tensor groups,
+                  OptionalTensor class_weight, OptionalTensor dloss, double label_smoothing,
+                  double z_loss, std::optional<double> softcap, bool forward, bool gradient) {
+  Problem p = make_problem(logits, target, class_weight,
+                           {label_smoothing, z_loss, check::softcap(kLinear, softcap), false});
+  check_tables(kLinear, tokens, groups, p.args.rows, p.wide, TokenField::kSaved);
+  std::optional<Tensor> scale;
+  if (dloss) scale = upstream(kLinear, *dloss, p.wide, p.args.rows, logits);
+  p.args.tokens = tokens.data_ptr();
+  p.args.groups = static_cast<const double*>(groups.data_ptr());
+  p.args.group_size = std::max<int64_t>(1, p.args.rows / std::max<int64_t>(1, groups.size(0)));
+  p.args.dloss = data(scale);
+  p.args.dloss_per_token = dloss && dloss->dim() != 0;
+  p.args.forward = forward;
+  p.args.stats = forward && tokens.size(0) == TokenField::kCount;
+  if (gradient) set_gradient(p, logits, logits);
+  p.device.cross_entropy(p.args);
+}
+
+std::tuple<Tensor, Tensor> linear_reduce(Tensor tokens, Tensor groups, Tensor target,
+                                         std::string reduction_name, double z_loss, bool stats) {
+  const Shape shape = shape_of(target);
+  const int64_t count = product(shape);
+  const bool wide = tokens.scalar_type() == ScalarType::Double;
+  const Reduction reduction =
+      check::reduction(kLinear, reduction_name, static_cast<int64_t>(shape.size()), std::nullopt,
+                       "target", target);
+  check_tables(kLinear, tokens, groups, count, wide,
+               stats ? static_cast<int64_t>(TokenField::kCount) : TokenField::kSaved);
+  const Tables tables{tokens, groups, count / std::max<int64_t>(1, groups.size(0))};
+  const Tensor sums =
+      empty(tokens, {stats ? static_cast<int64_t>(StatField::kCount) : 0}, accumulation_id(wide));
+  const Tensor loss = reduced(Device::of(tokens), tables, count, reduction, wide, z_loss, shape,
+                              tokens, stats ? std::optional<Tensor>(sums) : std::nullopt);
+  return {loss, sums};
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_reduce_forward(Tensor values, OptionalTensor mask,

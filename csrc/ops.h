@@ -51,6 +51,25 @@ void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, Ten
 Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, OptionalTensor target,
                  OptionalTensor class_weight, double z_loss);
 
+// What linear_cross_entropy (masked_loss/_linear.py) is made of, between its matrix products.
+// Weights of all tokens and scales of all groups -> tokens, groups
+std::tuple<Tensor, Tensor> linear_weigh(Tensor target, OptionalTensor mask,
+                                        OptionalTensor normalizer, OptionalTensor class_weight,
+                                        std::string reduction, int64_t ignore_index,
+                                        int64_t classes, double label_smoothing, double z_loss,
+                                        std::optional<double> softcap, bool wide, bool shift,
+                                        bool stats);
+
+// Some tokens' logits become their gradient. forward: the table of these tokens, of which only the
+// weights were there, is filled; without it, it is there already.
+void linear_chunk(Tensor logits, Tensor target, Tensor tokens, Tensor groups,
+                  OptionalTensor class_weight, OptionalTensor dloss, double label_smoothing,
+                  double z_loss, std::optional<double> softcap, bool forward, bool gradient);
+
+// -> loss, stats; groups gets its means
+std::tuple<Tensor, Tensor> linear_reduce(Tensor tokens, Tensor groups, Tensor target,
+                                         std::string reduction, double z_loss, bool stats);
+
 Tensor masked_reduce(Tensor values, OptionalTensor mask, std::string reduction,
                      OptionalTensor normalizer);
 

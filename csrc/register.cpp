@@ -30,6 +30,14 @@ STABLE_TORCH_LIBRARY(masked_loss, m) {
         ", bool unless_one) -> ()");
   m.def("mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Tensor? target, "
         "Tensor? class_weight, float z_loss) -> Tensor");
+  m.def("linear_weigh(Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, "
+        "str reduction, int ignore_index, int classes, float label_smoothing, float z_loss, "
+        "float? softcap, bool wide, bool shift, bool stats) -> (Tensor tokens, Tensor groups)");
+  m.def("linear_chunk(Tensor(a!) logits, Tensor target, Tensor(b!) tokens, Tensor groups, "
+        "Tensor? class_weight, Tensor? dloss, float label_smoothing, float z_loss, "
+        "float? softcap, bool forward, bool gradient) -> ()");
+  m.def("linear_reduce(Tensor tokens, Tensor(a!) groups, Tensor target, str reduction, "
+        "float z_loss, bool stats) -> (Tensor loss, Tensor stats)");
   m.def("masked_reduce(Tensor values, Tensor? mask=None, *, str reduction=\"mean\", "
         "Tensor? normalizer=None) -> Tensor");
   m.def("masked_reduce_forward(Tensor values, Tensor? mask, Tensor? normalizer, str reduction) "
@@ -50,6 +58,9 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
   m.impl("cross_entropy_backward_out", TORCH_BOX(&cross_entropy_backward_out));
   m.impl("mask_grad", TORCH_BOX(&mask_grad));
+  m.impl("linear_weigh", TORCH_BOX(&linear_weigh));
+  m.impl("linear_chunk", TORCH_BOX(&linear_chunk));
+  m.impl("linear_reduce", TORCH_BOX(&linear_reduce));
   m.impl("masked_reduce", TORCH_BOX(&masked_reduce));
   m.impl("masked_reduce_forward", TORCH_BOX(&masked_reduce_forward));
   m.impl("masked_reduce_backward", TORCH_BOX(&masked_reduce_backward));
