@@ -49,8 +49,11 @@ def differentiable(
     forward: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    results: int,
 ) -> Callable[..., Any]:
-    """The function that calls ``forward`` and that autograd and torch.func differentiate.
+    """The function that calls ``forward`` and that autograd and torch.func differentiate, once.
+
+    Of what ``forward`` returns, callers may use the first ``results``.
 
     torch.func needs a Function whose setup_context stands apart. PyTorch binds the arguments of
     such a one by inspecting its signature at each call, which takes longer than a small loss; so
@@ -60,9 +63,14 @@ def differentiable(
     def forward_with_context(ctx: Any, *args: Any) -> Any:
         output = forward(*args)
         setup_context(ctx, args, output)
-        return output
+        return output[:results]
 
-    methods = {"backward": staticmethod(backward)}
+    once = once_differentiable(backward)
+
+    def backward_once(ctx: Any, *grads: Any) -> Any:
+        return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    methods = {"backward": staticmethod(backward_once)}
     eager = type(
         name, (torch.autograd.Function,), {**methods, "forward": staticmethod(forward_with_context)}
     )
@@ -77,10 +85,12 @@ def differentiable(
         },
     )
 
+    apply_eager = super(torch.autograd.Function, eager).apply  # what Function.apply comes down to
+
     def call(*args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*args)
-        return eager.apply(*args)
+        return apply_eager(*args)
 
     return call
 
@@ -200,7 +210,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.formula = (label_smoothing, z_loss, softcap, shift)
 
 
-@once_differentiable
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     wants_logits, _, wants_mask = ctx.needs_input_grad[:3]
     if dloss is None:
@@ -220,7 +229,9 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
             gradient = logits.detach()
         elif wants_logits and dlogits and not _keeps_graph():
             (gradient,) = dlogits
-            ops.cross_entropy_backward_out.default(gradient, *formula, True)
+            # On CUDA the operator looks at dloss itself: reading it here would wait for the device.
+            if not dloss.is_cpu or dloss.item() != 1:
+                ops.cross_entropy_backward_out.default(gradient, *formula, True)
         elif wants_logits and _is_plain(logits):
             gradient = gradient_like(logits)
             ops.cross_entropy_backward_out.default(gradient, *formula, False)
@@ -229,7 +240,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     return gradient, None, dmask, None, None, None, None, None
 
 
-CrossEntropy = differentiable("CrossEntropy", _forward, _setup_context, _backward)
+CrossEntropy = differentiable("CrossEntropy", _forward, _setup_context, _backward, results=2)
 """Of the outputs only the loss is differentiable. ``fused`` reads the logits once instead of twice;
 its gradient is for dloss = 1, and backward hands it over or, for another dloss, computes it anew
 into the same memory: scaling it would round half types twice."""
@@ -328,7 +339,6 @@ def _reduce_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.save_for_backward(values, mask if wants_mask else None, *output[1:])
 
 
-@once_differentiable
 def _reduce_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 4
@@ -343,7 +353,7 @@ def _reduce_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | 
 
 
 MaskedReduce = differentiable(
-    "MaskedReduce", _reduce_forward, _reduce_setup_context, _reduce_backward
+    "MaskedReduce", _reduce_forward, _reduce_setup_context, _reduce_backward, results=1
 )
 
 
