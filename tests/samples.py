@@ -117,8 +117,10 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def sample(self, dtype: torch.dtype, device: str = "cpu", requires_grad: bool = True) -> Sample:
-        random = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+    def sample(
+        self, dtype: torch.dtype, device: str = "cpu", requires_grad: bool = True, draw: int = 0
+    ) -> Sample:
+        random = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + draw)
 
         def normal(*sizes: int) -> Tensor:
             numbers = torch.randn(sizes, generator=random, dtype=torch.float64)

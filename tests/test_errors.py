@@ -46,13 +46,13 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         "target of floats",
         {"target": TARGET.float()},
         TypeError,
-        ["target must be int64 or int32", "got float32"],
+        ["target must be int64 or int32", "got", "float32"],
     ),
     (
         "target of probabilities",
         {"target": torch.rand(4, 7, 10)},
         TypeError,
-        ["target must be int64 or int32", "got float32"],
+        ["target must be int64 or int32", "got", "float32"],
     ),
     (
         "target of bools",
@@ -61,7 +61,12 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         ["target must be int64 or int32", "got bool"],
     ),
     ("target of int16", {"target": TARGET.short()}, TypeError, ["target must be", "got int16"]),
-    ("target is a list", {"target": [[1] * 7] * 4}, TypeError, ["target", "Tensor", "list"]),
+    (
+        "target is a list",
+        {"target": [[1] * 7] * 4},
+        TypeError,
+        ["masked_cross_entropy: target must be a tensor, got list"],
+    ),
     (
         "mask too long",
         {"mask": torch.ones(4, 8)},
@@ -86,8 +91,18 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         TypeError,
         ["masked_cross_entropy: mask must be", "got complex64"],
     ),
-    ("mask is a list", {"mask": [[1] * 7] * 4}, TypeError, ["mask", "Tensor", "list"]),
-    ("mask is a number", {"mask": 1.0}, TypeError, ["mask", "Tensor", "float"]),
+    (
+        "mask is a list",
+        {"mask": [[1] * 7] * 4},
+        TypeError,
+        ["masked_cross_entropy: mask must be a tensor, got list"],
+    ),
+    (
+        "mask is a number",
+        {"mask": 1.0},
+        TypeError,
+        ["masked_cross_entropy: mask must be a tensor, got float"],
+    ),
     (
         "logits of integers",
         {"logits": LOGITS.long()},
@@ -106,7 +121,12 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         ValueError,
         ["masked_cross_entropy: logits must have shape [..., V], got []"],
     ),
-    ("logits are a list", {"logits": [[0.0]]}, TypeError, ["logits", "Tensor", "list"]),
+    (
+        "logits are a list",
+        {"logits": [[0.0]]},
+        TypeError,
+        ["masked_cross_entropy: logits must be a tensor, got list"],
+    ),
     (
         "unknown reduction",
         {"reduction": "average"},
@@ -176,6 +196,16 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         ValueError,
         ["masked_cross_entropy: label_smoothing must be between 0 and 1, got 1.5"],
     ),
+    (
+        "class_weight is a list",
+        {"class_weight": [1.0] * 10},
+        TypeError,
+        ["masked_cross_entropy: class_weight must be a tensor, got list"],
+    ),
+    ("smoothing is a text", {"label_smoothing": "0.1"}, TypeError, ["label_smoothing", "str"]),
+    ("z_loss is a text", {"z_loss": "0.1"}, TypeError, ["z_loss", "str"]),
+    ("softcap is a text", {"softcap": "30"}, TypeError, ["softcap", "str"]),
+    ("ignore_index is a float", {"ignore_index": 0.5}, TypeError, ["ignore_index", "float"]),
     ("smoothing is NaN", {"label_smoothing": float("nan")}, ValueError, ["label_smoothing", "nan"]),
     (
         "negative z_loss",
@@ -205,19 +235,19 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         "logits on another device",
         {"logits": LOGITS.to("meta")},
         ValueError,
-        ["masked_cross_entropy:", "device"],
+        ["cross_entropy:", "device"],
     ),
     (
         "target on another device",
         {"target": TARGET.to("meta")},
         ValueError,
-        ["masked_cross_entropy: target", "device"],
+        ["cross_entropy: target", "device"],
     ),
     (
         "mask on another device",
         {"mask": MASK.to("meta")},
         ValueError,
-        ["masked_cross_entropy: mask", "device"],
+        ["cross_entropy: mask", "device"],
     ),
 ]
 
@@ -317,10 +347,9 @@ def test_target_out_of_range_with_int32() -> None:
 
 
 def test_no_classes() -> None:
-    """Every class index is out of range; without a token there is nothing to complain about."""
-    with complain(IndexError, "target[0] is 0, expected 0 <= target < 0"):
-        masked_cross_entropy(torch.zeros(2, 0), torch.zeros(2, dtype=torch.long))
-    assert masked_cross_entropy(torch.zeros(0, 0), torch.zeros(0, dtype=torch.long)) == 0
+    for rows in (2, 0):
+        with complain(ValueError, "logits must have at least one class", f"[{rows}, 0]"):
+            masked_cross_entropy(torch.zeros(rows, 0), torch.zeros(rows, dtype=torch.long))
 
 
 def test_an_error_leaves_nothing_behind() -> None:
@@ -356,7 +385,7 @@ def test_operator_has_the_same_text() -> None:
             ValueError,
             ["cross_entropy: target must have shape [4, 5]", "got [5, 5]"],
         ),
-        ({"target": torch.zeros(4, 7, 6)}, ValueError, ["cross_entropy: target", "got [4, 7, 6]"]),
+        ({"target": torch.zeros(4, 7, 6)}, ValueError, ["[4, 7, 5]", "got [4, 7, 6]"]),
         ({"target": torch.zeros(4, 5, dtype=torch.short)}, TypeError, ["target", "int16"]),
         ({"input": torch.zeros(4, 7, 5).long()}, TypeError, ["cross_entropy: input", "int64"]),
         ({"input": torch.tensor(0.0), "target": torch.tensor(0)}, ValueError, ["input", "[]"]),
@@ -389,9 +418,9 @@ def test_bad_arguments_of_the_dropin(
         ({"mask": torch.ones(4, 8)}, ValueError, ["mask must have shape [4, 7], got [4, 8]"]),
         ({"mask": torch.ones(())}, ValueError, ["mask must have shape [4, 7], got []"]),
         ({"mask": MASK.to(torch.complex64)}, TypeError, ["mask must be", "complex64"]),
-        ({"mask": [1.0]}, TypeError, ["mask", "Tensor", "list"]),
+        ({"mask": [1.0]}, TypeError, ["mask must be a tensor, got list"]),
         ({"values": MASK.long()}, TypeError, ["values must be", "int64"]),
-        ({"values": 1.0}, TypeError, ["values", "Tensor", "float"]),
+        ({"values": 1.0}, TypeError, ["values must be a tensor, got float"]),
         ({"reduction": "average"}, ValueError, ["reduction must be", "average"]),
         ({"reduction": "none", "normalizer": 3}, ValueError, ["normalizer", "none"]),
         ({"normalizer": torch.ones(2)}, ValueError, ["normalizer", "0-dim", "[2]"]),

@@ -227,8 +227,14 @@ def test_double_backward_is_refused(loss: Callable[..., Tensor]) -> None:
         (gradient,) = torch.autograd.grad(total, logits, create_graph=True)
         return torch.autograd.grad((gradient**2).sum(), logits)[0]
 
-    with pytest.raises(RuntimeError, match=r"masked_loss|once_differentiable|differentia"):
-        second_derivative()
+    def gradient_penalty() -> Tensor:
+        total = loss(logits, target, mask).sum()
+        (gradient,) = torch.autograd.grad(total, logits, create_graph=True)
+        return torch.autograd.grad(total + (gradient**2).sum(), logits)[0]
+
+    for call in (second_derivative, gradient_penalty):
+        with pytest.raises(RuntimeError, match=r"masked_loss|differentiat.* twice|double backward"):
+            call()
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

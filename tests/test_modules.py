@@ -118,10 +118,13 @@ def test_repr_names_what_differs() -> None:
         assert part in text
 
 
-def test_bad_arguments_are_refused_at_once() -> None:
+def test_bad_arguments_are_refused() -> None:
+    """At the latest when the module is called, as by PyTorch's."""
+    logits, target, mask = problem()
+    for options in ({"reduction": "average"}, {"label_smoothing": -1.0}, {"softcap": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            MaskedCrossEntropyLoss(**options)(logits, target, mask)
     with pytest.raises(ValueError, match="reduction"):
-        MaskedCrossEntropyLoss(reduction="average")
-    with pytest.raises(ValueError, match="label_smoothing"):
-        MaskedCrossEntropyLoss(label_smoothing=-1)
-    with pytest.raises(ValueError, match="reduction"):
-        CrossEntropyLoss(reduction="average")
+        CrossEntropyLoss(reduction="average")(logits, target)
+    with pytest.raises(TypeError, match="ignore_indx"):
+        MaskedCrossEntropyLoss(ignore_indx=3)

@@ -516,6 +516,11 @@ def test_the_first_of_equal_logits_is_the_prediction(width: int) -> None:
         target = torch.tensor([first, width - 1, max(first - 1, 0)])
         _, stats = masked_cross_entropy(logits[:2], target[:2], return_stats=True)
         assert stats.correct == 1
+    for value in (0.0, -INF, torch.finfo(torch.float32).min):
+        logits = torch.full((1, width), value)
+        for column, expected in ((0, 1), (width - 1, 0)):
+            _, stats = masked_cross_entropy(logits, torch.tensor([column]), return_stats=True)
+            assert stats.correct == expected
 
 
 def test_statistics_do_not_change_the_loss() -> None:
