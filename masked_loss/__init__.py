@@ -9,17 +9,24 @@
 
 from masked_loss.errors import ReducedLossError
 from masked_loss.functional import cross_entropy, masked_cross_entropy, masked_mean, masked_reduce
-from masked_loss.modules import CrossEntropyLoss, MaskedCrossEntropyLoss
+from masked_loss.linear import linear_cross_entropy
+from masked_loss.modules import (
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    MaskedCrossEntropyLoss,
+)
 from masked_loss.stats import LossStats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "LossStats",
     "MaskedCrossEntropyLoss",
     "ReducedLossError",
     "cross_entropy",
+    "linear_cross_entropy",
     "masked_cross_entropy",
     "masked_mean",
     "masked_reduce",
