@@ -24,21 +24,6 @@ extern const Kernels kKernels;
 
 namespace {
 
-const Kernels& choose() {
-  [[maybe_unused]] const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-  [[maybe_unused]] const std::string_view limit = asked ? asked : "";
-#if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  if (avx512 && limit != "avx2" && limit != "default") return isa_avx512::kKernels;
-  if (avx2 && limit != "default") return isa_avx2::kKernels;
-#endif
-  return isa_default::kKernels;
-}
-
 // Work smaller than this is not worth waking a thread for; a task is at least this large.
 constexpr int64_t kTaskElements = 1 << 16;
 
@@ -78,13 +63,35 @@ void share_segments(const CrossEntropyArgs& args, const RowKernels& kernels,
 
 }  // namespace
 
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512) found.push_back(&isa_avx512::kKernels);
+  if (avx2) found.push_back(&isa_avx2::kKernels);
+#endif
+  found.push_back(&isa_default::kKernels);
+  return found;
+}
+
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
+  static const Kernels& chosen = [&]() -> const Kernels& {
+    const std::vector<const Kernels*> found = available();
+    const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
+    for (const Kernels* table : found) {
+      if (asked && std::string_view(asked) == table->name) return *table;
+    }
+    return *found.front();  // not asked for, or not to be had here: the best
+  }();
   return chosen;
 }
 
-void cross_entropy(const CrossEntropyArgs& args, const Threads& threads) {
-  const RowKernels& rows = kernels().rows[static_cast<int>(args.dtype)];
+void cross_entropy(const CrossEntropyArgs& args, const Threads& threads, const Kernels& table) {
+  const RowKernels& rows = table.rows[static_cast<int>(args.dtype)];
   if (args.rows < 4 * threads.count && args.cols >= 2 * kSegment) {
     return share_segments(args, rows, threads);
   }

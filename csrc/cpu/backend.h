@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "args.h"
 
@@ -25,7 +26,10 @@ struct Kernels {
   RowKernels rows[4];  // by DType: fp64, fp32, bf16, fp16
 };
 
-// The best instruction set of this machine that ATEN_CPU_CAPABILITY (default, avx2, avx512) allows.
+// The instruction sets that this machine has, best first.
+std::vector<const Kernels*> available();
+
+// The best of them that ATEN_CPU_CAPABILITY (default, avx2, avx512) allows.
 const Kernels& kernels();
 
 // Threads that somebody else owns: run(worker) calls worker on up to `count` of them.
@@ -36,7 +40,8 @@ struct Threads {
 
 // Weights and scales. Returns the first token whose target is out of range, or -1.
 int64_t weigh(const WeighArgs& args, const Threads& threads);
-void cross_entropy(const CrossEntropyArgs& args, const Threads& threads);
+void cross_entropy(const CrossEntropyArgs& args, const Threads& threads,
+                   const Kernels& table = kernels());
 // The gradient anew where dloss is not 1, for which args.dlogits holds it already.
 void rescale(const CrossEntropyArgs& args, const Threads& threads);
 void load_values(const ValuesArgs& args, const Threads& threads);

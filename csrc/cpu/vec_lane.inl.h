@@ -39,7 +39,7 @@ template <class A>
 struct Lane {
   using Scalar = A;
   static constexpr int kLanes = 1;
-  static constexpr int kBlock = 4;
+  static constexpr int kBlock = 16;  // summed as a tree: a long chain of additions loses digits
   A v;
 
   Lane() = default;
