@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from masked_loss import _ops
+from masked_loss._memory import kept_empty
 from masked_loss._ops import ops
 
 _WHO = "linear_cross_entropy"
@@ -149,20 +150,14 @@ def _dweight_dtype(
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if not x.is_contiguous():
-        return torch.empty_like(x, dtype=dtype)
-    return _empty(x.shape, dtype, x.device)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Large memory on the CPU comes in large pages: small ones take as long as a kernel does."""
-    count = torch.Size(shape).numel()
-    size = count * dtype.itemsize
-    if device.type != "cpu" or size < _PIECE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
+    size = x.numel() * dtype.itemsize
+    pages = x.is_cpu and x.is_contiguous() and hasattr(mmap, "MADV_HUGEPAGE")
+    if not pages or size < _PIECE_BYTES:
+        return torch.empty_like(x, dtype=dtype)
     block = mmap.mmap(-1, size)
     block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
+    return torch.frombuffer(block, dtype=dtype, count=x.numel()).view(x.shape)
 
 
 def _pieces(rows: int, row_bytes: int) -> Iterator[slice]:
@@ -326,7 +321,7 @@ def _run(
         size = min(size, -(-even // 16) * 16)
     size = min(size, active.count)
 
-    logits = _empty((size, columns), weight.dtype, weight.device)
+    logits = kept_empty((size, columns), weight)
     gathered = hidden.new_empty((size if active.gathers else 0, width))
     dtype = _dweight_dtype(weight, target.numel(), options.chunk_tokens, options.accumulation_dtype)
     weight_grad = _WeightGrad(weight, dtype, needs_weight, needs_bias)

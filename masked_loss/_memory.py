@@ -25,12 +25,16 @@ _block: mmap.mmap | None = None
 
 def gradient_like(values: Tensor) -> Tensor:
     """An uninitialised, contiguous tensor like ``values``."""
-    size = values.numel() * values.element_size()
-    if size < _LARGE or values.device.type != "cpu":
-        return torch.empty_like(values, memory_format=torch.contiguous_format)
-    return torch.frombuffer(_take(size), dtype=values.dtype, count=values.numel()).view(
-        values.shape
-    )
+    return kept_empty(values.shape, values)
+
+
+def kept_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised tensor of ``shape``, of the type and on the device of ``like``."""
+    count = torch.Size(shape).numel()
+    size = count * like.element_size()
+    if size < _LARGE or like.device.type != "cpu":
+        return like.new_empty(shape)
+    return torch.frombuffer(_take(size), dtype=like.dtype, count=count).view(shape)
 
 
 def _take(size: int) -> mmap.mmap:
