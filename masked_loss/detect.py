@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Finding a mask that meets an already reduced loss, while a program runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from masked_loss.errors import ReducedLossError
+
+__all__ = ["active", "detect_reduced_loss", "note_reduced"]
+
+active = False
+"""True while a detector is open in any thread: only then is :func:`note_reduced` worth a call."""
+
+_HERE = os.path.dirname(__file__) + os.sep
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_lock = threading.Lock()
+_open_detectors = 0
+_of_thread = threading.local()
+
+_MULTIPLY = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
+# A result of these is still the reduced loss, as long as it has one element.
+_PRESERVE = _MULTIPLY | frozenset(
+    "div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__ __div__ __idiv__"
+    " add add_ __add__ __radd__ __iadd__ sub sub_ subtract subtract_ __sub__ __rsub__ __isub__"
+    " rsub neg neg_ negative __neg__ abs __abs__ clone detach detach_ to type float double half"
+    " bfloat16 cpu cuda contiguous requires_grad_ alias view reshape squeeze unsqueeze flatten"
+    " ravel sum mean nan_to_num nan_to_num_ clamp clamp_ clamp_min clamp_max copy_".split()
+)
+
+
+class _Place(NamedTuple):
+    """A line of the user's program."""
+
+    filename: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        source = linecache.getline(self.filename, self.line).strip()
+        where = f"{self.filename}:{self.line}, in {self.function}"
+        return f"{where}\n      {source}" if source else where
+
+
+class _Reduced(NamedTuple):
+    """Where a loss became a scalar, and by what."""
+
+    place: _Place
+    how: str  # cross_entropy, reduction="mean"
+
+
+class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.autograd.detect_anomaly
+    """Context manager that stops where a mask is applied to a loss that is already a scalar.
+
+    With :math:`\\bar\\ell` a loss that was reduced over its tokens and ``mask`` a tensor,
+    :math:`\\sum_n m_n \\bar\\ell / \\sum_n m_n = \\bar\\ell`: the mask changes nothing, and no error
+    tells. While this context is active, every loss that ``torch.nn.functional`` (directly or in
+    a ``torch.nn`` module) or masked_loss reduces to a scalar is remembered, also when it is then
+    scaled, cast, moved, detached, cloned or added to another scalar. Where such a loss is
+    multiplied with a tensor of more than one element, :class:`ReducedLossError` is raised; the
+    message shows the line that reduced the loss and the line that applied the mask.
+
+    It is a debugging aid in the manner of ``torch.autograd.detect_anomaly``: run one training step
+    under it. It costs nothing when it is not active, and keeps no tensor alive. It sees eager
+    code of the thread that opened it, with autograd, modules and autocast; compiled graphs are
+    not seen.
+
+    Args:
+        warn: warn once per place of the mask instead of raising.
+
+    Raises:
+        ReducedLossError: where a reduced loss is multiplied with a tensor of several elements. A
+            loss without gradient that scales a tensor with one (a reward, say) is let through.
+
+    >>> import torch, torch.nn.functional as F
+    >>> import masked_loss
+    >>> logits, target, mask = torch.randn(8, 5), torch.arange(8) % 5, torch.arange(8.0) < 6
+    >>> with masked_loss.detect_reduced_loss():
+    ...     loss = F.cross_entropy(logits, target)
+    ...     loss = (loss * mask).sum() / mask.sum()
+    Traceback (most recent call last):
+        ...
+    masked_loss.errors.ReducedLossError: detect_reduced_loss: a tensor of shape [8] multiplies ...
+
+    Source: https://github.com/masked-loss/masked_loss/blob/main/masked_loss/detect.py
+    """
+
+    def __init__(self, *, warn: bool = False) -> None:
+        super().__init__()
+        self._warn = warn
+        self._warned: set[tuple[str, int]] = set()
+        self._reduced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __enter__(self) -> detect_reduced_loss:
+        global active, _open_detectors
+        super().__enter__()
+        with _lock:
+            _open_detectors += 1
+            active = True
+        _detectors().append(self)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        global active, _open_detectors
+        _detectors().remove(self)
+        with _lock:
+            _open_detectors -= 1
+            active = _open_detectors > 0
+        self._reduced.clear()
+        super().__exit__(*exception)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        signature = _loss_signature(func)
+        if signature is None and name not in _PRESERVE and name != "einsum":
+            return func(*args, **kwargs)
+
+        tensors = [t for t in _flat((*args, *kwargs.values())) if isinstance(t, torch.Tensor)]
+        known = next((r for t in tensors if (r := self._reduced.get(t)) is not None), None)
+        if known is not None and (name in _MULTIPLY or name == "einsum"):
+            self._check(tensors, known)
+
+        result = func(*args, **kwargs)
+        if not isinstance(result, torch.Tensor):
+            return result
+        if signature is not None:
+            reduction = _reduction(signature, args, kwargs)
+            if reduction != "none" and result.dim() == 0:
+                self._note(result, f'{name}, reduction="{reduction}"')
+        elif known is not None and name in _PRESERVE and result.numel() == 1:
+            self._reduced[result] = known
+        return result
+
+    def _note(self, loss: torch.Tensor, how: str) -> None:
+        self._reduced[loss] = _Reduced(_caller(), how)
+
+    def _check(self, tensors: list[torch.Tensor], known: _Reduced) -> None:
+        losses = [t for t in tensors if t in self._reduced]
+        attached = any(loss.requires_grad for loss in losses)
+        for tensor in tensors:
+            if tensor.numel() == 1 or tensor in self._reduced:
+                continue
+            if tensor.requires_grad and not attached:
+                continue  # a detached loss as a coefficient
+            place = _caller()
+            message = (
+                f"detect_reduced_loss: a tensor of shape {list(tensor.shape)} multiplies a loss that "
+                "is already a scalar, so as a mask it has no effect\n"
+                f"  reduced ({known.how}): {known.place}\n"
+                f"  masked: {place}\n"
+                'Keep one loss per token (reduction="none") until the mask has been applied, or use '
+                "masked_loss.masked_cross_entropy(logits, target, mask)."
+            )
+            if not self._warn:
+                raise ReducedLossError(message)
+            if (place.filename, place.line) not in self._warned:
+                self._warned.add((place.filename, place.line))
+                warnings.warn_explicit(message, UserWarning, place.filename, place.line)
+            return
+
+
+def note_reduced(loss: torch.Tensor, function: str, reduction: str) -> None:
+    """Tells the open detectors of this thread that masked_loss reduced a loss to a scalar.
+
+    Args:
+        loss: the scalar, as it is handed to the user.
+        function: the public function that returns it.
+        reduction: its ``reduction``; "none" is not noted.
+
+    >>> import torch
+    >>> with detect_reduced_loss() as detector:
+    ...     note_reduced(torch.tensor(1.0), "masked_cross_entropy", "mean")
+    """
+    if reduction == "none" or loss.dim() != 0:
+        return
+    for detector in _detectors():
+        detector._note(loss, f'{function}, reduction="{reduction}"')
+
+
+def _detectors() -> list[detect_reduced_loss]:
+    """The open detectors of this thread, outermost first."""
+    if not hasattr(_of_thread, "detectors"):
+        _of_thread.detectors = []
+    detectors: list[detect_reduced_loss] = _of_thread.detectors
+    return detectors
+
+
+def _flat(values: tuple[Any, ...]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _flat(tuple(value))
+        else:
+            yield value
+
+
+def _caller() -> _Place:
+    """The innermost line outside torch and masked_loss."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
+        frame = frame.f_back
+    return _Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _loss_signature(func: Callable[..., Any]) -> inspect.Signature | None:
+    """The signature of a loss of torch.nn.functional, None for any other function."""
+    if getattr(func, "__module__", None) != "torch.nn.functional" or not inspect.isfunction(func):
+        return None
+    signature = inspect.signature(func)
+    return signature if "reduction" in signature.parameters else None
+
+
+def _reduction(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The reduction that a call of a loss asks for, in the spelling of today."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    average, reduce = bound.arguments.get("size_average"), bound.arguments.get("reduce")
+    if average is None and reduce is None:
+        return str(bound.arguments["reduction"])
+    if reduce is not None and not reduce:
+        return "none"
+    return "mean" if average is None or average else "sum"

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Finds losses that were reduced before their mask, and related mistakes, in source code.
+
+Run it as ``python -m masked_loss.lint PATH ...``. The rules are described in docs/lint.md. Files
+are read, never executed. It works in five small steps, one module each: `source` reads files,
+`project` finds out which name means what across them, `interpreter` runs them on the abstract
+`values`, `rules` judge what it meets, `output` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from masked_loss.lint.interpreter import Event, Interpreter
+from masked_loss.lint.project import Project
+from masked_loss.lint.rules import RULES, Finding
+from masked_loss.lint.source import Source, find, read
+
+__all__ = ["RULES", "Finding", "check", "check_paths"]
+
+
+def check(sources: Iterable[Source], codes: Collection[str] = tuple(RULES)) -> list[Finding]:
+    """What the rules named by `codes` find in these files, in order of place."""
+    files = list(sources)
+    findings: dict[tuple[object, str], Finding] = {}
+    rules = [RULES[code] for code in RULES if code in codes]
+
+    def report(event: Event) -> None:
+        source = event.frame.module.source
+        for rule in rules:
+            finding = rule(event)
+            if finding and not source.silences(*finding.lines, finding.code):
+                findings.setdefault((finding.place, finding.code), finding)
+
+    Interpreter(Project(files), report).run()
+    return sorted(findings.values())
+
+
+def check_paths(paths: Iterable[Path], codes: Collection[str] = tuple(RULES)) -> list[Finding]:
+    """`check` of every Python file and notebook under these paths.
+
+    Raises `masked_loss.lint.source.UnreadableError` for a file that cannot be parsed.
+    """
+    return check([read(path) for path in find(paths)], codes)

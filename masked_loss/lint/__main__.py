@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command line: ``python -m masked_loss.lint PATH ...``.
+
+Exit status: 0 nothing found, 1 something found, 2 wrong use or a file that could not be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from masked_loss.lint import check, fix
+from masked_loss.lint.output import FORMATS, summary
+from masked_loss.lint.rules import RULES, SUMMARIES, Finding
+from masked_loss.lint.source import Source, UnreadableError, find, read
+
+
+def _codes(text: str) -> list[str]:
+    """Rule codes from ML001,ML003; a prefix such as ML stands for all it begins."""
+    codes: list[str] = []
+    for part in text.replace(" ", "").upper().split(","):
+        matching = [code for code in RULES if part and code.startswith(part)]
+        if not matching:
+            raise argparse.ArgumentTypeError(f"no rule {part!r}; there are {', '.join(RULES)}")
+        codes += matching
+    return codes
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m masked_loss.lint",
+        description="Finds losses that were reduced before their mask, and related mistakes.",
+        epilog="\n".join(f"{code}  {text}" for code, text in SUMMARIES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files and folders")
+    parser.add_argument("--select", type=_codes, default=list(RULES), help="only these rules")
+    parser.add_argument("--ignore", type=_codes, default=[], help="not these rules")
+    parser.add_argument("--exclude", action="append", default=[], metavar="GLOB")
+    parser.add_argument("--format", choices=FORMATS, default="text")
+    parser.add_argument("--fix", action="store_true", help="rewrite what ML002 finds")
+    return parser
+
+
+def _apply_fixes(sources: list[Source], findings: list[Finding]) -> list[Finding]:
+    """Writes the repairs of Python files; returns the findings that remain."""
+    remaining: list[Finding] = []
+    for source in sources:
+        own = [f for f in findings if f.source is source]
+        fixable = [f for f in own if f.edits and source.path.suffix == ".py"]
+        remaining += [f for f in own if f not in fixable]
+        if fixable:
+            repaired = fix.apply(source.text, [edit for f in fixable for edit in f.edits])
+            source.path.write_bytes(repaired.encode(source.encoding))
+    return sorted(remaining)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    missing = [path for path in arguments.paths if not path.exists()]
+    for path in missing:
+        print(f"error: {path}: no such file or folder", file=sys.stderr)
+    if missing:
+        return 2
+
+    gc.disable()  # syntax trees are many small objects that all live until the end
+    sources: list[Source] = []
+    failed = False
+    for path in find(arguments.paths, arguments.exclude):
+        try:
+            sources.append(read(path))
+        except UnreadableError as error:
+            failed = True
+            print(f"error: {error}", file=sys.stderr)
+
+    codes = [code for code in arguments.select if code not in arguments.ignore]
+    findings = check(sources, codes)
+    fixed = 0
+    if arguments.fix:
+        found = len(findings)
+        findings = _apply_fixes(sources, findings)
+        fixed = found - len(findings)
+
+    report = FORMATS[arguments.format](findings)
+    if report:
+        print(report)
+    print(summary(findings, len(sources), fixed), file=sys.stderr)
+    if failed:
+        return 2
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

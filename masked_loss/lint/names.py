@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a name says of its tensor, where nothing else is known: masks, labels, weights, steps."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+
+_MASK = {"mask", "masks", "maskings"}
+# A name with one of these is not the mask itself but a number, a flag or a tensor about it.
+_NOT_A_MASK = set(
+    [
+        "token",
+        "tokens",
+        "id",
+        "ids",
+        "idx",
+        "index",
+        "loss",
+        "losses",
+        "logit",
+        "logits",
+        "head",
+        "pred",
+        "preds",
+        "prediction",
+        "ratio",
+        "prob",
+        "probs",
+        "probability",
+        "p",
+        "weight",
+        "weights",
+        "w",
+        "scale",
+        "coef",
+        "coeff",
+        "coefficient",
+        "factor",
+        "lambda",
+        "lamb",
+        "lam",
+        "alpha",
+        "beta",
+        "gamma",
+        "rate",
+        "lr",
+        "sum",
+        "count",
+        "num",
+        "n",
+        "total",
+        "len",
+        "length",
+        "size",
+        "mean",
+        "avg",
+        "value",
+        "val",
+        "type",
+        "path",
+        "file",
+        "name",
+        "fn",
+        "func",
+        "use",
+        "has",
+        "is",
+        "with",
+        "do",
+        "no",
+        "apply",
+        "enable",
+        "flag",
+        "penalty",
+        "reg",
+        "dice",
+        "iou",
+        "bce",
+        "ce",
+        "kl",
+        "l",
+        "embed",
+        "embedding",
+        "emb",
+        "feature",
+        "features",
+        "per",
+        "frac",
+        "fraction",
+        "norm",
+        "denom",
+        "denominator",
+    ]
+)
+_SAMPLES = {"sample", "samples", "token", "tokens", "example", "instance", "pixel", "importance"}
+_LABELS = set(
+    ["label", "labels", "target", "targets", "tgt", "trg", "ids", "tokens", "y", "gt", "inputs"]
+)
+_ACCUMULATION = ("accum", "micro", "iter_size", "grad_acc", "gradient_acc")
+
+# Methods and functions that leave a tensor the same for our purpose.
+VIEWS = frozenset(
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "squeeze",
+        "unsqueeze",
+        "contiguous",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "long",
+        "int",
+        "bool",
+        "to",
+        "type",
+        "type_as",
+        "cpu",
+        "cuda",
+        "clone",
+        "detach",
+        "requires_grad_",
+        "view_as",
+        "expand",
+        "expand_as",
+        "ravel",
+        "byte",
+        "transpose",
+        "permute",
+        "t",
+        "masked_fill",
+        "masked_fill_",
+        "ne",
+        "eq",
+        "ge",
+        "gt",
+        "le",
+        "lt",
+        "logical_not",
+        "repeat",
+    ]
+)
+
+
+def words(name: str) -> list[str]:
+    """The words of a snake_case or CamelCase name, lower case."""
+    return [word.lower() for word in _WORDS.findall(name)]
+
+
+def last_name(node: ast.expr) -> str:
+    """The name that speaks for an expression: c of a.b.c, "m" of batch["m"], x of x.view(-1)."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    if isinstance(node, ast.Subscript):
+        index = node.slice
+        if isinstance(index, ast.Constant) and isinstance(index.value, str):
+            return index.value
+        return last_name(node.value) if slices_time(index) else ""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return last_name(node.func.value) if node.func.attr in VIEWS else ""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+        return last_name(node.operand)
+    return ""
+
+
+def slices_time(index: ast.expr) -> bool:
+    """True for x[:, 1:], x[:, t], x[..., 0], x[:, None]: still more than one element."""
+    parts = index.elts if isinstance(index, ast.Tuple) else [index]
+    return any(
+        isinstance(part, ast.Slice)
+        or (isinstance(part, ast.Constant) and part.value in (..., None))
+        for part in parts
+    )
+
+
+def is_mask(node: ast.expr) -> bool:
+    found = set(words(last_name(node)))
+    return bool(found & _MASK) and not found & _NOT_A_MASK
+
+
+def is_weights(node: ast.expr) -> bool:
+    """True for weights, sample_weight, token_weights: one weight per token or sample."""
+    found = words(last_name(node))
+    if not found or found[-1] not in {"weight", "weights"}:
+        return False
+    return found == ["weights"] or bool(_SAMPLES & set(found))
+
+
+def is_labels(node: ast.expr) -> bool:
+    return bool(set(words(last_name(node))) & _LABELS)
+
+
+def is_accumulation(node: ast.expr) -> bool:
+    """True for gradient_accumulation_steps, cfg.accum, self.grad_accum_steps."""
+    name = last_name(node).lower()
+    return any(part in name for part in _ACCUMULATION)
+
+
+def key(node: ast.expr) -> str:
+    """The text of an expression without its casts and views: the same tensor, the same key."""
+    while True:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in VIEWS and not isinstance(node.func.value, ast.Constant):
+                node = node.func.value
+                continue
+        return ast.unparse(node)
+
+
+def path(node: ast.expr) -> str:
+    """The text of a.b, a.b.c or a["b"], the places a loss is put; "" for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        owner = path(node.value)
+        return f"{owner}.{node.attr}" if owner else ""
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        owner = path(node.value)
+        return f"{owner}[{node.slice.value!r}]" if owner else ""
+    return ""

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How findings are printed: as ruff and flake8 do, as JSON, or as annotations on GitHub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from masked_loss.lint.rules import Finding
+
+
+def text(findings: Sequence[Finding]) -> str:
+    return "\n".join(
+        f"{f.place.path}:{f.place.line}:{f.place.column}: {f.code} {f.message}" for f in findings
+    )
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    rows = [
+        {
+            "path": f.place.path,
+            "line": f.place.line,
+            "column": f.place.column,
+            "code": f.code,
+            "message": f.message,
+            "fixable": bool(f.edits),
+        }
+        for f in findings
+    ]
+    return json.dumps(rows, indent=2)
+
+
+def github(findings: Sequence[Finding]) -> str:
+    """Workflow commands, see docs.github.com: Workflow commands for GitHub Actions."""
+
+    def escape(value: str, extra: str = "") -> str:
+        for character in "%\r\n" + extra:
+            value = value.replace(character, f"%{ord(character):02X}")
+        return value
+
+    return "\n".join(
+        f"::error file={escape(f.place.path, ':,')},line={f.place.line},col={f.place.column},"
+        f"title={f.code}::{escape(f.message)}"
+        for f in findings
+    )
+
+
+FORMATS = {"text": text, "json": as_json, "github": github}
+
+
+def summary(findings: Sequence[Finding], files: int, fixed: int) -> str:
+    fixable = sum(bool(f.edits) for f in findings)
+    parts = [
+        f"Found {len(findings)} in {files} files." if findings else f"{files} files are clean."
+    ]
+    if fixed:
+        parts.append(f"{fixed} fixed.")
+    if fixable:
+        parts.append(f"{fixable} can be fixed with --fix.")
+    return " ".join(parts)

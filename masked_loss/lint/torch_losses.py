@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the linter knows about PyTorch's losses: their arguments and their reductions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_CLASS = "weight size_average ignore_index reduce reduction"
+_LEGACY = "size_average reduce reduction"
+
+# Positional parameters, as in torch.nn.functional. A test compares them with the installed torch.
+_FUNCTIONS = {
+    "cross_entropy": f"input target {_CLASS} label_smoothing",
+    "nll_loss": f"input target {_CLASS}",
+    "binary_cross_entropy": f"input target weight {_LEGACY}",
+    "binary_cross_entropy_with_logits": f"input target weight {_LEGACY} pos_weight",
+    "mse_loss": f"input target {_LEGACY} weight",
+    "l1_loss": f"input target {_LEGACY} weight",
+    "smooth_l1_loss": f"input target {_LEGACY} beta",
+    "huber_loss": "input target reduction delta weight",
+    "kl_div": f"input target {_LEGACY} log_target",
+    "poisson_nll_loss": "input target log_input full size_average eps reduce reduction",
+    "soft_margin_loss": f"input target {_LEGACY}",
+    "multilabel_margin_loss": f"input target {_LEGACY}",
+    "multilabel_soft_margin_loss": f"input target weight {_LEGACY}",
+    "multi_margin_loss": f"input target p margin weight {_LEGACY}",
+    "hinge_embedding_loss": f"input target margin {_LEGACY}",
+    "cosine_embedding_loss": f"input1 input2 target margin {_LEGACY}",
+    "margin_ranking_loss": f"input1 input2 target margin {_LEGACY}",
+    "triplet_margin_loss": f"anchor positive negative margin p eps swap {_LEGACY}",
+}
+
+# Positional parameters of the constructors in torch.nn, and the function each one calls.
+_MODULES = {
+    "CrossEntropyLoss": ("cross_entropy", f"{_CLASS} label_smoothing"),
+    "NLLLoss": ("nll_loss", _CLASS),
+    "BCELoss": ("binary_cross_entropy", f"weight {_LEGACY}"),
+    "BCEWithLogitsLoss": ("binary_cross_entropy_with_logits", f"weight {_LEGACY} pos_weight"),
+    "MSELoss": ("mse_loss", _LEGACY),
+    "L1Loss": ("l1_loss", _LEGACY),
+    "SmoothL1Loss": ("smooth_l1_loss", f"{_LEGACY} beta"),
+    "HuberLoss": ("huber_loss", "reduction delta"),
+    "KLDivLoss": ("kl_div", f"{_LEGACY} log_target"),
+    "PoissonNLLLoss": ("poisson_nll_loss", "log_input full size_average eps reduce reduction"),
+    "SoftMarginLoss": ("soft_margin_loss", _LEGACY),
+    "MultiLabelMarginLoss": ("multilabel_margin_loss", _LEGACY),
+    "MultiLabelSoftMarginLoss": ("multilabel_soft_margin_loss", f"weight {_LEGACY}"),
+    "MultiMarginLoss": ("multi_margin_loss", f"p margin weight {_LEGACY}"),
+    "HingeEmbeddingLoss": ("hinge_embedding_loss", f"margin {_LEGACY}"),
+    "CosineEmbeddingLoss": ("cosine_embedding_loss", f"margin {_LEGACY}"),
+    "MarginRankingLoss": ("margin_ranking_loss", f"margin {_LEGACY}"),
+    "TripletMarginLoss": ("triplet_margin_loss", f"margin p eps swap {_LEGACY}"),
+}
+
+_MASKED = "reduction normalizer ignore_index class_weight label_smoothing z_loss softcap shift"
+_OURS = {
+    "cross_entropy": f"input target {_CLASS} label_smoothing",
+    "masked_cross_entropy": f"logits target mask {_MASKED}",
+    "linear_cross_entropy": f"hidden weight target mask bias {_MASKED}",
+    "masked_reduce": "values mask reduction normalizer",
+    "masked_mean": "values mask",
+}
+_OUR_MODULES = {
+    "CrossEntropyLoss": ("cross_entropy", f"{_CLASS} label_smoothing"),
+    "MaskedCrossEntropyLoss": ("masked_cross_entropy", _MASKED),
+    "LinearCrossEntropyLoss": ("linear_cross_entropy", _MASKED),
+}
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """One loss function, or the constructor of a loss module."""
+
+    path: str  # torch.nn.functional.cross_entropy, torch.nn.CrossEntropyLoss
+    function: str  # the function behind it: cross_entropy
+    parameters: tuple[str, ...]  # in positional order
+    is_module: bool
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit(".", 1)[1]
+
+
+def _specs() -> dict[str, LossSpec]:
+    specs: dict[str, LossSpec] = {}
+
+    def add(path: str, function: str, parameters: str, is_module: bool) -> None:
+        specs[path] = LossSpec(path, function, tuple(parameters.split()), is_module)
+
+    for name, parameters in _FUNCTIONS.items():
+        add(f"torch.nn.functional.{name}", name, parameters, False)
+    for name, (function, parameters) in _MODULES.items():
+        add(f"torch.nn.{name}", function, parameters, True)
+        add(f"torch.nn.modules.loss.{name}", function, parameters, True)
+    for name, parameters in _OURS.items():
+        add(f"masked_loss.{name}", name, parameters, False)
+    for name, (function, parameters) in _OUR_MODULES.items():
+        add(f"masked_loss.{name}", function, parameters, True)
+    return specs
+
+
+SPECS = _specs()
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """The ``reduction`` that the deprecated pair stands for; None is the old default, True.
+
+    >>> legacy_reduction(False, None), legacy_reduction(True, False)
+    ('sum', 'none')
+    """
+    if reduce is not None and not reduce:
+        return "none"
+    return "mean" if size_average is None or size_average else "sum"

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""detect_reduced_loss: what it stops, what it lets pass, and what it costs."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from masked_loss import detect
+from masked_loss.detect import detect_reduced_loss, note_reduced
+from masked_loss.errors import ReducedLossError
+
+TOKENS, CLASSES = 6, 5
+MASK = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    return torch.randn(TOKENS, CLASSES, requires_grad=True)
+
+
+@pytest.fixture
+def target() -> Tensor:
+    return torch.arange(TOKENS) % CLASSES
+
+
+def reduced(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target)
+
+
+# What it stops
+
+
+MULTIPLICATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "loss * mask": lambda loss, mask: loss * mask,
+    "mask * loss": lambda loss, mask: mask * loss,
+    "loss.mul": lambda loss, mask: loss.mul(mask),
+    "mask.mul": lambda loss, mask: mask.mul(loss),
+    "torch.mul": lambda loss, mask: torch.mul(loss, mask),
+    "torch.multiply": lambda loss, mask: torch.multiply(mask, loss),
+    "mask *= loss": lambda loss, mask: mask.clone().mul_(loss.detach()),
+    "einsum": lambda loss, mask: torch.einsum(",n->n", loss, mask),
+}
+
+
+@pytest.mark.parametrize("how", MULTIPLICATIONS)
+def test_every_way_to_multiply_is_stopped(how: str, logits: Tensor, target: Tensor) -> None:
+    with detect_reduced_loss(), pytest.raises(ReducedLossError):
+        MULTIPLICATIONS[how](reduced(logits, target), MASK)
+
+
+DERIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scaled": lambda loss: 0.5 * loss,
+    "divided": lambda loss: loss / 8,
+    "divided in place": lambda loss: loss.clone().div_(8),
+    "negated": lambda loss: -loss,
+    "cast": lambda loss: loss.to(torch.float64),
+    "float": lambda loss: loss.double().float(),
+    "bfloat16": lambda loss: loss.bfloat16(),
+    "cloned": lambda loss: loss.clone(),
+    "detached": lambda loss: loss.detach(),
+    "moved": lambda loss: loss.cpu(),
+    "plus a number": lambda loss: loss + 1e-3,
+    "added to zero": lambda loss: 0 + loss,
+    "minus a scalar tensor": lambda loss: loss - torch.tensor(0.25),
+    "plus a regulariser": lambda loss: loss + 1e-4 * torch.ones(3, 3).pow(2).sum(),
+    "accumulated": lambda loss: torch.zeros(()).add(loss),
+    "viewed": lambda loss: loss.view(1),
+    "unsqueezed": lambda loss: loss.unsqueeze(0),
+    "averaged again": lambda loss: loss.mean(),
+    "two losses": lambda loss: loss + loss,
+    "times a weight": lambda loss: loss * torch.tensor(0.1),
+}
+
+
+@pytest.mark.parametrize("how", DERIVATIONS)
+def test_a_loss_is_remembered(how: str, logits: Tensor, target: Tensor) -> None:
+    with detect_reduced_loss(), pytest.raises(ReducedLossError):
+        DERIVATIONS[how](reduced(logits, target)) * MASK
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": lambda x, t: F.cross_entropy(x, t),
+    "cross_entropy sum": lambda x, t: F.cross_entropy(x, t, reduction="sum"),
+    "cross_entropy size_average": lambda x, t: F.cross_entropy(x, t, size_average=False),
+    "cross_entropy of probabilities": lambda x, t: F.cross_entropy(x, x.detach().softmax(-1)),
+    "nll_loss": lambda x, t: F.nll_loss(x.log_softmax(-1), t),
+    "bce": lambda x, t: F.binary_cross_entropy(x.sigmoid()[:, 0], (t > 2).float()),
+    "bce logits": lambda x, t: F.binary_cross_entropy_with_logits(x[:, 0], (t > 2).float()),
+    "mse_loss": lambda x, t: F.mse_loss(x[:, 0], t.float()),
+    "l1_loss": lambda x, t: F.l1_loss(x[:, 0], t.float()),
+    "smooth_l1_loss": lambda x, t: F.smooth_l1_loss(x[:, 0], t.float()),
+    "huber_loss": lambda x, t: F.huber_loss(x[:, 0], t.float()),
+    "kl_div": lambda x, t: F.kl_div(x.log_softmax(-1), x.softmax(-1), reduction="batchmean"),
+    "CrossEntropyLoss": lambda x, t: nn.CrossEntropyLoss()(x, t),
+    "NLLLoss": lambda x, t: nn.NLLLoss()(x.log_softmax(-1), t),
+    "BCEWithLogitsLoss": lambda x, t: nn.BCEWithLogitsLoss()(x[:, 0], (t > 2).float()),
+    "MSELoss": lambda x, t: nn.MSELoss(reduction="sum")(x[:, 0], t.float()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_known(name: str, logits: Tensor, target: Tensor) -> None:
+    with detect_reduced_loss(), pytest.raises(ReducedLossError):
+        LOSSES[name](logits, target) * MASK
+
+
+def test_every_function_with_a_reduction_is_known() -> None:
+    """Not a list of our own: whatever the installed PyTorch reduces is recognised."""
+    functions = [f for f in vars(F).values() if inspect.isfunction(f)]
+    losses = [f for f in functions if "reduction" in inspect.signature(f).parameters]
+    assert len(losses) >= 18
+    assert all(detect._loss_signature(f) is not None for f in losses)
+    assert detect._loss_signature(F.softmax) is None
+
+
+def test_the_message_shows_both_lines(logits: Tensor, target: Tensor) -> None:
+    with detect_reduced_loss(), pytest.raises(ReducedLossError) as caught:
+        loss = F.cross_entropy(logits, target)
+        loss = loss / 4
+        loss = (loss * MASK).sum() / MASK.sum()
+    message = str(caught.value)
+    assert "shape [6]" in message
+    assert 'cross_entropy, reduction="mean"' in message
+    assert "loss = F.cross_entropy(logits, target)" in message
+    assert "loss = (loss * MASK).sum() / MASK.sum()" in message
+    assert message.count(__file__) == 2
+
+
+def test_it_finds_the_line_behind_a_module(logits: Tensor, target: Tensor) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.criterion = nn.CrossEntropyLoss()
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.criterion(x, t)
+
+    with detect_reduced_loss(), pytest.raises(ReducedLossError, match="in forward"):
+        Model()(logits, target) * MASK
+
+
+def test_it_works_under_autocast_and_through_backward(target: Tensor) -> None:
+    layer = nn.Linear(4, CLASSES)
+    x = torch.randn(TOKENS, 4)
+    with detect_reduced_loss():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = F.cross_entropy(layer(x), target)
+            with pytest.raises(ReducedLossError):
+                loss * MASK
+        loss.backward()
+    assert layer.weight.grad is not None
+
+
+def test_a_loss_of_masked_loss_is_known_when_it_is_noted() -> None:
+    loss = torch.tensor(2.0)
+    with detect_reduced_loss(), pytest.raises(ReducedLossError, match="masked_cross_entropy"):
+        note_reduced(loss, "masked_cross_entropy", "mean")
+        loss * MASK
+
+
+# What it lets pass
+
+
+CORRECT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mask before reducing": lambda x, t: (F.cross_entropy(x, t, reduction="none") * MASK).sum(),
+    "reduce=False": lambda x, t: (F.cross_entropy(x, t, reduce=False) * MASK).sum(),
+    "unreduced module": lambda x, t: nn.CrossEntropyLoss(reduction="none")(x, t) * MASK,
+    "a scalar weight": lambda x, t: F.cross_entropy(x, t) * torch.tensor(0.5),
+    "a learned weight of one element": lambda x, t: F.cross_entropy(x, t)
+    * nn.Parameter(torch.ones(1)),
+    "times the count": lambda x, t: F.cross_entropy(x, t) * MASK.sum(),
+    "selection before the loss": lambda x, t: F.cross_entropy(x[MASK.bool()], t[MASK.bool()]) * 2,
+    "mask on the logits": lambda x, t: F.cross_entropy(x * MASK[:, None], t),
+    "adding something per token": lambda x, t: (F.cross_entropy(x, t) + x.pow(2).sum(-1)) * MASK,
+    "a regulariser": lambda x, t: F.cross_entropy(x, t) + 1e-2 * (x * x).sum(),
+    "two scalar losses": lambda x, t: F.cross_entropy(x, t) * F.mse_loss(x[:, 0], t.float()),
+    "stacked task losses": lambda x, t: torch.stack([F.cross_entropy(x, t)] * 6) * MASK,
+    "a detached loss as reward": lambda x, t: F.cross_entropy(x, t).detach() * x[:, 0],
+    "one sample, not reduced": lambda x, t: F.cross_entropy(x[0], t[0], reduction="none") * MASK,
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+@pytest.mark.parametrize("name", CORRECT)
+def test_correct_code_passes(name: str, logits: Tensor, target: Tensor) -> None:
+    expected = CORRECT[name](logits, target)
+    with detect_reduced_loss():
+        got = CORRECT[name](logits, target)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_training_step_is_unchanged(target: Tensor) -> None:
+    def step() -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+        optimizer = torch.optim.AdamW(model.parameters())
+        for _ in range(3):
+            loss = F.cross_entropy(model(torch.randn(TOKENS, 4)), target)
+            optimizer.zero_grad()
+            (loss / 2).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    expected = step()
+    with detect_reduced_loss():
+        got = step()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+# Modes, cost and lifetime
+
+
+def test_warn_speaks_once_per_place(logits: Tensor, target: Tensor) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with detect_reduced_loss(warn=True):
+            loss = F.cross_entropy(logits, target)
+            for _ in range(3):
+                first = loss * MASK
+            loss * MASK
+    assert first.shape == MASK.shape
+    assert len(caught) == 2
+    assert {w.filename for w in caught} == {__file__}
+    assert caught[0].lineno != caught[1].lineno
+
+
+def test_outside_nothing_is_detected(logits: Tensor, target: Tensor) -> None:
+    with detect_reduced_loss():
+        loss = F.cross_entropy(logits, target)
+        assert detect.active
+    assert not detect.active
+    assert (loss * MASK).shape == MASK.shape
+    with detect_reduced_loss():
+        assert (loss * MASK).shape == MASK.shape  # it was not watched when it was reduced
+
+
+def test_it_ends_after_an_error() -> None:
+    with pytest.raises(KeyError), detect_reduced_loss():
+        raise KeyError
+    assert not detect.active
+
+
+def test_nested_detectors(logits: Tensor, target: Tensor) -> None:
+    with detect_reduced_loss():
+        with detect_reduced_loss():
+            inner = F.cross_entropy(logits, target)
+        assert detect.active
+        with pytest.raises(ReducedLossError):
+            inner * MASK
+
+
+def test_it_keeps_no_tensor_alive(logits: Tensor, target: Tensor) -> None:
+    gc.collect()
+    with detect_reduced_loss() as detector:
+        loss = F.cross_entropy(logits, target)
+        scaled = loss / 2
+        references = [weakref.ref(loss), weakref.ref(scaled)]
+        assert len(detector._reduced) == 2
+        del loss, scaled
+        gc.collect()
+        assert [r() for r in references] == [None, None]
+        assert len(detector._reduced) == 0
+
+
+def test_another_thread_is_not_disturbed(logits: Tensor, target: Tensor) -> None:
+    shapes = []
+
+    def work() -> None:
+        shapes.append((F.cross_entropy(logits, target) * MASK).shape)
+
+    with detect_reduced_loss():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert shapes == [MASK.shape]
+
+
+def test_the_error_is_a_value_error() -> None:
+    assert issubclass(ReducedLossError, ValueError)
