@@ -149,8 +149,10 @@ Problem make_problem(const Tensor& logits, const Tensor& target,
   return p;
 }
 
+// At least one, also of an empty batch.
 int64_t groups_of(Reduction reduction, int64_t tokens, int64_t steps) {
-  return reduction == Reduction::kSequenceMean && steps > 0 ? tokens / steps : 1;
+  if (reduction != Reduction::kSequenceMean || tokens == 0) return 1;
+  return tokens / steps;
 }
 
 // Token and group tables, filled by weigh().
@@ -165,7 +167,7 @@ Tables weigh(const char* who, const Device& device, WeighArgs args, const Tensor
   const int64_t groups = groups_of(args.reduction, args.tokens, args.steps);
   Tables t{empty(like, {fields, args.tokens}, accumulation_id(args.wide)),
            empty(like, {groups, GroupField::kCount}, aoti_torch_dtype_float64()),
-           groups ? args.tokens / groups : 0};
+           args.tokens / groups};
   const std::optional<Tensor> flat_mask =
       mask ? std::optional<Tensor>(as_contiguous(*mask)) : std::nullopt;
   const std::optional<Tensor> divisor =

@@ -101,6 +101,16 @@ def _differentiated(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _require_device(logits: Tensor, **others: Tensor | None) -> None:
+    """csrc/check.h does this where kernels run; a tensor on the meta device never gets there."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != logits.device:
+            raise RuntimeError(
+                f"ValueError: cross_entropy: {name} must be on the device of logits, "
+                f"{logits.device}, got {tensor.device}"
+            )
+
+
 def _loss_dtype(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
@@ -108,7 +118,7 @@ def _loss_dtype(values: Tensor) -> torch.dtype:
 def _group_count(reduction: str, shape: torch.Size) -> int | torch.SymInt:
     if reduction != "sequence_mean" or len(shape) == 0 or shape[-1] == 0:
         return 1
-    return shape[:-1].numel()
+    return torch.sym_max(1, shape[:-1].numel())  # type: ignore[no-any-return]
 
 
 def _loop(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,6 +150,7 @@ def _fake_forward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats = options[-1]
+    _require_device(logits, target=target, mask=mask, normalizer=normalizer)
     shape = logits.shape[:-1]
     dtype = _loss_dtype(logits)
     fields = _TOKEN_FIELDS if stats else _TOKEN_FIELDS_SAVED

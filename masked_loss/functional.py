@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import builtins
-import re
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,39 +11,9 @@ from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function
 
 from masked_loss import _ops, reference
+from masked_loss._arguments import divisor_of, require_constant, require_tensor, typed
 from masked_loss.errors import ReducedLossError
 from masked_loss.stats import LossStats
-
-_TYPED = re.compile(r"(ValueError|TypeError|IndexError|RuntimeError): ([^\n]*)")
-
-
-def _typed(error: RuntimeError) -> Exception:
-    """The error that a check in csrc/check.h means: C++ can raise a RuntimeError only."""
-    found = _TYPED.match(str(error))
-    return getattr(builtins, found[1])(found[2]) if found else error
-
-
-def _require_tensor(who: str, what: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{who}: {what} must be a tensor, got {type(value).__name__}")
-
-
-def _constant(who: str, what: str, value: Tensor | None) -> None:
-    if value is not None and value.requires_grad:
-        raise ValueError(f"{who}: {what} is not differentiable, got one that requires grad")
-
-
-def _divisor(who: str, normalizer: float | Tensor | None, like: Tensor) -> Tensor | None:
-    if normalizer is None:
-        return None
-    if isinstance(normalizer, Tensor):
-        _constant(who, "normalizer", normalizer)
-        return normalizer
-    if not isinstance(normalizer, (int, float)):
-        raise TypeError(
-            f"{who}: normalizer must be a number or a 0-dim tensor, got {type(normalizer).__name__}"
-        )
-    return like.new_full((), normalizer, dtype=torch.float64)
 
 
 @overload
@@ -181,8 +149,8 @@ def masked_cross_entropy(
             inplace_backward=inplace_backward,
             return_stats=return_stats,
         )
-    _require_tensor(who, "logits", logits)
-    _require_tensor(who, "target", target)
+    require_tensor(who, "logits", logits)
+    require_tensor(who, "target", target)
     if target.is_floating_point():
         raise TypeError(f"{who}: target must be int64 or int32 class indices, got {target.dtype}")
     if inplace_backward and not torch.compiler.is_compiling() and _overlaps(logits):
@@ -212,11 +180,12 @@ def _cross_entropy(
     shift: bool,
     inplace_backward: bool,
     return_stats: bool,
+    names: dict[str, str] | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     if mask is not None:
-        _require_tensor(who, "mask", mask)
-    _constant(who, "class_weight", class_weight)
-    divisor = _divisor(who, normalizer, logits)
+        require_tensor(who, "mask", mask)
+    require_constant(who, "class_weight", class_weight)
+    divisor = divisor_of(who, normalizer, logits)
     if torch.compiler.is_compiling():
         op = _ops.ops.cross_entropy_stats if return_stats else _ops.ops.cross_entropy
         result = op(
@@ -232,7 +201,7 @@ def _cross_entropy(
             inplace_backward=inplace_backward,
         )  # fmt: skip
     except RuntimeError as error:
-        raise _typed(error) from None
+        raise typed(who, error, names) from None
     return (loss, LossStats(*stats.unbind())) if return_stats else loss
 
 
@@ -306,8 +275,8 @@ def cross_entropy(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f'{who}: reduction must be "none", "sum" or "mean", got {reduction!r}')
-    _require_tensor(who, "input", input)
-    _require_tensor(who, "target", target)
+    require_tensor(who, "input", input)
+    require_tensor(who, "target", target)
     logits = input.movedim(1, -1) if input.dim() > 2 else input
     if target.is_floating_point():
         if target.shape != input.shape:
@@ -336,6 +305,7 @@ def cross_entropy(
     loss = _cross_entropy(
         who, logits, target, mask, reduction, None, ignore_index, weight,
         label_smoothing, 0.0, None, False, False, False,
+        names={"logits": "input", "class_weight": "weight"},
     )  # fmt: skip
     assert isinstance(loss, Tensor)
     return loss
@@ -382,34 +352,7 @@ def masked_reduce(
     >>> masked_loss.masked_reduce(losses, torch.tensor([True, True, False]))
     tensor(2.)
     """
-    who = "masked_reduce"
-    if has_torch_function((values, mask)) and not torch.compiler.is_compiling():
-        return handle_torch_function(  # type: ignore[no-any-return]
-            masked_reduce,
-            (values, mask),
-            values,
-            mask,
-            reduction=reduction,
-            normalizer=normalizer,
-        )
-    _require_tensor(who, "values", values)
-    if mask is not None:
-        _require_tensor(who, "mask", mask)
-        if values.dim() == 0 and mask.dim() > 0:
-            raise ReducedLossError(
-                f"{who}: values must hold one loss for each token of the mask "
-                f"{list(mask.shape)}, got a scalar: the loss was reduced before the mask could "
-                f'count. Compute it with reduction="none".'
-            )
-    divisor = _divisor(who, normalizer, values)
-    if torch.compiler.is_compiling():
-        return _ops.ops.masked_reduce(  # type: ignore[no-any-return]
-            values, mask, reduction=reduction, normalizer=divisor
-        )
-    try:
-        return _ops.masked_reduce(values, mask, reduction=reduction, normalizer=divisor)
-    except RuntimeError as error:
-        raise _typed(error) from None
+    return _masked_reduce("masked_reduce", values, mask, reduction, normalizer)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -421,4 +364,40 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> masked_loss.masked_mean(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([1, 1, 0]))
     tensor(2.)
     """
-    return masked_reduce(values, mask)
+    return _masked_reduce("masked_mean", values, mask, "mean", None)
+
+
+def _masked_reduce(
+    who: str,
+    values: Tensor,
+    mask: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    if has_torch_function((values, mask)) and not torch.compiler.is_compiling():
+        return handle_torch_function(  # type: ignore[no-any-return]
+            masked_reduce,
+            (values, mask),
+            values,
+            mask,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
+    require_tensor(who, "values", values)
+    if mask is not None:
+        require_tensor(who, "mask", mask)
+        if values.dim() == 0 and mask.dim() > 0:
+            raise ReducedLossError(
+                f"{who}: values must hold one loss for each token of the mask "
+                f"{list(mask.shape)}, got a scalar: the loss was reduced before the mask could "
+                f'count. Compute it with reduction="none".'
+            )
+    divisor = divisor_of(who, normalizer, values)
+    if torch.compiler.is_compiling():
+        return _ops.ops.masked_reduce(  # type: ignore[no-any-return]
+            values, mask, reduction=reduction, normalizer=divisor
+        )
+    try:
+        return _ops.masked_reduce(values, mask, reduction=reduction, normalizer=divisor)
+    except RuntimeError as error:
+        raise typed(who, error) from None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from masked_loss import _linear, _ops
-from masked_loss.functional import _constant, _divisor, _require_tensor, _typed
+from masked_loss._arguments import divisor_of, require_constant, require_tensor, typed
 from masked_loss.stats import LossStats
 
 
@@ -165,15 +165,15 @@ def linear_cross_entropy(
             chunk_tokens=chunk_tokens,
             accumulation_dtype=accumulation_dtype,
         )
-    _require_tensor(who, "hidden", hidden)
-    _require_tensor(who, "weight", weight)
-    _require_tensor(who, "target", target)
+    require_tensor(who, "hidden", hidden)
+    require_tensor(who, "weight", weight)
+    require_tensor(who, "target", target)
     if mask is not None:
-        _require_tensor(who, "mask", mask)
+        require_tensor(who, "mask", mask)
     if bias is not None:
-        _require_tensor(who, "bias", bias)
-    _constant(who, "class_weight", class_weight)
-    divisor = _divisor(who, normalizer, hidden)
+        require_tensor(who, "bias", bias)
+    require_constant(who, "class_weight", class_weight)
+    divisor = divisor_of(who, normalizer, hidden)
     if torch.compiler.is_compiling():
         ops = _ops.ops
         op = ops.linear_cross_entropy_stats if return_stats else ops.linear_cross_entropy
@@ -193,5 +193,5 @@ def linear_cross_entropy(
             hidden, weight, bias, target, mask, divisor, class_weight, options
         )
     except RuntimeError as error:
-        raise _typed(error) from None
+        raise typed(who, error) from None
     return (loss, LossStats(*stats.unbind())) if return_stats else loss

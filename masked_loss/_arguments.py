@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the public functions do to their arguments and errors, beyond the checks in csrc/check.h."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHECK = re.compile(r"(ValueError|TypeError|IndexError|RuntimeError): \w+: ([^\n]*)")
+_SCHEMA = re.compile(
+    r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
+)
+
+
+def typed(who: str, error: RuntimeError, names: dict[str, str] | None = None) -> Exception:
+    """The error that a check in csrc/check.h, or an operator's schema, means.
+
+    C++ can raise a RuntimeError only, and knows the operator that was called, not the function;
+    ``names`` are those of the operator's arguments that the function calls otherwise.
+    """
+    if found := _CHECK.match(str(error)):
+        text = found[2]
+        for name, other in (names or {}).items():
+            text = re.sub(rf"\b{name}\b", other, text)
+        return getattr(builtins, found[1])(f"{who}: {text}")  # type: ignore[no-any-return]
+    if found := _SCHEMA.search(str(error)):
+        return TypeError(f"{who}: {found[2]} must be {found[1]}, got {found[3]}")
+    return error
+
+
+def require_tensor(who: str, what: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{who}: {what} must be a tensor, got {type(value).__name__}")
+
+
+def require_constant(who: str, what: str, value: Tensor | None) -> None:
+    if value is None:
+        return
+    require_tensor(who, what, value)
+    if value.requires_grad:
+        raise ValueError(f"{who}: {what} is not differentiable, got one that requires grad")
+
+
+def divisor_of(who: str, normalizer: float | Tensor | None, like: Tensor) -> Tensor | None:
+    """The normalizer as the operators take it."""
+    if normalizer is None:
+        return None
+    if isinstance(normalizer, Tensor):
+        require_constant(who, "normalizer", normalizer)
+        return normalizer
+    if not isinstance(normalizer, (int, float)):
+        raise TypeError(
+            f"{who}: normalizer must be a number or a 0-dim tensor, got {type(normalizer).__name__}"
+        )
+    return like.new_full((), normalizer, dtype=torch.float64)
