@@ -32,13 +32,15 @@ _of_thread = threading.local()
 
 _MULTIPLY = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
 # A result of these is still the reduced loss, as long as it has one element.
-_PRESERVE = _MULTIPLY | frozenset(
-    "div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__ __div__ __idiv__"
-    " add add_ __add__ __radd__ __iadd__ sub sub_ subtract subtract_ __sub__ __rsub__ __isub__"
-    " rsub neg neg_ negative __neg__ abs __abs__ clone detach detach_ to type float double half"
-    " bfloat16 cpu cuda contiguous requires_grad_ alias view reshape squeeze unsqueeze flatten"
-    " ravel sum mean nan_to_num nan_to_num_ clamp clamp_ clamp_min clamp_max copy_".split()
+_PRESERVING = (
+    "div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__ __div__ "
+    "__idiv__ add add_ __add__ __radd__ __iadd__ sub sub_ subtract subtract_ __sub__ "
+    "__rsub__ __isub__ rsub neg neg_ negative __neg__ abs __abs__ clone detach detach_ to "
+    "type float double half bfloat16 cpu cuda contiguous requires_grad_ alias view reshape "
+    "squeeze unsqueeze flatten ravel sum mean nan_to_num nan_to_num_ clamp clamp_ clamp_min "
+    "clamp_max copy_"
 )
+_PRESERVE = _MULTIPLY | frozenset(_PRESERVING.split())
 
 
 class _Place(NamedTuple):
@@ -62,11 +64,11 @@ class _Reduced(NamedTuple):
 
 
 class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.autograd.detect_anomaly
-    """Context manager that stops where a mask is applied to a loss that is already a scalar.
+    r"""Context manager that stops where a mask is applied to a loss that is already a scalar.
 
-    With :math:`\\bar\\ell` a loss that was reduced over its tokens and ``mask`` a tensor,
-    :math:`\\sum_n m_n \\bar\\ell / \\sum_n m_n = \\bar\\ell`: the mask changes nothing, and no error
-    tells. While this context is active, every loss that ``torch.nn.functional`` (directly or in
+    With :math:`\bar\ell` a loss that was reduced over its tokens and ``mask`` a tensor,
+    :math:`\sum_n m_n \bar\ell / \sum_n m_n = \bar\ell`: the mask changes nothing, and no
+    error tells. While this context is active, every loss that ``torch.nn.functional`` (directly or in
     a ``torch.nn`` module) or masked_loss reduces to a scalar is remembered, also when it is then
     scaled, cast, moved, detached, cloned or added to another scalar. Where such a loss is
     multiplied with a tensor of more than one element, :class:`ReducedLossError` is raised; the
@@ -94,7 +96,7 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
         ...
     masked_loss.errors.ReducedLossError: detect_reduced_loss: a tensor of shape [8] multiplies ...
 
-    Source: https://github.com/masked-loss/masked_loss/blob/main/masked_loss/detect.py
+    Source: https://docs.pytorch.org/docs/stable/torch.overrides.html, docs/lint.md.
     """
 
     def __init__(self, *, warn: bool = False) -> None:
@@ -163,12 +165,12 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
                 continue  # a detached loss as a coefficient
             place = _caller()
             message = (
-                f"detect_reduced_loss: a tensor of shape {list(tensor.shape)} multiplies a loss that "
-                "is already a scalar, so as a mask it has no effect\n"
+                f"detect_reduced_loss: a tensor of shape {list(tensor.shape)} multiplies a loss "
+                "that is already a scalar, so as a mask it has no effect\n"
                 f"  reduced ({known.how}): {known.place}\n"
                 f"  masked: {place}\n"
-                'Keep one loss per token (reduction="none") until the mask has been applied, or use '
-                "masked_loss.masked_cross_entropy(logits, target, mask)."
+                'Keep one loss per token (reduction="none") until the mask has been applied, or '
+                "use masked_loss.masked_cross_entropy(logits, target, mask)."
             )
             if not self._warn:
                 raise ReducedLossError(message)

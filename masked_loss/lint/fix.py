@@ -31,7 +31,7 @@ def rewrite_legacy(spec: LossSpec, node: ast.Call, reduction: str | None) -> tup
         return ()
     dropped = {"size_average", "reduce"} | ({"reduction"} if reduction else set())
     arguments: list[tuple[str, ast.expr | ast.keyword]] = [
-        *zip(spec.parameters, node.args),
+        *zip(spec.parameters, node.args, strict=False),
         *((k.arg or "", k) for k in node.keywords),
     ]
     if len(node.args) > len(spec.parameters):
@@ -55,7 +55,8 @@ def rewrite_legacy(spec: LossSpec, node: ast.Call, reduction: str | None) -> tup
 
 
 def _replacement(node: ast.expr | ast.keyword, text: str) -> Edit:
-    assert node.end_lineno is not None and node.end_col_offset is not None
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
     return Edit(node.lineno, node.col_offset, node.end_lineno, node.end_col_offset, text)
 
 

@@ -10,7 +10,7 @@ joined; a test whose outcome is known takes one branch only.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from masked_loss.lint import names
@@ -197,9 +197,9 @@ class Interpreter:
         positional = [*arguments.posonlyargs, *arguments.args]
         bound: dict[str, Value] = {a.arg: UNKNOWN for a in [*positional, *arguments.kwonlyargs]}
         if defaults:
-            pairs = zip(reversed(positional), reversed(arguments.defaults))
+            pairs = zip(reversed(positional), reversed(arguments.defaults), strict=False)
             bound |= {a.arg: self._constant(d) for a, d in pairs}
-            keyword = zip(arguments.kwonlyargs, arguments.kw_defaults)
+            keyword = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=False)
             bound |= {a.arg: self._constant(d) for a, d in keyword if d is not None}
         if not info.relevant and not any(isinstance(v, _CARRIERS) for v in given.values()):
             bound, given = dict.fromkeys(bound, UNKNOWN), {}  # one evaluation is enough
@@ -261,7 +261,7 @@ class Interpreter:
             self.project.remember_member(info, "<loss>", module)
             return Instance(info)
         arguments = [self.value(a, frame) for a in node.args]
-        fields = dict(zip(info.fields, arguments))
+        fields = dict(zip(info.fields, arguments, strict=False))
         fields |= {k.arg: self.value(k.value, frame) for k in node.keywords if k.arg}
         if info.fields:
             return self._record(fields)
@@ -450,7 +450,7 @@ class Interpreter:
             items = value.items if isinstance(value, Tuple) else ()
             if len(items) != len(target.elts):
                 items = (UNKNOWN,) * len(target.elts)
-            for element, item in zip(target.elts, items):
+            for element, item in zip(target.elts, items, strict=False):
                 self._assign(element, item, frame)
         elif isinstance(target, ast.Starred):
             self._assign(target.value, UNKNOWN, frame)
@@ -575,10 +575,8 @@ class Interpreter:
             for other in receiver.info.overrides(function.info.name):
                 override = Function(other, other.module.scope, receiver)
                 outcome = self._invoke(override, given, frame)
-                if not _raises_only(function.info.node):
-                    result = join(result, outcome)
-                else:
-                    result = outcome
+                abstract = _raises_only(function.info.node)
+                result = outcome if abstract else join(result, outcome)
         return result
 
     def _of_subscript(self, node: ast.Subscript, frame: Frame) -> Value:
@@ -621,7 +619,7 @@ class Interpreter:
 
     def _of_dict(self, node: ast.Dict, frame: Frame) -> Value:
         fields: dict[str, Value] = {}
-        for key, item in zip(node.keys, node.values):
+        for key, item in zip(node.keys, node.values, strict=False):
             value = self.value(item, frame)
             if isinstance(key, ast.Constant) and isinstance(key.value, str):
                 fields[key.value] = value
@@ -683,7 +681,9 @@ class Interpreter:
         if any(isinstance(value, Mask) for value in values):
             return Mask(ast.unparse(node))
         if all(isinstance(op, _TENSOR_COMPARISONS) for op in node.ops):
-            if any(names.is_labels(o) and v == UNKNOWN for o, v in zip(operands, values)):
+            if any(
+                names.is_labels(o) and v == UNKNOWN for o, v in zip(operands, values, strict=False)
+            ):
                 return Mask(ast.unparse(node))
         return UNKNOWN
 
@@ -782,7 +782,7 @@ class Interpreter:
         targets = [a.arg for a in [*parameters.posonlyargs, *parameters.args]]
         if callee.receiver is not None and not callee.info.decorated("staticmethod"):
             targets = targets[1:]
-        for name, argument, value in zip(targets, node.args, positional):
+        for name, argument, value in zip(targets, node.args, positional, strict=False):
             if isinstance(argument, ast.Starred):
                 return self._spread(callee, given, frame)
             given[name] = value
@@ -1096,7 +1096,7 @@ def arguments_of(spec: LossSpec, node: ast.Call) -> dict[str, ast.expr] | None:
     """The arguments of a call by parameter name, or None where * or ** hides some."""
     if any(isinstance(a, ast.Starred) for a in node.args) or any(not k.arg for k in node.keywords):
         return None
-    given = dict(zip(spec.parameters, node.args))
+    given = dict(zip(spec.parameters, node.args, strict=False))
     return given | {k.arg: k.value for k in node.keywords if k.arg}
 
 

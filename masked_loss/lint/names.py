@@ -8,143 +8,35 @@ import re
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
-_MASK = {"mask", "masks", "maskings"}
+_MASK = {"mask", "masks"}
+_NUMBER_WORDS = (
+    "w weight weights lambda lamb lam alpha beta gamma coef coeff scale factor rate ratio prob p"
+    " num n use has is with no do apply"
+)
+_NUMBERS = set(_NUMBER_WORDS.split())
 # A name with one of these is not the mask itself but a number, a flag or a tensor about it.
-_NOT_A_MASK = set(
-    [
-        "token",
-        "tokens",
-        "id",
-        "ids",
-        "idx",
-        "index",
-        "loss",
-        "losses",
-        "logit",
-        "logits",
-        "head",
-        "pred",
-        "preds",
-        "prediction",
-        "ratio",
-        "prob",
-        "probs",
-        "probability",
-        "p",
-        "weight",
-        "weights",
-        "w",
-        "scale",
-        "coef",
-        "coeff",
-        "coefficient",
-        "factor",
-        "lambda",
-        "lamb",
-        "lam",
-        "alpha",
-        "beta",
-        "gamma",
-        "rate",
-        "lr",
-        "sum",
-        "count",
-        "num",
-        "n",
-        "total",
-        "len",
-        "length",
-        "size",
-        "mean",
-        "avg",
-        "value",
-        "val",
-        "type",
-        "path",
-        "file",
-        "name",
-        "fn",
-        "func",
-        "use",
-        "has",
-        "is",
-        "with",
-        "do",
-        "no",
-        "apply",
-        "enable",
-        "flag",
-        "penalty",
-        "reg",
-        "dice",
-        "iou",
-        "bce",
-        "ce",
-        "kl",
-        "l",
-        "embed",
-        "embedding",
-        "emb",
-        "feature",
-        "features",
-        "per",
-        "frac",
-        "fraction",
-        "norm",
-        "denom",
-        "denominator",
-    ]
+_NUMBERS_AND_FLAGS = (
+    "token tokens id ids idx index loss losses logit logits head pred preds prediction "
+    "ratio prob probs probability p weight weights w scale coef coeff coefficient factor "
+    "lambda lamb lam alpha beta gamma rate lr sum count num n total len length size mean "
+    "avg value val type path file name fn func use has is with do no apply enable flag "
+    "penalty reg dice iou bce ce kl l embed embedding emb feature features per frac "
+    "fraction norm denom denominator"
 )
+_NOT_A_MASK = set(_NUMBERS_AND_FLAGS.split())
 _SAMPLES = {"sample", "samples", "token", "tokens", "example", "instance", "pixel", "importance"}
-_LABELS = set(
-    ["label", "labels", "target", "targets", "tgt", "trg", "ids", "tokens", "y", "gt", "inputs"]
-)
+_LABEL_WORDS = "label labels target targets tgt trg ids tokens y gt inputs"
+_LABELS = set(_LABEL_WORDS.split())
 _ACCUMULATION = ("accum", "micro", "iter_size", "grad_acc", "gradient_acc")
 
 # Methods and functions that leave a tensor the same for our purpose.
-VIEWS = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "long",
-        "int",
-        "bool",
-        "to",
-        "type",
-        "type_as",
-        "cpu",
-        "cuda",
-        "clone",
-        "detach",
-        "requires_grad_",
-        "view_as",
-        "expand",
-        "expand_as",
-        "ravel",
-        "byte",
-        "transpose",
-        "permute",
-        "t",
-        "masked_fill",
-        "masked_fill_",
-        "ne",
-        "eq",
-        "ge",
-        "gt",
-        "le",
-        "lt",
-        "logical_not",
-        "repeat",
-    ]
+_VIEW_NAMES = (
+    "view reshape flatten squeeze unsqueeze contiguous float double half bfloat16 long int "
+    "bool to type type_as cpu cuda clone detach requires_grad_ view_as expand expand_as "
+    "ravel byte transpose permute t masked_fill masked_fill_ ne eq ge gt le lt logical_not "
+    "repeat"
 )
+VIEWS = frozenset(_VIEW_NAMES.split())
 
 
 def words(name: str) -> list[str]:
@@ -181,8 +73,11 @@ def slices_time(index: ast.expr) -> bool:
 
 
 def is_mask(node: ast.expr) -> bool:
-    found = set(words(last_name(node)))
-    return bool(found & _MASK) and not found & _NOT_A_MASK
+    """True for mask, loss_mask, mask_flat; not for mask_weight, w_mask, mask_ratio, mask_loss."""
+    found = words(last_name(node))
+    if not found or not _MASK & set(found):
+        return False
+    return not set(found) & (_NUMBERS if found[-1] in _MASK else _NOT_A_MASK)
 
 
 def is_weights(node: ast.expr) -> bool:

@@ -177,9 +177,9 @@ class Project:
                     owner.methods[statement.name] = function
                 self._collect(module, statement.body, None)
                 continue
-            if owner is not None and isinstance(statement, ast.AnnAssign):
-                if isinstance(statement.target, ast.Name):
-                    owner.fields.append(statement.target.id)
+            match statement:
+                case ast.AnnAssign(target=ast.Name(id=name)) if owner is not None:
+                    owner.fields.append(name)
             for block in ("body", "orelse", "finalbody"):
                 self._collect(module, getattr(statement, block, []), owner)
             for handler in getattr(statement, "handlers", []):

@@ -104,7 +104,9 @@ def legacy_arguments(event: Event) -> Finding | None:
     given = arguments_of(event.spec, event.node)
     if given is None:
         given = {k.arg: k.value for k in event.node.keywords if k.arg}
-    legacy = {name: given[name] for name in ("size_average", "reduce") if name in given}
+    legacy: dict[str, ast.expr] = {
+        name: given[name] for name in ("size_average", "reduce") if name in given
+    }
     if not legacy or all(_passes_through(name, node) for name, node in legacy.items()):
         return None
     what = " and ".join(legacy) + (" are" if len(legacy) > 1 else " is")
@@ -169,8 +171,8 @@ def accumulated_mean(event: Event) -> Finding | None:
         return None
     message = (
         f"the mean of {_origin(loss, event.frame)} is over this micro-batch's own tokens: divided "
-        f"by `{ast.unparse(event.divisor)}`, short micro-batches weigh as much as long ones; sum, and "
-        "divide by the token count of the whole batch (masked_loss: normalizer=)"
+        f"by `{ast.unparse(event.divisor)}`, short micro-batches weigh as much as long ones; "
+        "sum, and divide by the token count of the whole batch (masked_loss: normalizer=)"
     )
     return _finding("ML004", event.frame, event.node, message)
 

@@ -172,6 +172,13 @@ def is_number(value: Value) -> bool:
     return isinstance(value, (Number, Count))
 
 
+def _either(left: Product | None, right: Product | None) -> Product | None:
+    """The factor of two paths, one of which may not have multiplied."""
+    if left is None or right is None:
+        return left or right
+    return left if left == right else None
+
+
 def join(left: Value | None, right: Value | None) -> Value:
     """What is known when the value is `left` on one path and `right` on another.
 
@@ -187,7 +194,7 @@ def join(left: Value | None, right: Value | None) -> Value:
             left,
             reduction=left.reduction if left.reduction == right.reduction else None,
             uneven=left.uneven and right.uneven,
-            product=left.product if left.product == right.product else None,
+            product=_either(left.product, right.product),
         )
     if isinstance(left, Loss) and is_number(right):
         return left
@@ -202,7 +209,7 @@ def join(left: Value | None, right: Value | None) -> Value:
         return replace(left, reduction=left.reduction if same else None, uneven=False)
     if isinstance(left, Tuple) and isinstance(right, Tuple):
         if len(left.items) == len(right.items):
-            return Tuple(tuple(join(a, b) for a, b in zip(left.items, right.items)))
+            return Tuple(tuple(join(a, b) for a, b in zip(left.items, right.items, strict=False)))
     if isinstance(left, Record) and isinstance(right, Record):
         names = [*dict(left.fields), *(n for n, _ in right.fields if n not in dict(left.fields))]
         a, b = dict(left.fields), dict(right.fields)
