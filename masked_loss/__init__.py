@@ -7,8 +7,10 @@
 >>> loss = masked_loss.masked_cross_entropy(logits, target, mask)
 """
 
+from masked_loss.distributed import global_normalizer
 from masked_loss.errors import ReducedLossError
 from masked_loss.functional import cross_entropy, masked_cross_entropy, masked_mean, masked_reduce
+from masked_loss.fuse import fuse_linear_loss, unfuse
 from masked_loss.linear import linear_cross_entropy
 from masked_loss.modules import (
     CrossEntropyLoss,
@@ -26,8 +28,11 @@ __all__ = [
     "MaskedCrossEntropyLoss",
     "ReducedLossError",
     "cross_entropy",
+    "fuse_linear_loss",
+    "global_normalizer",
     "linear_cross_entropy",
     "masked_cross_entropy",
     "masked_mean",
     "masked_reduce",
+    "unfuse",
 ]

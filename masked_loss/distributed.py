@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One token count for all ranks, so that a batch weighs the same however it is split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["global_normalizer"]
+
+_WHO = "global_normalizer"
+
+
+def global_normalizer(
+    target: Tensor | Sequence[Tensor],
+    mask: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    ignore_index: int = -100,
+    shift: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    r"""What to divide a rank's loss by, so that averaged gradients are those of all tokens.
+
+    With :math:`w` the weights of rank r's tokens and R ranks in the group,
+
+    .. math::
+        \text{normalizer} = \frac{1}{R} \sum_{r=1}^{R} \sum_{n \in r} w_n, \qquad
+        w_n = \text{mask}_n [t_n \ne \text{ignore\_index}]
+
+    Give it to a loss as ``normalizer=``. DistributedDataParallel and FSDP average the ranks'
+    gradients, and :math:`\frac{1}{R} \sum_r \frac{\text{sum}_r}{\text{normalizer}}` is the mean
+    over the tokens of all ranks, whatever share of them each rank has. Without it, a token counts
+    for more the fewer tokens its rank has.
+
+    One all-reduce of one number, and no host sync. Without an initialised process group it is the
+    local count.
+
+    Args:
+        target: [...] class indices of this rank; or a sequence of them, one for each micro-batch
+            of a step with gradient accumulation: each micro-batch's loss gets the same normalizer.
+        mask: the weights, in the shape of target: bool, integer or floating; a sequence if target
+            is one. None stands for 1.
+        ignore_index: a target with this value has weight 0.
+        shift: what the loss is given: the first token of every sequence takes no part.
+        group: the ranks whose gradients are averaged together; None: all.
+
+    Returns:
+        A 0-dim float64 tensor on the device of target.
+
+    Raises:
+        TypeError: target or mask is not a tensor.
+        ValueError: shapes that do not fit.
+
+    Source: https://github.com/masked-loss/masked_loss/blob/main/masked_loss/distributed.py
+
+    >>> import torch, masked_loss
+    >>> target = torch.tensor([[4, 7, 1], [5, -100, -100]])
+    >>> masked_loss.global_normalizer(target)
+    tensor(4., dtype=torch.float64)
+    >>> masked_loss.global_normalizer(target, torch.tensor([[1, 0.5, 0], [1, 1, 1]]))
+    tensor(2.5000, dtype=torch.float64)
+    """
+    targets = [target] if isinstance(target, Tensor) else list(target)
+    masks = [mask] if mask is None or isinstance(mask, Tensor) else list(mask)
+    if mask is None:
+        masks = [None] * len(targets)
+    if len(masks) != len(targets) or not targets:
+        raise ValueError(
+            f"{_WHO}: target and mask must be sequences of one length, at least 1, "
+            f"got {len(targets)} and {len(masks)}"
+        )
+    counts = [_count(t, m, ignore_index, shift) for t, m in zip(targets, masks, strict=True)]
+    total = torch.stack(counts).sum() if len(counts) > 1 else counts[0]
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total, group=group)
+        total = total / dist.get_world_size(group)
+    return total
+
+
+@torch.no_grad()
+def _count(target: Tensor, mask: Tensor | None, ignore_index: int, shift: bool) -> Tensor:
+    for what, x in (("target", target), ("mask", mask)):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{_WHO}: {what} must be a tensor, got {type(x).__name__}")
+    if mask is not None and mask.shape != target.shape:
+        raise ValueError(
+            f"{_WHO}: mask must have shape {list(target.shape)}, got {list(mask.shape)}"
+        )
+    if shift:
+        if target.dim() == 0:
+            raise ValueError(f"{_WHO}: shift needs a target with a dimension for time, got []")
+        target, mask = target[..., 1:], None if mask is None else mask[..., 1:]
+    active = target != ignore_index
+    if mask is None:
+        return active.sum().double()
+    # where, not a product: the mask of an ignored token may be anything
+    return torch.where(active, mask, 0).sum(dtype=torch.float64)
