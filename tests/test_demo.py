@@ -79,21 +79,28 @@ def test_the_bug_is_the_mean_over_all_tokens(data: docstrings.Data) -> None:
 def test_the_bug_trains_on_padding_and_the_others_do_not(data: docstrings.Data) -> None:
     tokens, mask, model = first_batch(data)
 
-    def pad_bias_gradient(name: str) -> float:
-        """How hard the loss pulls at predicting `<pad>` behind the documents' ends."""
+    def gradient_of_padding(name: str) -> float:
+        """How hard the loss pulls at the logits that predict padding."""
         logits = model(tokens).detach().requires_grad_()
         train_minimind.LOSSES[name](lambda _: logits, tokens, mask).backward()  # type: ignore[arg-type]
         assert logits.grad is not None
         return float(logits.grad[:, :-1][~mask[:, 1:]].abs().sum())
 
-    assert pad_bias_gradient("the bug") > 0.1
-    assert pad_bias_gradient("stock idiom") == 0
-    assert pad_bias_gradient("masked_loss") == 0
+    assert gradient_of_padding("the bug") > 0.1
+    assert gradient_of_padding("stock idiom") == 0
+    assert gradient_of_padding("masked_loss") == 0
 
 
 def test_the_runs_start_from_the_same_model(runs: dict[str, train_minimind.Run]) -> None:
     assert len({run.valid[0] for run in runs.values()}) == 1
     assert runs["the bug"].train != runs["stock idiom"].train
+
+
+def test_the_bug_is_detected_at_its_first_step(data: docstrings.Data) -> None:
+    message = train_minimind.detected(data, OPTIONS)
+    assert "already a scalar" in message
+    assert "loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())" in message
+    assert "return (loss * mask).sum() / mask.sum()" in message
 
 
 # The model
@@ -216,4 +223,5 @@ def test_demo_from_a_jsonl_to_the_picture(
     assert all(run["peak_mib"] > 0 for run in runs.values())
     printed = capfd.readouterr().out
     assert all(name in printed for name in runs)
-    assert "differ by at most" in printed
+    assert "Largest difference" in printed
+    assert "is already a scalar" in printed
