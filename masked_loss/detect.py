@@ -68,8 +68,8 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
 
     With :math:`\bar\ell` a loss that was reduced over its tokens and ``mask`` a tensor,
     :math:`\sum_n m_n \bar\ell / \sum_n m_n = \bar\ell`: the mask changes nothing, and no
-    error tells. While this context is active, every loss that ``torch.nn.functional`` (directly or in
-    a ``torch.nn`` module) or masked_loss reduces to a scalar is remembered, also when it is then
+    error tells. While this context is active, every loss that ``torch.nn.functional`` (directly or
+    in a ``torch.nn`` module) or masked_loss reduces to a scalar is remembered, also when it is then
     scaled, cast, moved, detached, cloned or added to another scalar. Where such a loss is
     multiplied with a tensor of more than one element, :class:`ReducedLossError` is raised; the
     message shows the line that reduced the loss and the line that applied the mask.

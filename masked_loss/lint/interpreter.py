@@ -493,7 +493,7 @@ class Interpreter:
             self._assign_path(target, value, frame)
 
     def _assign_elements(self, target: ast.expr, iterable: ast.expr, frame: Frame) -> None:
-        """Binds a loop's variables. Elements of zipped tensors may be scalars, whatever the name."""
+        """Binds a loop's variables. Elements of zipped tensors may be scalars."""
         unwrapped = iterable
         while isinstance(unwrapped, ast.Call) and ast.unparse(unwrapped.func) in {
             "enumerate",
@@ -504,10 +504,10 @@ class Interpreter:
             unwrapped = unwrapped.args[0]
         self._assign(target, UNKNOWN, frame)
         if isinstance(unwrapped, ast.Call) and ast.unparse(unwrapped.func) == "zip":
-            if not any("load" in ast.unparse(a).lower() for a in unwrapped.args):
-                for node in ast.walk(target):
-                    if isinstance(node, ast.Name):
-                        frame.scope.names[node.id] = NUMBER
+            loaders = any("load" in ast.unparse(a).lower() for a in unwrapped.args)
+            for node in () if loaders else ast.walk(target):
+                if isinstance(node, ast.Name):
+                    frame.scope.names[node.id] = NUMBER
 
     # Expressions
 
@@ -680,11 +680,10 @@ class Interpreter:
             return NUMBER
         if any(isinstance(value, Mask) for value in values):
             return Mask(ast.unparse(node))
-        if all(isinstance(op, _TENSOR_COMPARISONS) for op in node.ops):
-            if any(
-                names.is_labels(o) and v == UNKNOWN for o, v in zip(operands, values, strict=False)
-            ):
-                return Mask(ast.unparse(node))
+        pairs = zip(operands, values, strict=True)
+        labels = any(names.is_labels(o) and v == UNKNOWN for o, v in pairs)
+        if labels and all(isinstance(op, _TENSOR_COMPARISONS) for op in node.ops):
+            return Mask(ast.unparse(node))
         return UNKNOWN
 
     def _of_boolop(self, node: ast.BoolOp, frame: Frame) -> Value:
@@ -957,7 +956,7 @@ class Interpreter:
         whole: bool,
         frame: Frame,
     ) -> Value | None:
-        """`owner.name(...)` or `torch.name(owner, ...)` on a tensor; `whole`: no further argument."""
+        """`owner.name(...)` or `torch.name(owner, ...)` on a tensor; `whole`: no other argument."""
         if isinstance(receiver, Loss):
             return self._loss_method(name, node, receiver, whole, frame)
         if name in _REDUCTIONS and whole:

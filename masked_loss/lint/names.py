@@ -100,12 +100,11 @@ def is_accumulation(node: ast.expr) -> bool:
 
 def key(node: ast.expr) -> str:
     """The text of an expression without its casts and views: the same tensor, the same key."""
-    while True:
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in VIEWS and not isinstance(node.func.value, ast.Constant):
-                node = node.func.value
-                continue
-        return ast.unparse(node)
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr not in VIEWS:
+            break
+        node = node.func.value
+    return ast.unparse(node)
 
 
 def path(node: ast.expr) -> str:

@@ -208,8 +208,9 @@ def join(left: Value | None, right: Value | None) -> Value:
         same = left.reduction == right.reduction
         return replace(left, reduction=left.reduction if same else None, uneven=False)
     if isinstance(left, Tuple) and isinstance(right, Tuple):
-        if len(left.items) == len(right.items):
-            return Tuple(tuple(join(a, b) for a, b in zip(left.items, right.items, strict=False)))
+        if len(left.items) != len(right.items):
+            return UNKNOWN
+        return Tuple(tuple(join(a, b) for a, b in zip(left.items, right.items, strict=True)))
     if isinstance(left, Record) and isinstance(right, Record):
         names = [*dict(left.fields), *(n for n, _ in right.fields if n not in dict(left.fields))]
         a, b = dict(left.fields), dict(right.fields)
