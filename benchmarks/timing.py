@@ -2,8 +2,8 @@
 """What every benchmark here shares: how to time, what to divide by, where results go.
 
 A time means nothing on a machine that others use too; a ratio of two times taken side by side
-does. So the candidates take turns, every round is a comparison of its own, and what is reported is
-the median over the rounds.
+does. So the candidates take turns, every round is a comparison of its own, rounds that others
+disturbed are repeated, and what is reported is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -91,19 +91,55 @@ def interleave(
     """Time each call once a round, in an order that moves on from round to round.
 
     ``before`` runs untimed before each call (or before those it names): cold caches, fresh inputs.
+    Rounds in which other processes took the processor are run again, up to twice ``rounds`` in
+    all; the ``rounds`` with the least of that count. How long they took plays no part in this.
     """
     names = list(calls)
-    times = {name: Times() for name in names}
-    for i in range(-warmup, rounds):
+    found: list[tuple[float, dict[str, float]]] = []
+    for i in range(-warmup, 2 * rounds):
         shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
-            prepare = before.get(name) if isinstance(before, Mapping) else before
-            if prepare is not None:
-                prepare()
-            seconds = clock(calls[name])
-            if i >= 0:
-                times[name].append(seconds)
-    return times
+        seconds = {}
+        with _Others() as others:
+            for name in names[shift:] + names[:shift]:
+                prepare = before.get(name) if isinstance(before, Mapping) else before
+                if prepare is not None:
+                    prepare()
+                seconds[name] = clock(calls[name])
+        if i >= 0:
+            found.append((others.share, seconds))
+        if sum(share < _QUIET for share, _ in found) == rounds:
+            break
+    found.sort(key=lambda pair: pair[0])
+    return {name: Times(seconds[name] for _, seconds in found[:rounds]) for name in names}
+
+
+_QUIET = 0.05
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+
+
+class _Others:
+    """Processor time that others took, in cores; 0 where the system does not say."""
+
+    share: float
+
+    def __enter__(self) -> _Others:
+        self.begin = time.perf_counter(), self._busy() - time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        start, others = self.begin
+        taken = self._busy() - time.process_time() - others
+        unsure = 2 * _TICK  # the system counts in whole ticks
+        self.share = max(0.0, taken - unsure) / (time.perf_counter() - start)
+
+    @staticmethod
+    def _busy() -> float:
+        path = Path("/proc/stat")
+        if not path.exists():
+            return time.process_time()
+        user, nice, system, _, _, irq, softirq, steal, *_ = path.read_text().split()[1:11]
+        ticks = sum(map(int, (user, nice, system, irq, softirq, steal)))
+        return ticks * _TICK
 
 
 # The machine
