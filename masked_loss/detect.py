@@ -8,7 +8,6 @@ import inspect
 import linecache
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,17 +18,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from masked_loss.errors import ReducedLossError
 
-__all__ = ["active", "detect_reduced_loss", "note_reduced"]
-
-active = False
-"""True while a detector is open in any thread: only then is :func:`note_reduced` worth a call."""
+__all__ = ["detect_reduced_loss"]
 
 _HERE = os.path.dirname(__file__) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_lock = threading.Lock()
-_open_detectors = 0
-_of_thread = threading.local()
-
+# Losses announce themselves to __torch_function__ under these modules.
+_LOSSES = ("torch.nn.functional", "masked_loss.functional", "masked_loss.linear")
 _MULTIPLY = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
 # A result of these is still the reduced loss, as long as it has one element.
 _PRESERVING = (
@@ -87,14 +81,15 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
             loss without gradient that scales a tensor with one (a reward, say) is let through.
 
     >>> import torch, torch.nn.functional as F
-    >>> import masked_loss
-    >>> logits, target, mask = torch.randn(8, 5), torch.arange(8) % 5, torch.arange(8.0) < 6
-    >>> with masked_loss.detect_reduced_loss():
+    >>> from masked_loss.detect import detect_reduced_loss
+    >>> logits, target, mask = torch.randn(8, 5), torch.arange(8) % 5, torch.arange(8) < 6
+    >>> with detect_reduced_loss():
     ...     loss = F.cross_entropy(logits, target)
-    ...     loss = (loss * mask).sum() / mask.sum()
-    Traceback (most recent call last):
-        ...
-    masked_loss.errors.ReducedLossError: detect_reduced_loss: a tensor of shape [8] multiplies ...
+    ...     try:
+    ...         loss = (loss * mask).sum() / mask.sum()
+    ...     except ValueError as error:
+    ...         print(type(error).__name__)
+    ReducedLossError
 
     Source: https://docs.pytorch.org/docs/stable/torch.overrides.html, docs/lint.md.
     """
@@ -105,21 +100,7 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
         self._warned: set[tuple[str, int]] = set()
         self._reduced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def __enter__(self) -> detect_reduced_loss:
-        global active, _open_detectors
-        super().__enter__()
-        with _lock:
-            _open_detectors += 1
-            active = True
-        _detectors().append(self)
-        return self
-
     def __exit__(self, *exception: Any) -> None:
-        global active, _open_detectors
-        _detectors().remove(self)
-        with _lock:
-            _open_detectors -= 1
-            active = _open_detectors > 0
         self._reduced.clear()
         super().__exit__(*exception)
 
@@ -142,18 +123,16 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
             self._check(tensors, known)
 
         result = func(*args, **kwargs)
-        if not isinstance(result, torch.Tensor):
+        loss = result[0] if isinstance(result, tuple) and signature is not None else result
+        if not isinstance(loss, torch.Tensor):
             return result
         if signature is not None:
             reduction = _reduction(signature, args, kwargs)
-            if reduction != "none" and result.dim() == 0:
-                self._note(result, f'{name}, reduction="{reduction}"')
+            if reduction != "none" and loss.dim() == 0:
+                self._reduced[loss] = _Reduced(_caller(), f'{name}, reduction="{reduction}"')
         elif known is not None and name in _PRESERVE and result.numel() == 1:
             self._reduced[result] = known
         return result
-
-    def _note(self, loss: torch.Tensor, how: str) -> None:
-        self._reduced[loss] = _Reduced(_caller(), how)
 
     def _check(self, tensors: list[torch.Tensor], known: _Reduced) -> None:
         losses = [t for t in tensors if t in self._reduced]
@@ -180,32 +159,6 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
             return
 
 
-def note_reduced(loss: torch.Tensor, function: str, reduction: str) -> None:
-    """Tells the open detectors of this thread that masked_loss reduced a loss to a scalar.
-
-    Args:
-        loss: the scalar, as it is handed to the user.
-        function: the public function that returns it.
-        reduction: its ``reduction``; "none" is not noted.
-
-    >>> import torch
-    >>> with detect_reduced_loss() as detector:
-    ...     note_reduced(torch.tensor(1.0), "masked_cross_entropy", "mean")
-    """
-    if reduction == "none" or loss.dim() != 0:
-        return
-    for detector in _detectors():
-        detector._note(loss, f'{function}, reduction="{reduction}"')
-
-
-def _detectors() -> list[detect_reduced_loss]:
-    """The open detectors of this thread, outermost first."""
-    if not hasattr(_of_thread, "detectors"):
-        _of_thread.detectors = []
-    detectors: list[detect_reduced_loss] = _of_thread.detectors
-    return detectors
-
-
 def _flat(values: tuple[Any, ...]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, (tuple, list)):
@@ -224,8 +177,8 @@ def _caller() -> _Place:
 
 @functools.lru_cache(maxsize=1024)
 def _loss_signature(func: Callable[..., Any]) -> inspect.Signature | None:
-    """The signature of a loss of torch.nn.functional, None for any other function."""
-    if getattr(func, "__module__", None) != "torch.nn.functional" or not inspect.isfunction(func):
+    """The signature of a loss of PyTorch or masked_loss, None for any other function."""
+    if getattr(func, "__module__", None) not in _LOSSES or not inspect.isfunction(func):
         return None
     signature = inspect.signature(func)
     return signature if "reduction" in signature.parameters else None

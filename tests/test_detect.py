@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import inspect
+import re
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import masked_loss
 from masked_loss import detect
-from masked_loss.detect import detect_reduced_loss, note_reduced
+from masked_loss.detect import detect_reduced_loss
 from masked_loss.errors import ReducedLossError
 
 TOKENS, CLASSES = 6, 5
@@ -163,12 +168,49 @@ def test_it_works_under_autocast_and_through_backward(target: Tensor) -> None:
     assert layer.weight.grad is not None
 
 
-def test_a_loss_of_masked_loss_is_known_when_it_is_noted() -> None:
-    loss = torch.tensor(2.0)
+OURS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "masked_cross_entropy": lambda x, t: masked_loss.masked_cross_entropy(x, t, MASK),
+    "with stats": lambda x, t: masked_loss.masked_cross_entropy(x, t, return_stats=True)[0],
+    "cross_entropy": lambda x, t: masked_loss.cross_entropy(x, t, reduction="sum"),
+    "linear_cross_entropy": lambda x, t: masked_loss.linear_cross_entropy(x, torch.eye(5), t),
+    "masked_reduce": lambda x, t: masked_loss.masked_reduce(x[:, 0], MASK, reduction="sum"),
+    "masked_mean": lambda x, t: masked_loss.masked_mean(x[:, 0], MASK),
+    "module": lambda x, t: masked_loss.MaskedCrossEntropyLoss()(x, t, MASK),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_loss_of_masked_loss_is_known(name: str, logits: Tensor, target: Tensor) -> None:
     with detect_reduced_loss():
-        note_reduced(loss, "masked_cross_entropy", "mean")
-        with pytest.raises(ReducedLossError, match="masked_cross_entropy"):
+        loss = OURS[name](logits, target)
+        with pytest.raises(ReducedLossError, match=r"test_detect\.py"):
             loss * MASK
+
+
+def test_masked_loss_itself_refuses_a_reduced_loss(logits: Tensor, target: Tensor) -> None:
+    with pytest.raises(ReducedLossError):
+        masked_loss.masked_mean(F.cross_entropy(logits, target), MASK)
+
+
+def test_a_trainer_with_the_bug_is_stopped_at_its_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The two files of MiniMind's case, which the linter's tests read, are run here."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "lint" / "corpus" / "wrong" / "minimind")
+    for name in ("model", "pretrain"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    pretrain = importlib.import_module("pretrain")
+    pretrain.model = pretrain.TinyModel(vocab=50, dim=8).to(pretrain.DEVICE)
+    pretrain.optimizer = torch.optim.SGD(pretrain.model.parameters(), lr=0.1)
+    ids = torch.randint(50, (2, 4), device=pretrain.DEVICE)
+    loader = [(ids, ids, torch.ones(2, 4))]
+    pretrain.train_epoch(loader, 1)  # nothing fails
+    with detect_reduced_loss(), pytest.raises(ReducedLossError) as caught:
+        pretrain.train_epoch(loader, 1)
+    assert re.search(r"model\.py:\d+, in forward\n +self\.last_loss = ", str(caught.value))
+    assert re.search(r"pretrain\.py:\d+, in train_epoch\n +loss = torch\.sum", str(caught.value))
+    for name in ("model", "pretrain"):
+        sys.modules.pop(name, None)
 
 
 # What it lets pass
@@ -177,6 +219,7 @@ def test_a_loss_of_masked_loss_is_known_when_it_is_noted() -> None:
 CORRECT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mask before reducing": lambda x, t: (F.cross_entropy(x, t, reduction="none") * MASK).sum(),
     "reduce=False": lambda x, t: (F.cross_entropy(x, t, reduce=False) * MASK).sum(),
+    "our own, unreduced": lambda x, t: masked_loss.cross_entropy(x, t, reduction="none") * MASK,
     "unreduced module": lambda x, t: nn.CrossEntropyLoss(reduction="none")(x, t) * MASK,
     "a scalar weight": lambda x, t: F.cross_entropy(x, t) * torch.tensor(0.5),
     "a learned weight of one element": lambda x, t: F.cross_entropy(x, t)
@@ -242,24 +285,21 @@ def test_warn_speaks_once_per_place(logits: Tensor, target: Tensor) -> None:
 def test_outside_nothing_is_detected(logits: Tensor, target: Tensor) -> None:
     with detect_reduced_loss():
         loss = F.cross_entropy(logits, target)
-        assert detect.active
-    assert not detect.active
     assert (loss * MASK).shape == MASK.shape
     with detect_reduced_loss():
         assert (loss * MASK).shape == MASK.shape  # it was not watched when it was reduced
 
 
-def test_it_ends_after_an_error() -> None:
+def test_it_ends_after_an_error(logits: Tensor, target: Tensor) -> None:
     with pytest.raises(KeyError), detect_reduced_loss():
         raise KeyError
-    assert not detect.active
+    assert (F.cross_entropy(logits, target) * MASK).shape == MASK.shape
 
 
 def test_nested_detectors(logits: Tensor, target: Tensor) -> None:
     with detect_reduced_loss():
         with detect_reduced_loss():
             inner = F.cross_entropy(logits, target)
-        assert detect.active
         with pytest.raises(ReducedLossError):
             inner * MASK
 

@@ -115,6 +115,7 @@ def test_the_linter_agrees_with_its_page(rule: str, kind: str, code: str, tmp_pa
     assert {f.code for f in check([read(path)])} == ({rule} if kind == "wrong" else set())
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
 def test_the_repaired_examples_compute_the_same() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 7, 11), torch.randint(11, (2, 7))

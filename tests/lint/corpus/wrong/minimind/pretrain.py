@@ -3,6 +3,8 @@
 import torch
 from model import TinyModel
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def init_model(device):
     model = TinyModel().to(device)
@@ -11,7 +13,7 @@ def init_model(device):
 
 def train_epoch(loader, accumulation_steps):
     for step, (X, Y, loss_mask) in enumerate(loader):
-        loss_mask = loss_mask.to("cuda")
+        loss_mask = loss_mask.to(DEVICE)
         model(X, Y)
         raw_model = model.module if hasattr(model, "module") else model
         loss = raw_model.last_loss / accumulation_steps
@@ -24,7 +26,7 @@ def train_epoch(loader, accumulation_steps):
 
 
 if __name__ == "__main__":
-    model = init_model("cuda")
+    model = init_model(DEVICE)
     model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters())
     train_epoch([], 8)
