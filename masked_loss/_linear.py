@@ -166,6 +166,11 @@ def _pieces(rows: int, row_bytes: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, rows))
 
 
+def _may_wait(x: Tensor, pack: bool) -> bool:
+    """Whether the host may ask for a number that x's device is still computing."""
+    return x.is_cpu or (pack and not torch.cuda.is_current_stream_capturing())
+
+
 class _Tokens:
     """The tokens that are computed, and where they are in hidden: that of token n is row n - shift.
 
@@ -182,7 +187,7 @@ class _Tokens:
         self.index: Tensor | None = None
         self.weights: Tensor | None = None
         self.first, self.count = self.shift, max(0, weights.numel() - self.shift)
-        if hidden.is_cuda and (not pack or torch.cuda.is_current_stream_capturing()):
+        if not _may_wait(hidden, pack):
             self.weights = weights
             if self.rows is None:
                 self.rows = hidden.reshape(-1, hidden.shape[-1])
@@ -544,6 +549,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         target,
         mask if wants_mask else None,
         class_weight,
+        output[0],  # for what differentiates the gradients, and must not
         *output[2:],
     )
 
@@ -551,9 +557,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 9
-    hidden, weight, bias, target, mask, class_weight, tokens, groups, unit, *gradients = (
-        ctx.saved_tensors
-    )
+    hidden, weight, bias, target, mask, class_weight, _, *tables = ctx.saved_tensors
+    tokens, groups, unit, *gradients = tables
     needs = list(ctx.needs_input_grad[:3])
     options = ctx.options
     dmask = None

@@ -44,6 +44,19 @@ def _keeps_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+class _Once(torch.autograd.Function):
+    """Gradients as they are, whose own derivative, through whatever, is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradients: Any, *through: Tensor | None) -> Any:
+        ctx.name = name
+        return tuple(g if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"masked_loss: {ctx.name} cannot be differentiated twice")
+
+
 def differentiable(
     name: str,
     forward: Callable[..., Any],
@@ -70,15 +83,29 @@ def differentiable(
     def backward_once(ctx: Any, *grads: Any) -> Any:
         return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
-    methods = {"backward": staticmethod(backward_once)}
+    def backward_eager(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        # once_differentiable lets these go where the upstream gradient is a constant, as that of
+        # loss.sum() is: a gradient penalty would silently count for nothing.
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        through = [t for t in ctx.saved_tensors if t is not None and t.requires_grad]
+        return _Once.apply(name, gradients, *through)
+
     eager = type(
-        name, (torch.autograd.Function,), {**methods, "forward": staticmethod(forward_with_context)}
+        name,
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(forward_with_context),
+            "backward": staticmethod(backward_eager),
+        },
     )
     transformed = type(
         name,
         (torch.autograd.Function,),
         {
-            **methods,
+            "backward": staticmethod(backward_once),
             "forward": staticmethod(forward),
             "setup_context": staticmethod(setup_context),
             "generate_vmap_rule": True,
@@ -127,7 +154,7 @@ def _loop(op: Callable[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         def element(i: int) -> Any:
             pairs = zip(args, in_dims, strict=True)
-            return op(*(arg if dim is None else arg.select(dim, i) for arg, dim in pairs))
+            return op(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in pairs))
 
         results = [element(i) for i in range(info.batch_size)]
         if isinstance(results[0], Tensor):
