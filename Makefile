@@ -77,8 +77,13 @@ $(library): $(sources) setup.py $(stamps)/torch
 	$(python) setup.py -q build_ext --inplace
 	@touch $@
 
+# The tests run the demo, and the integrations where there is something to integrate with.
+extras_test := test,demo,transformers
+extras_demo := demo
+extras_bench := bench
+
 $(stamps)/test $(stamps)/demo $(stamps)/bench: $(stamps)/%: $(stamps)/torch pyproject.toml | $(library)
-	$(pip) --no-build-isolation -e '.[$*]' 'torch==$(TORCH)'
+	$(pip) --no-build-isolation -e '.[$(extras_$*)]' 'torch==$(TORCH)'
 	@touch $@
 
 $(stamps)/dev: $(stamps)/torch pyproject.toml
