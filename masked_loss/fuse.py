@@ -10,6 +10,7 @@ asked of the stand-in computes the logits, once.
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -172,6 +173,7 @@ class LazyLogits(Tensor):
     _dense: Tensor | None
     _dense_of: Tensor | None  # the parent's that _dense was made from
     _fused: bool
+    _uncompiled: Callable[..., Any] | None = None  # _answer, where torch.compile leaves it alone
 
     @classmethod
     def _wrap(cls, parts: _Parts) -> LazyLogits:
@@ -212,7 +214,16 @@ class LazyLogits(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        # A compiled loss may call this, and what happens here is not for torch.compile to trace.
+        answer = cls._answer
+        if "torch._dynamo" in sys.modules:
+            answer = cls._uncompiled or _uncompiled()
+        return answer(func, args, kwargs or {})
+
+    @classmethod
+    def _answer(
+        cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         self = args[0] if args else None
         if isinstance(self, LazyLogits):
             if func in _METADATA or (func in _HOOKS and _is_for_torch(args)):
@@ -246,6 +257,7 @@ class LazyLogits(Tensor):
         """What ``func`` gives without the logits, None where it needs them."""
         if self._oldest_dense() is not None or not self._is_attached():
             return None
+        self._check_unchanged()
         if func in _LOSSES:
             return self._loss(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -342,7 +354,6 @@ class LazyLogits(Tensor):
         if scaling.cap is not None:
             factor = scaling.numerator * scaling.cap / scaling.denominator
             options["softcap"] = scaling.cap
-        self._check_unchanged()
         hidden, bias = parts.hidden, parts.bias
         for logits in self._line():
             logits._fused = True
@@ -438,6 +449,14 @@ class LazyLogits(Tensor):
         return logits.movedim(-1, parts.class_dim) if parts.class_dim != -1 else logits
 
 
+LazyLogits.__torch_function__.__func__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _uncompiled() -> Any:
+    LazyLogits._uncompiled = torch.compiler.disable(LazyLogits._answer)
+    return LazyLogits._uncompiled
+
+
 def _is_lazy(x: Any) -> bool:
     return isinstance(x, LazyLogits)
 
@@ -492,17 +511,14 @@ class DenseLogits(Tensor):
         kwargs = kwargs or {}
         if func is F.cross_entropy:
             func = cross_entropy
-        if not torch.compiler.is_compiling():
-            args, kwargs = tree_map_only(
-                DenseLogits, lambda x: x.as_subclass(Tensor), (args, kwargs)
-            )
-            result = func(*args, **kwargs)
-            keeps = isinstance(result, Tensor) and func in _KEEPS_DENSE
-            return result.as_subclass(DenseLogits) if keeps else result
-        if func in _KEEPS_DENSE:
+        if torch.compiler.is_compiling() and func in _KEEPS_DENSE:
             return super().__torch_function__(func, types, args, kwargs)
+        if getattr(func, "__name__", "") in ("__reduce_ex__", "__deepcopy__", "__repr__"):
+            return func(args[0].as_subclass(Tensor), *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            keeps = func in _KEEPS_DENSE and type(result) is Tensor
+            return result.as_subclass(DenseLogits) if keeps else result
 
 
 _KEEPS_DENSE = _ARRANGE | _MULTIPLY | _DIVIDE | _TANH | frozenset((*_CAST, Tensor.to))
@@ -516,7 +532,7 @@ class FusedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.fuse:
             return F.linear(input, self.weight, self.bias)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return F.linear(input, self.weight, self.bias).as_subclass(DenseLogits)
         tensors: Sequence[Tensor] = tuple(
             x for x in (input, self.weight, self.bias) if x is not None

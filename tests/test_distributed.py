@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Several ranks: averaged gradients are those of one process that has the whole batch.
+
+Real process groups (gloo). The ranks are forked and do all cases of their number in one go.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import masked_loss
+from masked_loss import global_normalizer, linear_cross_entropy, masked_cross_entropy
+
+V, D, T = 41, 16, 9
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"
+)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, D)
+        self.body = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+        self.lm_head = nn.Linear(D, V, bias=False)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.body:
+            x = x + layer(x).tanh()
+        return x
+
+    def forward(self, ids: Tensor, normalizer: Tensor | None = None) -> Tensor:
+        logits = self.lm_head(self.hidden(ids))
+        if normalizer is None:
+            return logits
+        return masked_cross_entropy(logits, ids, normalizer=normalizer, shift=True)
+
+
+def make_model() -> Model:
+    torch.manual_seed(1)
+    return Model().double()
+
+
+def make_batch(rows: int) -> tuple[Tensor, Tensor]:
+    """Rows of very unequal length; the first rows, which are rank 0's, are empty."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(V, (rows, T), generator=generator)
+    lengths = torch.randint(1, T + 1, (rows, 1), generator=generator)
+    lengths[:2] = 0
+    return ids, torch.arange(T) < lengths
+
+
+def expected_gradients(rows: int, mask: bool = True) -> dict[str, Tensor]:
+    model = make_model()
+    ids, real = make_batch(rows)
+    masked_cross_entropy(model(ids), ids, real if mask else None, shift=True).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    got = {
+        name.removeprefix("module."): p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    assert got.keys() == expected.keys()
+    for name, grad in got.items():
+        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        torch.testing.assert_close(whole, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def sharded(model: Model) -> nn.Module:
+    for layer in model.body:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def head_sharded(model: Model) -> nn.Module:
+    fully_shard(model.lm_head)
+    return sharded(model)
+
+
+WRAPPERS: dict[str, Callable[[Model], nn.Module]] = {
+    "DDP": DistributedDataParallel,
+    "DDP, unused": lambda m: DistributedDataParallel(m, find_unused_parameters=True),
+    "DDP, static": lambda m: DistributedDataParallel(m, static_graph=True),
+    "FSDP2": sharded,
+    "FSDP2, head alone": head_sharded,
+}
+
+
+def one_step(wrap: str, fused: bool, rank: int, ranks: int) -> None:
+    """The loss is computed outside of the model, on its logits."""
+    ids, real = (x[2 * rank : 2 * rank + 2] for x in make_batch(2 * ranks))
+    model = make_model()
+    model = WRAPPERS[wrap](masked_loss.fuse_linear_loss(model) if fused else model)
+    normalizer = global_normalizer(ids, real, shift=True)
+    loss = masked_cross_entropy(model(ids), ids, real, normalizer=normalizer, shift=True)
+    assert rank or loss.item() == 0
+    loss.backward()
+    check(model, expected_gradients(2 * ranks))
+    dist.all_reduce(loss)
+    whole = make_batch(2 * ranks)
+    mean = masked_cross_entropy(make_model()(whole[0]), *whole, shift=True)
+    torch.testing.assert_close(loss / ranks, mean, check_dtype=False)
+
+
+def loss_inside(wrap: str, fused: bool, rank: int, ranks: int) -> None:
+    """The loss is computed by the model, as transformers' and MiniMind do."""
+    ids = make_batch(2 * ranks)[0][2 * rank : 2 * rank + 2]
+    model = make_model()
+    model = WRAPPERS[wrap](masked_loss.fuse_linear_loss(model) if fused else model)
+    model(ids, global_normalizer(ids, shift=True)).backward()
+    check(model, expected_gradients(2 * ranks, mask=False))
+
+
+def accumulated(wrap: str, fused: bool, rank: int, ranks: int) -> None:
+    """Micro-batches of one row; one count for the whole step."""
+    ids, real = (x[2 * rank : 2 * rank + 2] for x in make_batch(2 * ranks))
+    model = make_model()
+    model = WRAPPERS[wrap](masked_loss.fuse_linear_loss(model) if fused else model)
+    normalizer = global_normalizer(list(ids.split(1)), list(real.split(1)), shift=True)
+    for i in range(2):
+        last = i == 1
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = last
+        else:
+            model.set_requires_gradient_sync(last)
+        micro, mask = ids[i : i + 1], real[i : i + 1]
+        masked_cross_entropy(
+            model(micro), micro, mask, normalizer=normalizer, shift=True
+        ).backward()
+    check(model, expected_gradients(2 * ranks))
+
+
+def counts(rank: int, ranks: int) -> None:
+    target = torch.full((3, rank + 2), 5)
+    target[0, 0] = -100
+    total = sum(3 * (r + 2) - 1 for r in range(ranks))
+    got = global_normalizer(target)
+    assert (got.dtype, got.dim(), got.item()) == (torch.float64, 0, total / ranks)
+    got = global_normalizer(target, torch.full(target.shape, 0.25))
+    assert got.item() == 0.25 * total / ranks
+    group = dist.new_group([0, 1])
+    if rank < 2:
+        assert global_normalizer(target, group=group).item() == (5 + 8) / 2
+    everything_masked = global_normalizer(target, torch.zeros_like(target))
+    assert everything_masked.item() == 0
+    logits = torch.randn(3, rank + 2, V, requires_grad=True)
+    loss = masked_cross_entropy(
+        logits, target, torch.zeros_like(target), normalizer=everything_masked
+    )
+    assert loss.item() == 0
+
+    # what people write, for comparison: a token of a rank with few of them counts for more
+    ids, real = (x[2 * rank : 2 * rank + 2] for x in make_batch(2 * ranks))
+    model = DistributedDataParallel(make_model())
+    masked_cross_entropy(model(ids), ids, real, shift=True).backward()
+    with pytest.raises(AssertionError):
+        check(model, expected_gradients(2 * ranks))
+
+
+def linear(rank: int, ranks: int) -> None:
+    ids, real = (x[2 * rank : 2 * rank + 2] for x in make_batch(2 * ranks))
+    model = make_model()
+    normalizer = global_normalizer(ids, real, shift=True)
+    linear_cross_entropy(
+        model.hidden(ids), model.lm_head.weight, ids, real, normalizer=normalizer, shift=True
+    ).backward()
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= ranks
+    check(model, expected_gradients(2 * ranks))
+
+
+CASES: dict[str, Callable[[int, int], None]] = {"counts": counts, "linear": linear}
+for _wrap in WRAPPERS:
+    for _fused in (False, True):
+        for _case in (one_step, loss_inside, accumulated):
+            if _case is accumulated and "static" in _wrap:
+                continue  # DDP cannot
+            CASES[f"{_case.__name__}, {_wrap}{', fused' * _fused}"] = (
+                lambda rank, ranks, case=_case, wrap=_wrap, fused=_fused: case(
+                    wrap, fused, rank, ranks
+                )
+            )
+
+
+def run_rank(rank: int, folder: str) -> None:
+    """Does every case, with two ranks and with three, and leaves what it raised in a file."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    errors: dict[int, dict[str, str]] = {}
+    for ranks in (2, 3):
+        if rank >= ranks:
+            continue
+        store = dist.FileStore(os.path.join(folder, f"store{ranks}"), ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        errors[ranks] = {}
+        for name, case in CASES.items():
+            try:
+                case(rank, ranks)
+            except BaseException:
+                errors[ranks][name] = f"rank {rank}: {traceback.format_exc()}"
+                break  # the other ranks may wait: what follows would not mean anything
+        torch.save(errors, os.path.join(folder, f"errors{rank}"))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def all_errors() -> dict[int, dict[str, str]]:
+    """By the number of ranks: the cases that failed."""
+    found: dict[int, dict[str, str]] = {2: {}, 3: {}}
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=run_rank, args=(rank, folder), daemon=True) for rank in range(3)
+        ]
+        for process in processes:
+            process.start()
+        for rank, process in enumerate(processes):
+            process.join(180)
+            path = os.path.join(folder, f"errors{rank}")
+            reported = torch.load(path) if os.path.exists(path) else {}
+            for ranks in (2, 3):
+                found[ranks].update(reported.get(ranks, {}))
+                if ranks not in reported and rank < ranks:
+                    found[ranks]["every rank ends"] = f"rank {rank}: exit {process.exitcode}"
+            process.kill()
+    return found
+
+
+@pytest.fixture(params=[2, 3], ids=["2 ranks", "3 ranks"])
+def errors(request: pytest.FixtureRequest, all_errors: dict[int, dict[str, str]]) -> dict[str, str]:
+    return all_errors[request.param]
+
+
+@pytest.mark.parametrize("case", [*CASES, "every rank ends"])
+def test_ranks(case: str, errors: dict[str, str]) -> None:
+    if case in errors:
+        pytest.fail(errors[case])
+    if errors:
+        pytest.skip(f"{', '.join(errors)} failed before")
+
+
+def test_without_a_process_group_it_is_the_local_count() -> None:
+    target = torch.tensor([[1, 2, -100], [3, -100, -100]])
+    assert global_normalizer(target).item() == 3
+    assert global_normalizer(target, shift=True).item() == 1
+    assert global_normalizer(target, ignore_index=1).item() == 5
+    assert global_normalizer(target.int(), target > 1).item() == 2
+    assert global_normalizer([target, target[:1]]).item() == 5
+    assert global_normalizer([target, target], [None, target > 1]).item() == 5
+    mask = torch.tensor([[0.5, 2.0, torch.nan], [0.0, torch.inf, torch.nan]])
+    assert global_normalizer(target, mask).item() == 2.5  # ignored tokens' weights are not read
+    assert not global_normalizer(target, mask.requires_grad_()).requires_grad
+    assert global_normalizer(torch.empty(0, 3, dtype=torch.int64)).item() == 0
+
+
+def test_errors_say_what_was_expected() -> None:
+    target = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"global_normalizer: mask must have shape \[2, 3\]"):
+        global_normalizer(target, target[0])
+    with pytest.raises(TypeError, match=r"global_normalizer: mask must be a tensor, got int"):
+        global_normalizer(target, [1])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="sequences of one length"):
+        global_normalizer([target], [None, None])
+    with pytest.raises(ValueError, match="dimension for time"):
+        global_normalizer(target[0, 0], shift=True)
