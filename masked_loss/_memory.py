@@ -47,8 +47,16 @@ def _take(size: int) -> mmap.mmap:
         fits = block is not None and size <= len(block) <= size + size // 4
         if block is None or not fits or sys.getrefcount(block) > 3:
             _block = block = None  # an idle block that does not fit goes first
-            block = mmap.mmap(-1, size)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                block.madvise(mmap.MADV_HUGEPAGE)
+            block = _allocate(size)
             _block = block
         return block
+
+
+def _allocate(size: int) -> mmap.mmap:
+    if sys.platform != "linux":
+        return mmap.mmap(-1, size)
+    # Private: by default a forked child would go on writing into its parent's gradient, and shared
+    # memory gets no huge pages.
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.madvise(mmap.MADV_HUGEPAGE)
+    return block

@@ -7,6 +7,7 @@ computes is in csrc/; what a loss means to its caller is in functional.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -143,9 +144,10 @@ def _loss_dtype(values: Tensor) -> torch.dtype:
 
 
 def _group_count(reduction: str, shape: torch.Size) -> int | torch.SymInt:
+    # math.prod: torch.Size.numel() would make a symbolic size a constant.
     if reduction != "sequence_mean" or len(shape) == 0 or shape[-1] == 0:
         return 1
-    return torch.sym_max(1, shape[:-1].numel())  # type: ignore[no-any-return]
+    return torch.sym_max(1, math.prod(shape[:-1]))  # type: ignore[no-any-return]
 
 
 def _loop(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,7 +186,7 @@ def _fake_forward(
     return (
         logits.new_empty(shape if reduction == "none" else (), dtype=dtype),
         logits.new_empty((_STATS if stats else 0,), dtype=dtype),
-        logits.new_empty((fields, shape.numel()), dtype=dtype),
+        logits.new_empty((fields, math.prod(shape)), dtype=dtype),
         logits.new_empty((_group_count(reduction, shape), _GROUP_FIELDS), dtype=torch.float64),
     )
 
@@ -347,7 +349,7 @@ def _fake_reduce_forward(
     groups = _group_count(reduction, values.shape)
     return (
         values.new_empty(values.shape if reduction == "none" else (), dtype=dtype),
-        values.new_empty((2, values.numel()), dtype=dtype),
+        values.new_empty((2, math.prod(values.shape)), dtype=dtype),
         values.new_empty((groups, _GROUP_FIELDS), dtype=torch.float64),
     )
 

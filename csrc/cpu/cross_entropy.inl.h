@@ -100,15 +100,19 @@ struct Rows {
     return r;
   }
 
-  template <class Count>
-  ML_FN V logit(const T* x, Count count) const {
-    const V raw = load<V>(x, count);
+  ML_FN V capped(V raw) const {
     if constexpr (kCapped) return softcap(raw, V(cap), V(inverse_cap));
     return raw;
   }
 
+  template <class Count>
+  ML_FN V logit(const T* x, Count count) const {
+    return capped(load<V>(x, count));
+  }
+
+  // Through the vector's tanh: another one's last bit would tell the target from its equals.
   A logit(const T* x) const {
-    if constexpr (kCapped) return softcap(A(widen(*x)), cap, inverse_cap);
+    if constexpr (kCapped) return lane_sum(keep(logit(x, Part{1}), Part{1}, A(0)));
     return A(widen(*x));
   }
 
@@ -123,16 +127,31 @@ struct Rows {
                        probs_scale, uniform);
   }
 
+  // f(begin, end) over pieces of [begin, end): a lane that adds up more terms than this in a row
+  // loses digits.
+  template <class F>
+  static void for_each_piece(int64_t begin, int64_t end, int64_t terms, const F& f) {
+    const int64_t size = terms * V::kLanes;
+    for (; begin < end; begin += size) f(begin, std::min(begin + size, end));
+  }
+
   Lse lse(const T* x, int64_t begin, int64_t end) const {
+    Lse all;
+    for_each_piece(begin, end, 1024, [&](int64_t b, int64_t e) { all.merge(lse_piece(x, b, e)); });
+    return all;
+  }
+
+  Lse lse_piece(const T* x, int64_t begin, int64_t end) const {
     constexpr int kBlock = V::kBlock;
     constexpr int64_t kStep = kBlock * V::kLanes;
     LogSumExp<V> lanes;
     int64_t j = begin;
     for (; j + kStep <= end; j += kStep) {
       V y[kBlock];
-      for (int i = 0; i < kBlock; ++i) {
-        __builtin_prefetch(x + j + i * V::kLanes + kAhead / sizeof(T));
-        y[i] = logit(x + j + i * V::kLanes, Full{});
+      for (int i = 0; i < kBlock; i += 2) {
+        prefetch(x + j + i * V::kLanes + kAhead / sizeof(T));
+        V::load2(x + j + i * V::kLanes, y[i], y[i + 1]);
+        y[i] = capped(y[i]), y[i + 1] = capped(y[i + 1]);
       }
       lanes.push(y);
     }
@@ -146,31 +165,41 @@ struct Rows {
 
   // sum_j q_j (top - y_j) and sum_j q_j over the soft part of the target distribution.
   void soft_sums(const Row& r, A top, A* below, A* mass) const {
-    V below_lanes(0), mass_lanes(0);
-    for_each_vector<V>(0, args.cols, [&](int64_t j, auto count) {
-      const V q = keep(soft_target_at(r, j, count), count, 0);
-      below_lanes = below_lanes + keep(q * (V(top) - logit(r.x + j, count)), count, 0);
-      mass_lanes = mass_lanes + q;
+    double below_sum = 0, mass_sum = 0;
+    for_each_piece(0, args.cols, 64, [&](int64_t begin, int64_t end) {
+      V below_lanes(0), mass_lanes(0);
+      for_each_vector<V>(begin, end, [&](int64_t j, auto count) {
+        const V q = keep(soft_target_at(r, j, count), count, 0);
+        below_lanes = below_lanes + keep(q * (V(top) - logit(r.x + j, count)), count, 0);
+        mass_lanes = mass_lanes + q;
+      });
+      below_sum += lane_sum(below_lanes);
+      mass_sum += lane_sum(mass_lanes);
     });
-    *below = lane_sum(below_lanes);
-    *mass = lane_sum(mass_lanes);
+    *below = static_cast<A>(below_sum);
+    *mass = static_cast<A>(mass_sum);
   }
 
   A entropy(const Row& r, const Lse& lse) const {
     const V top(lse.top), log_sum(log(lse.sum)), inverse_sum(1 / lse.sum);
-    V lanes(0);
-    for_each_vector<V>(0, args.cols, [&](int64_t j, auto count) {
-      const V h = entropy_term(logit(r.x + j, count), top, log_sum, inverse_sum);
-      lanes = lanes + keep(h, count, 0);
+    double sum = 0;
+    for_each_piece(0, args.cols, 64, [&](int64_t begin, int64_t end) {
+      V lanes(0);
+      for_each_vector<V>(begin, end, [&](int64_t j, auto count) {
+        const V h = entropy_term(logit(r.x + j, count), top, log_sum, inverse_sum);
+        lanes = lanes + keep(h, count, 0);
+      });
+      sum += lane_sum(lanes);
     });
-    return lane_sum(lanes);
+    return static_cast<A>(sum);
   }
 
   // argmax of the logits = target, where the first of equal logits wins.
   bool is_argmax(const Row& r) const {
     const A own = A(widen(r.x[r.target]));
-    if (own != own) return false;
-    const A below_own = std::nextafter(own, std::numeric_limits<A>::lowest());
+    const A lowest = -std::numeric_limits<A>::infinity();
+    if (own != own || (own == lowest && r.target > 0)) return false;
+    const A below_own = std::nextafter(own, lowest);
     return !any_above(r.x, 0, r.target, below_own) &&
            !any_above(r.x, r.target + 1, args.cols, own);
   }
@@ -210,55 +239,76 @@ struct Rows {
     const A* dloss = static_cast<const A*>(args.dloss);
     const A scale = *field(TokenField::kWeight, r.token) *
                     (dloss ? dloss[args.dloss_per_token ? r.token : 0] : A(1));
-    return logit_grad(lse, *field(TokenField::kMass, r.token), r.hard, z_loss,
-                      static_cast<A>(scale * group[GroupField::kScaleLoss]),
-                      static_cast<A>(scale * group[GroupField::kScaleZ]));
+    LogitGrad<A> g = logit_grad(lse, *field(TokenField::kMass, r.token), r.hard, z_loss,
+                                static_cast<A>(scale * group[GroupField::kScaleLoss]),
+                                static_cast<A>(scale * group[GroupField::kScaleZ]));
+    if (g.softmax != g.softmax) g.softmax = std::numeric_limits<A>::quiet_NaN();  // see rounded()
+    return g;
+  }
+
+  // Both cache lines of two vectors, or the one of two half vectors.
+  static void prefetch(const T* p) {
+    __builtin_prefetch(p);
+    if constexpr (2 * V::kLanes * sizeof(T) > 64) __builtin_prefetch(p + V::kLanes);
   }
 
   // The gradient of [begin, end) of a row; while it is computed, `next` is brought closer.
   void grad(const Row& r, const LogitGrad<A>& g, int64_t begin, int64_t end, const T* next) const {
-    const A top = *field(TokenField::kTop, r.token);
+    const V top(*field(TokenField::kTop, r.token)), softmax(g.softmax);
     const bool has_target = begin <= r.target && r.target < end;
     const A own = has_target ? logit(r.x + r.target) : A(0);  // now: dx may be x
+    const auto of_logit = [&](V y) {
+      const V d = softmax_grad(y, top, softmax);
+      if constexpr (kCapped && !kSoft) return d * softcap_slope(y, V(inverse_cap));
+      return d;
+    };
     const auto at = [&](int64_t j, auto count) {
       const V y = logit(r.x + j, count);
-      V d = softmax_grad(y, V(top), V(g.softmax));
+      V d = of_logit(y);
       if constexpr (kSoft) d = d - V(g.soft) * soft_target_at(r, j, count);
-      if constexpr (kCapped) d = d * softcap_slope(y, V(inverse_cap));
+      if constexpr (kCapped && kSoft) d = d * softcap_slope(y, V(inverse_cap));
       return d;
     };
     int64_t j = begin;
-    if (args.stream) {
-      constexpr uintptr_t kBytes = V::kLanes * sizeof(T);
-      const uintptr_t misaligned = reinterpret_cast<uintptr_t>(r.dx + j) % kBytes;
-      const int64_t head = misaligned ? (kBytes - misaligned) / sizeof(T) : 0;
-      if (head && j + head <= end) {
-        store(at(j, Part{static_cast<int>(head)}), r.dx + j, Part{static_cast<int>(head)});
-        j += head;
+    if constexpr (!kSoft) {
+      if (args.stream) j = std::min(end, j + elements_to_line(r.dx + j));
+      for (int64_t i = begin; i < j; i += V::kLanes) {
+        const Part part{static_cast<int>(std::min<int64_t>(V::kLanes, j - i))};
+        store(at(i, part), r.dx + i, part);
       }
-      for (; j + V::kLanes <= end; j += V::kLanes) {
-        __builtin_prefetch(next + j, 0, 2);
-        at(j, Full{}).stream(r.dx + j);
+      for (; j + 2 * V::kLanes <= end; j += 2 * V::kLanes) {
+        prefetch(next + j);
+        V a, b;
+        V::load2(r.x + j, a, b);
+        a = of_logit(capped(a)), b = of_logit(capped(b));
+        args.stream ? V::stream2(r.dx + j, a, b) : V::store2(r.dx + j, a, b);
       }
     }
-    for_each_vector<V>(j, end, [&](int64_t i, auto count) {
-      __builtin_prefetch(next + i, 0, 2);
-      store(at(i, count), r.dx + i, count);
-    });
+    for_each_vector<V>(j, end,
+                       [&](int64_t i, auto count) { store(at(i, count), r.dx + i, count); });
     if (has_target) {
-      A d = softmax_grad(own, top, g.softmax) - g.hard;
+      A d = softmax_grad(own, *field(TokenField::kTop, r.token), g.softmax) - g.hard;
       if constexpr (kSoft) d -= g.soft * soft_target_at(r, r.target);
       if constexpr (kCapped) d *= softcap_slope(own, inverse_cap);
       narrow(d, r.dx + r.target);
     }
   }
 
+  static int64_t elements_to_line(const T* p) {
+    const uintptr_t past = reinterpret_cast<uintptr_t>(p) % 64;
+    return past ? static_cast<int64_t>((64 - past) / sizeof(T)) : 0;
+  }
+
+  void zero(T* dx, int64_t count) const {
+    int64_t j = args.stream ? std::min(count, elements_to_line(dx)) : count;
+    std::memset(dx, 0, j * sizeof(T));
+    for (; j + 2 * V::kLanes <= count; j += 2 * V::kLanes) V::stream2(dx + j, V(0), V(0));
+    std::memset(dx + j, 0, (count - j) * sizeof(T));
+  }
+
   void masked(int64_t row) const {
-    const int64_t token = token_of(row);
-    if (args.forward) {
-      finish_masked(token);
-    }
-    if (args.dlogits) std::memset(dlogits_of(row), 0, args.cols * sizeof(T));
+    if (args.forward) finish_masked(token_of(row));
+    if (args.dlogits) zero(dlogits_of(row), args.cols);
   }
 
   void finish_masked(int64_t token) const {
@@ -322,10 +372,10 @@ struct Rows {
     if (active(row)) {
       const Row r = row_at(row);
       grad(r, grad_of(r), begin, end, r.x);
-      if (args.stream) end_streams();
     } else {
-      std::memset(dlogits_of(row) + begin, 0, (end - begin) * sizeof(T));
+      zero(dlogits_of(row) + begin, end - begin);
     }
+    if (args.stream) end_streams();
   }
 };
 

@@ -61,8 +61,16 @@ struct Lane {
     if (n > 0) narrow(v, p);
   }
   template <class T>
-  ML_FN void stream(T* p) const {
-    narrow(v, p);
+  ML_FN static void load2(const T* p, Lane& a, Lane& b) {
+    a = load(p), b = load(p + 1);
+  }
+  template <class T>
+  ML_FN static void store2(T* p, Lane a, Lane b) {
+    a.store(p), b.store(p + 1);
+  }
+  template <class T>
+  ML_FN static void stream2(T* p, Lane a, Lane b) {
+    store2(p, a, b);
   }
 };
 template <class A>
