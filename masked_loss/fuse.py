@@ -319,7 +319,8 @@ class LazyLogits(Tensor):
         if func in _TANH and not kwargs and scaling.cap is None:
             return parts._replace(scaling=scaling._replace(cap=1.0))
         dtype = _CAST.get(func)
-        if func is Tensor.to:
+        if func is Tensor.to and not any(isinstance(arg, bool) for arg in args):
+            kwargs = {name: value for name, value in kwargs.items() if name != "copy"}
             parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
             device, dtype, _, memory_format = parsed
             if (device is not None and device != parts.hidden.device) or memory_format is not None:
@@ -363,9 +364,11 @@ class LazyLogits(Tensor):
             result: Any = linear_cross_entropy(
                 hidden, parts.weight, target, mask, bias=bias, **options
             )
-        if parts.dtype != torch.float64:
-            return result  # type: ignore[no-any-return]
-        return tree_map_only(Tensor, Tensor.double, result)  # type: ignore[no-any-return]
+        wide = parts.dtype == torch.float64
+        # A copy: trainers scale a loss in place, and this one is saved for backward.
+        loss, *stats = result if isinstance(result, tuple) else (result,)
+        loss = loss.double() if wide and loss.dtype != torch.float64 else loss.clone()
+        return (loss, *stats) if stats else loss
 
     def _oldest_dense(self) -> Tensor | None:
         """The logits that these are made from, if they were computed."""

@@ -168,6 +168,7 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
     "unsqueezed": lambda x: x[:, None].squeeze(1),
     "narrower": lambda x: x.bfloat16(),
     "wider": lambda x: x.double(),
+    "copy": lambda x: x[:, -1].to(copy=True, dtype=torch.float32, device="cpu"),
     "clone": lambda x: x.clone()[1:],
     "number": lambda x: x / 3 * 2,
     "tensor": lambda x: x * torch.tensor(2.0),
@@ -451,6 +452,16 @@ def test_accumulated_backwards_and_retain_graph(batch: tuple[Tensor, Tensor]) ->
         loss.backward(retain_graph=True)
         loss.backward()
         model(*batch)[0].backward()
+    assert_same_gradients(stock, fused)
+
+
+def test_a_loss_may_be_scaled_in_place(batch: tuple[Tensor, Tensor]) -> None:
+    stock, fused = both()
+    for model in (stock, fused):
+        loss, _ = model(*batch)
+        loss /= 4
+        loss *= 3
+        loss.backward()
     assert_same_gradients(stock, fused)
 
 
