@@ -44,35 +44,59 @@ inline Shape shape_of(const Tensor& t) {
 
 inline const char* name_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Double: return "float64";
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: return "an unsupported dtype";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return "an unsupported dtype";
   }
 }
 
 inline std::optional<DType> dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Long: return DType::kInt64;
-    case ScalarType::Int: return DType::kInt32;
-    case ScalarType::Short: return DType::kInt16;
-    case ScalarType::Char: return DType::kInt8;
-    case ScalarType::Byte: return DType::kUInt8;
-    case ScalarType::Bool: return DType::kBool;
-    default: return std::nullopt;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Long:
+      return DType::kInt64;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::Short:
+      return DType::kInt16;
+    case ScalarType::Char:
+      return DType::kInt8;
+    case ScalarType::Byte:
+      return DType::kUInt8;
+    case ScalarType::Bool:
+      return DType::kBool;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -81,8 +105,8 @@ inline bool is_floating(std::optional<DType> type) { return type && *type <= DTy
 inline DType floating(const char* who, const char* what, const Tensor& t) {
   const auto type = dtype_of(t);
   if (!is_floating(type)) {
-    fail("TypeError", who, ": ", what,
-         " must be float64, float32, bfloat16 or float16, got ", name_of(t.scalar_type()));
+    fail("TypeError", who, ": ", what, " must be float64, float32, bfloat16 or float16, got ",
+         name_of(t.scalar_type()));
   }
   return *type;
 }

@@ -18,11 +18,12 @@ Tensor cross_entropy(Tensor logits, Tensor target, OptionalTensor mask, std::str
                      double label_smoothing, double z_loss, std::optional<double> softcap,
                      bool shift, bool inplace_backward);
 
-std::tuple<Tensor, Tensor> cross_entropy_stats(
-    Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
-    OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
-    double label_smoothing, double z_loss, std::optional<double> softcap, bool shift,
-    bool inplace_backward);
+std::tuple<Tensor, Tensor> cross_entropy_stats(Tensor logits, Tensor target, OptionalTensor mask,
+                                               std::string reduction, OptionalTensor normalizer,
+                                               int64_t ignore_index, OptionalTensor class_weight,
+                                               double label_smoothing, double z_loss,
+                                               std::optional<double> softcap, bool shift,
+                                               bool inplace_backward);
 
 // -> loss, stats, tokens, groups
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(

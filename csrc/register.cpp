@@ -7,17 +7,17 @@
 
 #include "ops.h"
 
-#define ML_PUBLIC                                                                                \
-  "(Tensor logits, Tensor target, Tensor? mask=None, *, str reduction=\"mean\", "                \
-  "Tensor? normalizer=None, int ignore_index=-100, Tensor? class_weight=None, "                  \
-  "float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, bool shift=False, "         \
+#define ML_PUBLIC                                                                        \
+  "(Tensor logits, Tensor target, Tensor? mask=None, *, str reduction=\"mean\", "        \
+  "Tensor? normalizer=None, int ignore_index=-100, Tensor? class_weight=None, "          \
+  "float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, bool shift=False, " \
   "bool inplace_backward=False) -> "
-#define ML_FORWARD                                                                               \
-  "Tensor logits, Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, "       \
-  "str reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, "       \
+#define ML_FORWARD                                                                         \
+  "Tensor logits, Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, " \
+  "str reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, " \
   "bool shift, bool stats) -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups"
-#define ML_BACKWARD                                                                              \
-  "Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, float label_smoothing, "   \
+#define ML_BACKWARD                                                                            \
+  "Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, float label_smoothing, " \
   "float z_loss, float? softcap, bool shift"
 
 STABLE_TORCH_LIBRARY(masked_loss, m) {
@@ -28,22 +28,29 @@ STABLE_TORCH_LIBRARY(masked_loss, m) {
   m.def("cross_entropy_backward(Tensor dloss, Tensor logits, " ML_BACKWARD ") -> Tensor");
   m.def("cross_entropy_backward_out(Tensor(a!) dlogits, Tensor dloss, Tensor logits, " ML_BACKWARD
         ", bool unless_one) -> ()");
-  m.def("mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Tensor? target, "
-        "Tensor? class_weight, float z_loss) -> Tensor");
-  m.def("linear_weigh(Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, "
-        "str reduction, int ignore_index, int classes, float label_smoothing, float z_loss, "
-        "float? softcap, bool wide, bool shift, bool stats) -> (Tensor tokens, Tensor groups)");
-  m.def("linear_chunk(Tensor(a!) logits, Tensor target, Tensor(b!) tokens, Tensor groups, "
-        "Tensor? class_weight, Tensor? dloss, float label_smoothing, float z_loss, "
-        "float? softcap, bool forward, bool gradient) -> ()");
-  m.def("linear_reduce(Tensor tokens, Tensor(a!) groups, Tensor target, str reduction, "
-        "float z_loss, bool stats) -> (Tensor loss, Tensor stats)");
-  m.def("masked_reduce(Tensor values, Tensor? mask=None, *, str reduction=\"mean\", "
-        "Tensor? normalizer=None) -> Tensor");
-  m.def("masked_reduce_forward(Tensor values, Tensor? mask, Tensor? normalizer, str reduction) "
-        "-> (Tensor loss, Tensor tokens, Tensor groups)");
-  m.def("masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups) "
-        "-> Tensor");
+  m.def(
+      "mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Tensor? target, "
+      "Tensor? class_weight, float z_loss) -> Tensor");
+  m.def(
+      "linear_weigh(Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, "
+      "str reduction, int ignore_index, int classes, float label_smoothing, float z_loss, "
+      "float? softcap, bool wide, bool shift, bool stats) -> (Tensor tokens, Tensor groups)");
+  m.def(
+      "linear_chunk(Tensor(a!) logits, Tensor target, Tensor(b!) tokens, Tensor groups, "
+      "Tensor? class_weight, Tensor? dloss, float label_smoothing, float z_loss, "
+      "float? softcap, bool forward, bool gradient) -> ()");
+  m.def(
+      "linear_reduce(Tensor tokens, Tensor(a!) groups, Tensor target, str reduction, "
+      "float z_loss, bool stats) -> (Tensor loss, Tensor stats)");
+  m.def(
+      "masked_reduce(Tensor values, Tensor? mask=None, *, str reduction=\"mean\", "
+      "Tensor? normalizer=None) -> Tensor");
+  m.def(
+      "masked_reduce_forward(Tensor values, Tensor? mask, Tensor? normalizer, str reduction) "
+      "-> (Tensor loss, Tensor tokens, Tensor groups)");
+  m.def(
+      "masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups) "
+      "-> Tensor");
   m.def("cpu_capability() -> str");
 }
 

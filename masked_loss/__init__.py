@@ -7,6 +7,7 @@
 >>> loss = masked_loss.masked_cross_entropy(logits, target, mask)
 """
 
+from masked_loss.detect import detect_reduced_loss
 from masked_loss.distributed import global_normalizer
 from masked_loss.errors import ReducedLossError
 from masked_loss.functional import cross_entropy, masked_cross_entropy, masked_mean, masked_reduce
@@ -28,6 +29,7 @@ __all__ = [
     "MaskedCrossEntropyLoss",
     "ReducedLossError",
     "cross_entropy",
+    "detect_reduced_loss",
     "fuse_linear_loss",
     "global_normalizer",
     "linear_cross_entropy",

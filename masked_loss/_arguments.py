@@ -26,7 +26,7 @@ def typed(who: str, error: RuntimeError, names: dict[str, str] | None = None) ->
         text = found[2]
         for name, other in (names or {}).items():
             text = re.sub(rf"\b{name}\b", other, text)
-        return getattr(builtins, found[1])(f"{who}: {text}")  # type: ignore[no-any-return]
+        return getattr(builtins, found[1])(f"{who}: {text}")
     if found := _SCHEMA.search(str(error)):
         return TypeError(f"{who}: {found[2]} must be {found[1]}, got {found[3]}")
     return error

@@ -94,7 +94,7 @@ def differentiable(
         through = [t for t in ctx.saved_tensors if t is not None and t.requires_grad]
         return _Once.apply(name, gradients, *through)
 
-    eager = type(
+    eager: Any = type(
         name,
         (torch.autograd.Function,),
         {
@@ -102,7 +102,7 @@ def differentiable(
             "backward": staticmethod(backward_eager),
         },
     )
-    transformed = type(
+    transformed: Any = type(
         name,
         (torch.autograd.Function,),
         {
@@ -147,7 +147,7 @@ def _group_count(reduction: str, shape: torch.Size) -> int | torch.SymInt:
     # math.prod: torch.Size.numel() would make a symbolic size a constant.
     if reduction != "sequence_mean" or len(shape) == 0 or shape[-1] == 0:
         return 1
-    return torch.sym_max(1, math.prod(shape[:-1]))  # type: ignore[no-any-return]
+    return torch.sym_max(1, math.prod(shape[:-1]))
 
 
 def _loop(op: Callable[..., Any]) -> Callable[..., Any]:

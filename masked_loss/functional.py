@@ -132,8 +132,8 @@ def masked_cross_entropy(
     """
     who = "masked_cross_entropy"
     if has_torch_function((logits, target, mask)) and not torch.compiler.is_compiling():
-        return handle_torch_function(  # type: ignore[no-any-return]
-            masked_cross_entropy,
+        return handle_torch_function(
+            masked_cross_entropy,  # type: ignore[arg-type]
             (logits, target, mask),
             logits,
             target,
@@ -258,7 +258,7 @@ def cross_entropy(
     """
     who = "cross_entropy"
     if has_torch_function((input, target, mask)) and not torch.compiler.is_compiling():
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             cross_entropy,
             (input, target, mask),
             input,
@@ -375,7 +375,7 @@ def _masked_reduce(
     normalizer: float | Tensor | None,
 ) -> Tensor:
     if has_torch_function((values, mask)) and not torch.compiler.is_compiling():
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             masked_reduce,
             (values, mask),
             values,
@@ -394,9 +394,7 @@ def _masked_reduce(
             )
     divisor = divisor_of(who, normalizer, values)
     if torch.compiler.is_compiling():
-        return _ops.ops.masked_reduce(  # type: ignore[no-any-return]
-            values, mask, reduction=reduction, normalizer=divisor
-        )
+        return _ops.ops.masked_reduce(values, mask, reduction=reduction, normalizer=divisor)
     try:
         return _ops.masked_reduce(values, mask, reduction=reduction, normalizer=divisor)
     except RuntimeError as error:

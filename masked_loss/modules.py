@@ -61,7 +61,7 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         *,
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossStats]:
-        return functional.masked_cross_entropy(  # type: ignore[call-overload, no-any-return]
+        return functional.masked_cross_entropy(  # type: ignore[call-overload]
             logits,
             target,
             mask,

@@ -96,9 +96,8 @@ void cross_entropy(const CrossEntropyArgs& args, const Threads& threads, const K
     return share_segments(args, rows, threads);
   }
   const int64_t size = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, args.cols));
-  for_each_task((args.rows + size - 1) / size, threads, [&](int64_t i) {
-    rows.run(args, i * size, std::min((i + 1) * size, args.rows));
-  });
+  for_each_task((args.rows + size - 1) / size, threads,
+                [&](int64_t i) { rows.run(args, i * size, std::min((i + 1) * size, args.rows)); });
 }
 
 void rescale(const CrossEntropyArgs& args, const Threads& threads) {

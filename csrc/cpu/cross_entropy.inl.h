@@ -200,8 +200,7 @@ struct Rows {
     const A lowest = -std::numeric_limits<A>::infinity();
     if (own != own || (own == lowest && r.target > 0)) return false;
     const A below_own = std::nextafter(own, lowest);
-    return !any_above(r.x, 0, r.target, below_own) &&
-           !any_above(r.x, r.target + 1, args.cols, own);
+    return !any_above(r.x, 0, r.target, below_own) && !any_above(r.x, r.target + 1, args.cols, own);
   }
 
   bool any_above(const T* x, int64_t begin, int64_t end, A bound) const {

@@ -36,9 +36,7 @@ struct Pieces {
   int64_t per_group = std::max<int64_t>(1, (group_size + kPiece - 1) / kPiece);
 
   int64_t count() const { return groups * per_group; }
-  int64_t begin(int64_t p) const {
-    return (p / per_group) * group_size + (p % per_group) * kPiece;
-  }
+  int64_t begin(int64_t p) const { return (p / per_group) * group_size + (p % per_group) * kPiece; }
   int64_t end(int64_t p) const {
     return std::min(begin(p) + kPiece, (p / per_group + 1) * group_size);
   }
@@ -66,16 +64,26 @@ void for_each_token(int64_t tokens, const Threads& threads, const F& f) {
 template <class F>
 auto with_type(DType type, const F& f) {
   switch (type) {
-    case DType::kFloat64: return f(double{});
-    case DType::kFloat32: return f(float{});
-    case DType::kBFloat16: return f(BFloat16{});
-    case DType::kFloat16: return f(Float16{});
-    case DType::kInt64: return f(int64_t{});
-    case DType::kInt32: return f(int32_t{});
-    case DType::kInt16: return f(int16_t{});
-    case DType::kInt8: return f(int8_t{});
-    case DType::kUInt8: return f(uint8_t{});
-    case DType::kBool: break;
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+    case DType::kInt64:
+      return f(int64_t{});
+    case DType::kInt32:
+      return f(int32_t{});
+    case DType::kInt16:
+      return f(int16_t{});
+    case DType::kInt8:
+      return f(int8_t{});
+    case DType::kUInt8:
+      return f(uint8_t{});
+    case DType::kBool:
+      break;
   }
   return f(bool{});
 }
@@ -159,11 +167,10 @@ WeightSums weigh_piece(const WeighArgs& args, int64_t begin, int64_t end) {
 int64_t weigh(const WeighArgs& args, const Threads& threads) {
   const std::vector<WeightSums> sums = with_accumulation(args.wide, [&](auto a) {
     return with_type(args.mask_type, [&](auto m) {
-      return sum_groups<WeightSums>(Pieces{args.tokens, args.group_size}, threads,
-                                    [&](int64_t begin, int64_t end) {
-                                      return weigh_piece<decltype(a), decltype(m)>(args, begin,
-                                                                                   end);
-                                    });
+      return sum_groups<WeightSums>(
+          Pieces{args.tokens, args.group_size}, threads, [&](int64_t begin, int64_t end) {
+            return weigh_piece<decltype(a), decltype(m)>(args, begin, end);
+          });
     });
   });
   double active_groups = 0;
@@ -241,11 +248,9 @@ LossSums reduce_piece(const ReduceArgs& args, int64_t begin, int64_t end) {
 
 template <class A>
 void reduce_as(const ReduceArgs& args, const Threads& threads) {
-  const std::vector<LossSums> sums =
-      sum_groups<LossSums>(Pieces{args.tokens, args.group_size}, threads,
-                           [&](int64_t begin, int64_t end) {
-                             return reduce_piece<A>(args, begin, end);
-                           });
+  const std::vector<LossSums> sums = sum_groups<LossSums>(
+      Pieces{args.tokens, args.group_size}, threads,
+      [&](int64_t begin, int64_t end) { return reduce_piece<A>(args, begin, end); });
   double loss = 0;
   LossSums all;
   for (size_t g = 0; g < sums.size(); ++g) {
@@ -276,9 +281,9 @@ void mask_grad(const MaskGradArgs& args, const Threads& threads) {
     for_each_token(args.tokens, threads, [&](int64_t i) {
       double d = 0;  // of a masked token too: it takes no part
       if (table(TokenField::kWeight, i) != 0) {
-        const double c = args.class_weight ? as<A>(args.class_weight)[index_at(
-                                                 args.target, args.target_type, i)]
-                                           : 1;
+        const double c = args.class_weight
+                             ? as<A>(args.class_weight)[index_at(args.target, args.target_type, i)]
+                             : 1;
         d = upstream(args.dloss, args.dloss_per_token, args.wide, i) *
             weight_grad(table(TokenField::kLoss, i), z_of(table, args.z_loss, i), c,
                         args.groups + (i / args.group_size) * GroupField::kCount);

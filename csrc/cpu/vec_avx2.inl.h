@@ -32,9 +32,7 @@ struct Vec {
   ML_FN void store(BFloat16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bfloat16());
   }
-  ML_FN void store(Float16* p) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), float16());
-  }
+  ML_FN void store(Float16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), float16()); }
   template <class T>
   ML_FN void store(T* p, int n) const {
     float buffer[kLanes];
@@ -43,7 +41,8 @@ struct Vec {
   }
 
   // Two vectors at once, in an order of their own: bf16 is taken apart into its even and its odd
-  // elements, which costs one shift and one mask instead of two conversions, and put together again.
+  // elements, which costs one shift and one mask instead of two conversions, and put together
+  // again.
   template <class T>
   ML_FN static void load2(const T* p, Vec& a, Vec& b) {
     a = load(p), b = load(p + kLanes);
@@ -68,8 +67,7 @@ struct Vec {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), interleaved(even, odd));
   }
   ML_FN static void stream2(Float16* p, Vec a, Vec b) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
-                        _mm256_set_m128i(b.float16(), a.float16()));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_set_m128i(b.float16(), a.float16()));
   }
 
  private:
@@ -135,12 +133,11 @@ ML_FN Vec exp(Vec x) {
   const __m256 log2e = _mm256_set1_ps(1.44269504f);
   const __m256 least = _mm256_set1_ps(-87.3f);
   const __m256 bounded = _mm256_max_ps(least, x.v);
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(bounded, log2e),
-                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 n =
+      _mm256_round_ps(_mm256_mul_ps(bounded, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256 fraction = exp2_fraction(Vec(_mm256_fmsub_ps(bounded, log2e, n))).v;
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-  const __m256 y =
-      _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(fraction), exponent));
+  const __m256 y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(fraction), exponent));
   return _mm256_andnot_ps(_mm256_cmp_ps(x.v, least, _CMP_LT_OQ), y);
 }
 

@@ -41,7 +41,8 @@ struct Vec {
   ML_FN void store(Float16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), float16()); }
 
   // Two vectors at once, in an order of their own: bf16 is taken apart into its even and its odd
-  // elements, which costs one shift and one mask instead of two conversions, and put together again.
+  // elements, which costs one shift and one mask instead of two conversions, and put together
+  // again.
   template <class T>
   ML_FN static void load2(const T* p, Vec& a, Vec& b) {
     a = load(p), b = load(p + kLanes);
@@ -87,9 +88,9 @@ struct Vec {
   }
   // Any NaN stays one.
   ML_FN __m256i bfloat16() const {
-    const __m512i bits = _mm512_mask_or_epi32(
-        rounded(*this), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_castps_si512(v),
-        _mm512_set1_epi32(0x400000));
+    const __m512i bits =
+        _mm512_mask_or_epi32(rounded(*this), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                             _mm512_castps_si512(v), _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
   }
   ML_FN __m256i float16() const {
@@ -123,7 +124,8 @@ ML_FN Vec with_sign(Vec magnitude, Vec sign) {
 ML_FN Vec exp(Vec x) {
   const __m512 log2e = _mm512_set1_ps(1.44269504f);
   const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-110.0f), x.v);
-  // Adding and taking away 1.5 * 2^23 rounds to an integer in one instruction less than vrndscaleps.
+  // Adding and taking away 1.5 * 2^23 rounds to an integer in one instruction less than
+  // vrndscaleps.
   const __m512 magic = _mm512_set1_ps(12582912.0f);
   const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(bounded, log2e, magic), magic);
   return _mm512_scalef_ps(exp2_fraction(Vec(_mm512_fmsub_ps(bounded, log2e, n))).v, n);

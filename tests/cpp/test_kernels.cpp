@@ -116,9 +116,9 @@ void check(const cpu::Kernels& table, DType dtype, const char* type, double epsi
 int main() {
   const float eps = std::numeric_limits<float>::epsilon();
   for (const cpu::Kernels* table : cpu::available()) {
-    for (int64_t cols : {1,   2,   3,   7,   8,    9,     15,    16,    17,   31,  32, 33, 63, 64,
-                         65,  127, 128, 129, 255,  256,   257,   1000,  4099, 16383, 16384, 16385,
-                         40000}) {
+    for (int64_t cols :
+         {1,  2,   3,   7,   8,   9,   15,  16,   17,   31,    32,    33,    63,   64,
+          65, 127, 128, 129, 255, 256, 257, 1000, 4099, 16383, 16384, 16385, 40000}) {
       for (int64_t offset : {0, 1, 3, 8}) {
         for (bool inplace : {false, true}) {
           check<float, float>(*table, DType::kFloat32, "fp32", eps, cols, offset, inplace);
