@@ -9,7 +9,6 @@ docs/linear_cross_entropy.md has the formulas and counts the memory.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from masked_loss import _ops
-from masked_loss._memory import kept_empty
+from masked_loss._memory import _allocate, kept_empty
 from masked_loss._ops import ops
 
 _WHO = "linear_cross_entropy"
@@ -152,11 +151,9 @@ def _dweight_dtype(
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Large memory on the CPU comes in large pages: small ones take as long as a kernel does."""
     size = x.numel() * dtype.itemsize
-    pages = x.is_cpu and x.is_contiguous() and hasattr(mmap, "MADV_HUGEPAGE")
-    if not pages or size < _PIECE_BYTES:
+    if not (x.is_cpu and x.is_contiguous()) or size < _PIECE_BYTES:
         return torch.empty_like(x, dtype=dtype)
-    block = mmap.mmap(-1, size)
-    block.madvise(mmap.MADV_HUGEPAGE)
+    block = _allocate(size)
     return torch.frombuffer(block, dtype=dtype, count=x.numel()).view(x.shape)
 
 
