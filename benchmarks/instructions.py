@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Instructions of the CPU kernels: ``python benchmarks/instructions.py``.
+
+Times differ from run to run, instruction counts do not. kernels.cpp is run under valgrind's
+callgrind with few rows and with more; the difference belongs to the kernel. Valgrind knows no
+AVX-512, so these are the counts of the AVX2 and of the portable kernels.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import timing
+
+ROOT = timing.HERE.parent
+COLS = 16000
+FEW, MORE = 1, 3
+PER_LOGIT = ("forward", "step", "backward", "masked")
+PER_TOKEN = ("weigh", "reduce")
+TYPES = {"avx2": ("fp32", "bf16", "fp16", "fp64"), "default": ("fp32",)}
+
+
+def tools() -> list[str]:
+    """What this needs and the machine lacks."""
+    return [name for name in ("valgrind", "cmake") if shutil.which(name) is None]
+
+
+def build() -> Path:
+    folder = ROOT / "build" / "benchmarks"
+    options = ["-DMASKED_LOSS_LIBRARY=OFF", "-DMASKED_LOSS_BENCHMARKS=ON"]
+    for command in (["-S", ROOT, "-B", folder, *options], ["--build", folder, "-j2"]):
+        subprocess.run(["cmake", *command], check=True, stdout=subprocess.DEVNULL)
+    return folder / "kernels"
+
+
+@cache
+def instructions(driver: Path, isa: str, kernel: str, dtype: str, rows: int, cols: int) -> int:
+    """All that one run executes."""
+    with TemporaryDirectory() as folder:
+        output = f"--callgrind-out-file={folder}/callgrind.out"
+        result = subprocess.run(
+            ["valgrind", "--tool=callgrind", output, driver, kernel, dtype, str(rows), str(cols)],
+            env={"ATEN_CPU_CAPABILITY": isa},
+            check=True,
+            text=True,
+            capture_output=True,
+        )
+    if result.stdout.strip() != isa:
+        raise RuntimeError(f"asked for {isa} kernels, got {result.stdout.strip()}")
+    found = re.search(r"Collected : (\d+)", result.stderr)
+    if found is None:
+        raise RuntimeError(f"no count in what callgrind wrote:\n{result.stderr}")
+    return int(found[1])
+
+
+def count(driver: Path, isa: str, kernel: str, dtype: str) -> float:
+    """Instructions for each logit, or for each token. Making up the inputs is not among them."""
+    per_token = kernel in PER_TOKEN
+    few, more, cols = (1024, 5120, 1) if per_token else (FEW, MORE, COLS)
+
+    few_rows, more_rows = (
+        instructions(driver, isa, kernel, dtype, rows, cols)
+        - instructions(driver, isa, "nothing", dtype, rows, cols)
+        for rows in (few, more)
+    )
+    return (more_rows - few_rows) / ((more - few) * cols)
+
+
+def main() -> None:
+    if missing := tools():
+        sys.exit(f"instructions.py: not found: {', '.join(missing)}")
+    driver = build()
+    counts = {
+        isa: {
+            dtype: {kernel: count(driver, isa, kernel, dtype) for kernel in PER_LOGIT + PER_TOKEN}
+            for dtype in types
+        }
+        for isa, types in TYPES.items()
+    }
+    timing.save("instructions", counts)
+    print(table(counts))
+
+
+def table(counts: dict[str, dict[str, dict[str, float]]]) -> str:
+    header = ("instructions per logit", *PER_LOGIT, *(f"{k}, per token" for k in PER_TOKEN))
+    return timing.markdown(
+        header,
+        (
+            [f"{isa} {dtype}", *(f"{found[kernel]:.2f}" for kernel in PER_LOGIT + PER_TOKEN)]
+            for isa, by_type in counts.items()
+            for dtype, found in by_type.items()
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Runs one CPU kernel on ROWS rows of random logits, without torch, on one thread: for counting
+// instructions, which are the same in every run. benchmarks/instructions.py runs it twice under
+// valgrind; what more rows cost more is the kernel's.
+//
+//   kernels KERNEL fp64|fp32|bf16|fp16 ROWS COLS
+//   KERNEL: forward, step (forward and gradient), backward, masked, weigh, reduce, nothing
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "cpu/backend.h"
+#include "half.h"
+
+using namespace masked_loss;
+
+namespace {
+
+void set(double x, double* out) { *out = x; }
+void set(double x, float* out) { *out = static_cast<float>(x); }
+void set(double x, BFloat16* out) { *out = to_bfloat16(static_cast<float>(x)); }
+void set(double x, Float16* out) { *out = to_float16(static_cast<float>(x)); }
+
+// About normal, with deviation 3; the same everywhere, unlike std::normal_distribution.
+double draw() {
+  static uint64_t state = 1;
+  double sum = -1.5;
+  for (int i = 0; i < 3; ++i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    sum += static_cast<double>(state >> 11) * 0x1p-53;
+  }
+  return 6 * sum;
+}
+
+template <class T, class A>
+void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
+  const cpu::Threads alone{1, [](const std::function<void()>& worker) { worker(); }};
+  std::vector<T> logits(rows * cols), gradient(rows * cols);
+  for (T& x : logits) set(draw(), &x);
+  std::vector<int64_t> target(rows, cols / 2);
+  std::vector<A> tokens(TokenField::kCount * rows, A(0));
+  std::vector<double> groups(GroupField::kCount, 1);
+  for (int64_t row = 0; row < rows; ++row) {
+    tokens[TokenField::kWeight * rows + row] = kernel == "masked" ? A(0) : A(1);
+    tokens[TokenField::kTop * rows + row] = A(10);
+    tokens[TokenField::kSum * rows + row] = A(2);
+    tokens[TokenField::kMass * rows + row] = A(1);
+  }
+
+  if (kernel == "weigh") {
+    WeighArgs args{};
+    args.tokens = args.group_size = args.steps = rows;
+    args.target = target.data();
+    args.target_type = DType::kInt64;
+    args.classes = cols;
+    args.ignore_index = -100;
+    args.reduction = Reduction::kMean;
+    args.wide = sizeof(A) == sizeof(double);
+    args.weight = tokens.data();
+    args.groups = groups.data();
+    cpu::weigh(args, alone);
+  } else if (kernel == "reduce") {
+    A loss;
+    ReduceArgs args{};
+    args.tokens = args.group_size = rows;
+    args.reduction = Reduction::kMean;
+    args.table = tokens.data();
+    args.wide = sizeof(A) == sizeof(double);
+    args.groups = groups.data();
+    args.loss = &loss;
+    cpu::reduce(args, alone);
+  } else if (kernel != "nothing") {
+    CrossEntropyArgs args{};
+    args.logits = logits.data();
+    args.dtype = dtype;
+    args.rows = args.steps = args.group_size = rows;
+    args.cols = args.step_stride = args.grad_step_stride = cols;
+    args.target = target.data();
+    args.target_type = DType::kInt64;
+    args.tokens = tokens.data();
+    args.forward = kernel != "backward";
+    args.dlogits = kernel == "forward" ? nullptr : gradient.data();
+    args.stream = true;
+    args.groups = groups.data();
+    cpu::kernels().rows[static_cast<int>(dtype)].run(args, 0, rows);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 5) {
+    std::fprintf(stderr, "usage: kernels KERNEL DTYPE ROWS COLS\n");
+    return 2;
+  }
+  const std::string kernel = argv[1], type = argv[2];
+  const int64_t rows = std::atoll(argv[3]), cols = std::atoll(argv[4]);
+  if (type == "fp64") run<double, double>(kernel, DType::kFloat64, rows, cols);
+  if (type == "fp32") run<float, float>(kernel, DType::kFloat32, rows, cols);
+  if (type == "bf16") run<BFloat16, float>(kernel, DType::kBFloat16, rows, cols);
+  if (type == "fp16") run<Float16, float>(kernel, DType::kFloat16, rows, cols);
+  std::printf("%s\n", cpu::kernels().name);
+}
