@@ -21,6 +21,10 @@ _LARGE = 32 << 20
 
 _lock = threading.Lock()
 _block: mmap.mmap | None = None
+_idle_references = 0  # of _block while no tensor refers to it
+
+# Without the global interpreter lock a reference count is not exact: nothing is kept then.
+_KEEPS = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 def gradient_like(values: Tensor) -> Tensor:
@@ -39,17 +43,28 @@ def kept_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def _take(size: int) -> mmap.mmap:
     """A block of at least ``size`` bytes that no tensor refers to."""
-    global _block
+    global _block, _idle_references
     with _lock:
-        # A tensor made of the block holds a reference to it; idle, it has this module's, the local
-        # variable's and getrefcount's own.
-        block = _block
-        fits = block is not None and size <= len(block) <= size + size // 4
-        if block is None or not fits or sys.getrefcount(block) > 3:
-            _block = block = None  # an idle block that does not fit goes first
-            block = _allocate(size)
-            _block = block
-        return block
+        if not _KEEPS or _block is None or not _is_idle() or not _fits(size, len(_block)):
+            _block = None  # an idle block that does not fit goes first
+            _block = _allocate(size)
+            _idle_references = _references()
+        return _block
+
+
+def _references() -> int:
+    # What the interpreter itself adds to the count differs between its versions, so the count is
+    # only ever compared with one that this same line took.
+    return sys.getrefcount(_block)
+
+
+def _is_idle() -> bool:
+    """A tensor made of the block holds a reference to it."""
+    return _references() <= _idle_references
+
+
+def _fits(size: int, capacity: int) -> bool:
+    return size <= capacity <= size + size // 4
 
 
 def _allocate(size: int) -> mmap.mmap:

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The kept memory of large gradients: used again when it is idle, and never before."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+
+from masked_loss import _memory, masked_cross_entropy
+
+ROWS, COLS = 1024, _memory._LARGE // 4096  # float32: exactly large enough to be kept
+
+
+def gradient(seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    logits = torch.randn(ROWS, COLS, requires_grad=True)
+    masked_cross_entropy(logits, torch.arange(ROWS) % COLS).backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    _memory._block = None
+    yield
+    _memory._block = None
+
+
+def test_an_idle_block_is_used_again():
+    address = gradient(0).data_ptr()
+    assert gradient(1).data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda g: g,
+        lambda g: g.view(-1)[5:],
+        lambda g: g.detach(),
+        lambda g: g.untyped_storage(),
+        lambda g: g.numpy(),
+    ],
+    ids=["tensor", "view", "detached", "storage", "numpy"],
+)
+def test_a_gradient_that_somebody_holds_stays_as_it_is(keep):
+    first = gradient(0)
+    truth, address = first.clone(), first.data_ptr()
+    held = keep(first)
+    del first
+    second = gradient(1)
+    assert second.data_ptr() != address
+    tensor = held if isinstance(held, torch.Tensor) else torch.as_tensor(held)
+    if isinstance(held, torch.UntypedStorage):
+        tensor = torch.tensor([], dtype=torch.float32).set_(held)
+    assert torch.equal(tensor.reshape(-1), truth.reshape(-1)[-tensor.numel() :])
+
+
+def test_several_losses_in_one_graph_have_a_gradient_each():
+    torch.manual_seed(0)
+    logits = [torch.randn(ROWS, COLS, requires_grad=True) for _ in range(2)]
+    target = torch.arange(ROWS) % COLS
+    sum(masked_cross_entropy(x, target) for x in logits).backward()
+    alone = [x.detach().clone().requires_grad_() for x in logits]
+    for x in alone:
+        masked_cross_entropy(x, target).backward()
+    for together, separate in zip(logits, alone, strict=True):
+        assert torch.equal(together.grad, separate.grad)
+
+
+def test_threads_do_not_share_a_block():
+    truth = {seed: gradient(seed).clone() for seed in range(3)}
+    results: dict[int, torch.Tensor] = {}
+    inputs = {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        inputs[seed] = torch.randn(ROWS, COLS, requires_grad=True)
+
+    def work(seed: int) -> None:
+        masked_cross_entropy(inputs[seed], torch.arange(ROWS) % COLS).backward()
+        results[seed] = inputs[seed].grad
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(3):
+        assert torch.equal(results[seed], truth[seed])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_does_not_write_into_its_parents_gradient():
+    first = gradient(0)
+    truth = first.clone()
+    child = os.fork()
+    if child == 0:
+        first.fill_(7)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert torch.equal(first, truth)
