@@ -7,7 +7,16 @@
 namespace masked_loss {
 
 enum class DType : int8_t {
-  kFloat64, kFloat32, kBFloat16, kFloat16, kInt64, kInt32, kInt16, kInt8, kUInt8, kBool
+  kFloat64,
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kInt64,
+  kInt32,
+  kInt16,
+  kInt8,
+  kUInt8,
+  kBool
 };
 
 enum class Reduction : int8_t { kNone, kSum, kMean, kSequenceMean };
@@ -16,12 +25,12 @@ enum class Reduction : int8_t { kNone, kSum, kMean, kSequenceMean };
 // of the accumulation type (float; double for fp64 logits).
 struct TokenField {
   enum : int64_t {
-    kWeight,   // mask * [target != ignore_index]; 0 means masked: nothing of the row is ever read
-    kLoss,     // cross entropy, without weight and z-loss
-    kTop,      // logsumexp of the row's logits = top + log(sum); kept apart, since their sum would
-    kSum,      //   round away what tells large logits apart
-    kMass,     // the sum of the target distribution, class weights included
-    kSaved,    // up to here saved for backward
+    kWeight,  // mask * [target != ignore_index]; 0 means masked: nothing of the row is ever read
+    kLoss,    // cross entropy, without weight and z-loss
+    kTop,     // logsumexp of the row's logits = top + log(sum); kept apart, since their sum would
+    kSum,     //   round away what tells large logits apart
+    kMass,    // the sum of the target distribution, class weights included
+    kSaved,   // up to here saved for backward
     kEntropy = kSaved,
     kCorrect,
     kCount
@@ -47,21 +56,22 @@ struct StatField {
 // Weights of the tokens, and what each group's sum is divided by.
 struct WeighArgs {
   int64_t tokens;
-  int64_t group_size;      // tokens = groups * group_size
-  int64_t steps;           // length of the last dimension of target
-  bool skip_first;         // shift: nothing predicts the first token of a sequence
-  const void* target;      // [tokens] class indices, or null
-  DType target_type;       // kInt64 or kInt32
+  int64_t group_size;  // tokens = groups * group_size
+  int64_t steps;       // length of the last dimension of target
+  bool skip_first;     // shift: nothing predicts the first token of a sequence
+  const void* target;  // [tokens] class indices, or null
+  DType target_type;   // kInt64 or kInt32
   int64_t classes;
   int64_t ignore_index;
-  const void* mask;        // [tokens], or null: 1
+  const void* mask;  // [tokens], or null: 1
   DType mask_type;
   const void* class_weight;  // [classes] of the accumulation type, or null: 1
   Reduction reduction;
   const double* normalizer;  // or null
-  bool wide;               // the accumulation type is double
-  void* weight;            // out: [tokens] of the accumulation type
-  double* groups;          // out: [groups, GroupField]
+  bool wide;                 // the accumulation type is double
+  void* weight;              // out: [tokens] of the accumulation type
+  double* groups;            // out: [groups, GroupField]
+  void* scratch;             // CUDA: cuda::scratch_bytes(args) bytes; else null
 };
 
 struct CrossEntropyArgs {
@@ -71,64 +81,66 @@ struct CrossEntropyArgs {
   DType dtype;
   int64_t rows, steps, cols;
   int64_t batch_stride, step_stride;
-  bool shift;              // row t of a sequence scores its token t + 1
-  const void* target;      // [rows] class indices, or null
+  bool shift;          // row t of a sequence scores its token t + 1
+  const void* target;  // [rows] class indices, or null
   DType target_type;
-  const void* probs;       // [rows, cols] class probabilities of the logits' type, or null
+  const void* probs;         // [rows, cols] class probabilities of the logits' type, or null
   const void* class_weight;  // [cols] of the accumulation type, or null
   double label_smoothing, z_loss, softcap;  // softcap 0: none
-  void* tokens;            // TokenField table [.., rows]; weight in, the rest out (in, for backward)
-  bool stats;              // fill kEntropy and kCorrect too
-  bool forward;            // compute the rows' losses
+  void* tokens;  // TokenField table [.., rows]; weight in, the rest out (in, for backward)
+  bool stats;    // fill kEntropy and kCorrect too
+  bool forward;  // compute the rows' losses
   // Gradient, where dlogits is not null; it may be the logits themselves.
   void* dlogits;
   int64_t grad_batch_stride, grad_step_stride;
-  bool stream;             // dlogits is larger than the caches: write around them
-  const double* groups;    // [rows / group_size, GroupField]
+  bool stream;           // dlogits is larger than the caches: write around them
+  const double* groups;  // [rows / group_size, GroupField]
   int64_t group_size;
-  const void* dloss;       // of the accumulation type, one or [rows]; null: 1
+  const void* dloss;  // of the accumulation type, one or [rows]; null: 1
   bool dloss_per_token;
+  void* scratch;  // as in WeighArgs
 };
 
 // From the token table to the loss and the statistics.
 struct ReduceArgs {
   int64_t tokens, group_size;
   Reduction reduction;
-  const void* table;       // TokenField table
+  const void* table;  // TokenField table
   bool wide;
   double z_loss;
-  double* groups;          // in: scales; out: means
-  void* loss;              // out: one, or [tokens]
-  void* stats;             // out: [StatField] of the accumulation type, or null
+  double* groups;  // in: scales; out: means
+  void* loss;      // out: one, or [tokens]
+  void* stats;     // out: [StatField] of the accumulation type, or null
+  void* scratch;   // as in WeighArgs
 };
 
 // Gradient of the loss with respect to the mask.
 struct MaskGradArgs {
   int64_t tokens, group_size;
-  const void* table;       // TokenField table
+  const void* table;  // TokenField table
   bool wide;
   double z_loss;
   const double* groups;
-  const void* target;      // with class_weight
+  const void* target;  // with class_weight
   DType target_type;
   const void* class_weight;
   const void* dloss;
   bool dloss_per_token;
-  void* dmask;             // out: [tokens] of mask_type, a floating type
+  void* dmask;  // out: [tokens] of mask_type, a floating type
   DType mask_type;
 };
 
 // values into the token table (kLoss), and their gradient back out of it.
 struct ValuesArgs {
   int64_t tokens, group_size;
-  const void* values;      // [tokens]
+  const void* values;  // [tokens]
   DType dtype;
-  void* table;             // TokenField table: kWeight and kLoss
+  void* table;  // TokenField table: kWeight and kLoss
   bool wide;
   const double* groups;
   const void* dloss;
   bool dloss_per_token;
-  void* dvalues;           // [tokens] of dtype, or null
+  void* dvalues;  // [tokens] of dtype, or null
 };
 
 }  // namespace masked_loss

@@ -22,6 +22,11 @@ class Device {
   void mask_grad(const MaskGradArgs& args) const;
   void values_grad(const ValuesArgs& args) const;
 
+  // Bytes that a kernel wants to find in args.scratch.
+  int64_t scratch_bytes(const WeighArgs& args) const;
+  int64_t scratch_bytes(const CrossEntropyArgs& args) const;
+  int64_t scratch_bytes(const ReduceArgs& args) const;
+
   // Tells the system of a large output that is about to be written. True: write it around the
   // caches.
   bool prepare_output(void* data, int64_t bytes) const;

@@ -2,8 +2,9 @@
 // The mathematics of masked_loss, written once.
 //
 // Included inside a backend's namespace, after the backend has defined, for its value type V,
-// arithmetic, exp, log, tanh, max(a, b) = a > b ? a : b, any_greater and ML_FN. It has no guard and includes nothing: an
-// instruction set's code must be compiled inside that instruction set's target region.
+// arithmetic, exp, log, tanh, max(a, b) = a > b ? a : b, any_greater and ML_FN. It has no guard and
+// includes nothing: an instruction set's code must be compiled inside that instruction set's target
+// region.
 //
 // One token: x_j are its logits, y_j = softcap(x_j), p = softmax(y), q its target distribution:
 //   ce      = sum_j q_j (lse - y_j),   lse = log sum_j exp(y_j)
@@ -69,7 +70,8 @@ ML_FN V soft_target(V class_weight, V probs, V probs_scale, V uniform) {
   return class_weight * (probs_scale * probs + uniform);
 }
 
-// q_j (lse - y_j) of the hard part. (top - y) + log(sum), not lse - y: exact where logits are large.
+// q_j (lse - y_j) of the hard part. (top - y) + log(sum), not lse - y: exact where logits are
+// large.
 template <class A>
 ML_FN A hard_loss(const LogSumExp<A>& lse, A y, A q) {
   return q * ((lse.top - y) + log(lse.sum));
@@ -111,6 +113,53 @@ ML_FN V entropy_term(V y, V top, V log_sum, V inverse_sum) {
   const V below = max(V(Limits<V>::lowest()), y - top);
   return exp(below) * inverse_sum * (log_sum - below);
 }
+
+// Everything that one look at a row can tell: beside its logsumexp the sums of soft_loss() and the
+// entropy, all kept relative to a top that grows. For one lane.
+template <class A>
+struct RowSums {
+  LogSumExp<A> lse;
+  A below, mass;  // sum_j q_j (top - y_j) and sum_j q_j over the soft part
+  A spread;       // sum_j exp(y_j - top) (top - y_j)
+
+  ML_FN RowSums() : below(A(0)), mass(A(0)), spread(A(0)) {}
+
+  ML_FN void raise(A to) {
+    const A step = to - lse.top;
+    if (lse.sum != A(0)) {  // else step may be infinite, and nothing depends on it
+      below = below + mass * step;
+      spread = (spread + lse.sum * step) * exp(-step);
+    }
+    lse.raise(to);
+  }
+
+  template <int N>
+  ML_FN void push(const A (&y)[N]) {
+    A peak = lse.top;
+    for (int i = 0; i < N; ++i) peak = max(y[i], peak);
+    if (peak > lse.top) raise(peak);
+    for (int i = 0; i < N; ++i) {
+      const A p = exp(y[i] - lse.top);
+      lse.sum = lse.sum + p;
+      spread = spread - p * max(Limits<A>::lowest(), y[i] - lse.top);
+    }
+  }
+  // After push() of the same y, so that top is not below it.
+  ML_FN void push_target(A y, A q) {
+    below = below + q * (lse.top - y);
+    mass = mass + q;
+  }
+
+  // Of the same top.
+  ML_FN void add(const RowSums& other) {
+    lse.sum = lse.sum + other.lse.sum;
+    below = below + other.below;
+    mass = mass + other.mass;
+    spread = spread + other.spread;
+  }
+
+  ML_FN A entropy() const { return log(lse.sum) + spread / lse.sum; }
+};
 
 // Group by group: what the sums of weighted losses are multiplied by.
 // mean: 1 / sum w c (z: 1 / sum w); sequence_mean: that over the number of active sequences;

@@ -155,6 +155,17 @@ int64_t groups_of(Reduction reduction, int64_t tokens, int64_t steps) {
   return tokens / steps;
 }
 
+// The memory that a CUDA kernel's blocks hand each other their results in; the CPU asks for none.
+// To be kept until the kernel is launched: what the stream does later, it does in order.
+template <class Args>
+std::optional<Tensor> scratch_for(const Device& device, Args* args, const Tensor& like) {
+  const int64_t bytes = device.scratch_bytes(*args);
+  if (bytes == 0) return std::nullopt;
+  Tensor scratch = empty(like, {(bytes + 7) / 8}, aoti_torch_dtype_float64());
+  args->scratch = scratch.data_ptr();
+  return scratch;
+}
+
 // Token and group tables, filled by weigh().
 struct Tables {
   Tensor tokens, groups;
@@ -178,6 +189,7 @@ Tables weigh(const char* who, const Device& device, WeighArgs args, const Tensor
   args.normalizer = static_cast<const double*>(data(divisor));
   args.weight = t.tokens.data_ptr();
   args.groups = static_cast<double*>(t.groups.data_ptr());
+  const auto scratch = scratch_for(device, &args, like);
   const int64_t bad = device.weigh(args);
   if (bad >= 0) {
     const int64_t value = args.target_type == DType::kInt64
@@ -192,8 +204,8 @@ Tensor reduced(const Device& device, const Tables& tables, int64_t tokens, Reduc
                bool wide, double z_loss, const Shape& token_shape, const Tensor& like,
                const std::optional<Tensor>& stats) {
   const Shape scalar;
-  Tensor loss = empty(like, reduction == Reduction::kNone ? token_shape : scalar,
-                      accumulation_id(wide));
+  Tensor loss =
+      empty(like, reduction == Reduction::kNone ? token_shape : scalar, accumulation_id(wide));
   ReduceArgs args{};
   args.tokens = tokens;
   args.group_size = tables.group_size;
@@ -204,6 +216,7 @@ Tensor reduced(const Device& device, const Tables& tables, int64_t tokens, Reduc
   args.groups = static_cast<double*>(tables.groups.data_ptr());
   args.loss = loss.data_ptr();
   args.stats = stats ? stats->data_ptr() : nullptr;
+  const auto scratch = scratch_for(device, &args, like);
   device.reduce(args);
   return loss;
 }
@@ -251,8 +264,8 @@ Forward forward(const Tensor& logits, const Tensor& target, const std::optional<
   weights.reduction = reduction;
   weights.wide = p.wide;
   const int64_t fields = stats ? TokenField::kCount : TokenField::kSaved;
-  const Tables tables = weigh(kCrossEntropy, p.device, weights, logits, fields, mask, normalizer,
-                              p.token_shape);
+  const Tables tables =
+      weigh(kCrossEntropy, p.device, weights, logits, fields, mask, normalizer, p.token_shape);
   const int64_t stat_count = stats ? static_cast<int64_t>(StatField::kCount) : 0;
   const Tensor stat_sums = empty(logits, {stat_count}, accumulation_id(p.wide));
   p.args.tokens = tables.tokens.data_ptr();
@@ -261,6 +274,7 @@ Forward forward(const Tensor& logits, const Tensor& target, const std::optional<
   p.args.stats = stats;
   p.args.forward = true;
   if (dlogits) set_gradient(p, *dlogits, logits);
+  const auto scratch = scratch_for(p.device, &p.args, logits);
   p.device.cross_entropy(p.args);
   const Tensor loss =
       reduced(p.device, tables, p.args.rows, reduction, p.wide, options.z_loss, p.token_shape,
@@ -323,10 +337,11 @@ Tensor cross_entropy(Tensor logits, Tensor target, OptionalTensor mask, std::str
                                            softcap, shift, false));
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_stats(
-    Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
-    OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
-    double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool) {
+std::tuple<Tensor, Tensor> cross_entropy_stats(Tensor logits, Tensor target, OptionalTensor mask,
+                                               std::string reduction, OptionalTensor normalizer,
+                                               int64_t ignore_index, OptionalTensor class_weight,
+                                               double label_smoothing, double z_loss,
+                                               std::optional<double> softcap, bool shift, bool) {
   const Forward result =
       cross_entropy_forward(logits, target, mask, normalizer, class_weight, reduction, ignore_index,
                             label_smoothing, z_loss, softcap, shift, true);
@@ -423,8 +438,8 @@ std::tuple<Tensor, Tensor> linear_weigh(Tensor target, OptionalTensor mask,
   args.class_weight = data(weight);
   args.wide = wide;
   const int64_t fields = stats ? TokenField::kCount : TokenField::kSaved;
-  const Tables tables = weigh(kLinear, Device::of(target), args, target, fields, mask, normalizer,
-                              shape);
+  const Tables tables =
+      weigh(kLinear, Device::of(target), args, target, fields, mask, normalizer, shape);
   return {tables.tokens, tables.groups};
 }
 
@@ -444,6 +459,7 @@ void linear_chunk(Tensor logits, Tensor target, Tensor tokens, Tensor groups,
   p.args.forward = forward;
   p.args.stats = forward && tokens.size(0) == TokenField::kCount;
   if (gradient) set_gradient(p, logits, logits);
+  const auto scratch = scratch_for(p.device, &p.args, logits);
   p.device.cross_entropy(p.args);
 }
 
@@ -452,9 +468,8 @@ std::tuple<Tensor, Tensor> linear_reduce(Tensor tokens, Tensor groups, Tensor ta
   const Shape shape = shape_of(target);
   const int64_t count = product(shape);
   const bool wide = tokens.scalar_type() == ScalarType::Double;
-  const Reduction reduction =
-      check::reduction(kLinear, reduction_name, static_cast<int64_t>(shape.size()), std::nullopt,
-                       "target", target);
+  const Reduction reduction = check::reduction(
+      kLinear, reduction_name, static_cast<int64_t>(shape.size()), std::nullopt, "target", target);
   check_tables(kLinear, tokens, groups, count, wide,
                stats ? static_cast<int64_t>(TokenField::kCount) : TokenField::kSaved);
   const Tables tables{tokens, groups, count / std::max<int64_t>(1, groups.size(0))};
@@ -481,8 +496,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_reduce_forward(Tensor values, Optional
   weights.steps = shape.empty() ? 1 : shape.back();
   weights.reduction = reduction;
   weights.wide = dtype == DType::kFloat64;
-  const Tables tables = weigh(kMaskedReduce, device, weights, values, TokenField::kTop, mask,
-                              normalizer, shape);
+  const Tables tables =
+      weigh(kMaskedReduce, device, weights, values, TokenField::kTop, mask, normalizer, shape);
   ValuesArgs args{};
   args.tokens = weights.tokens;
   args.values = flat.data_ptr();

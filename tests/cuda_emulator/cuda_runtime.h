@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// CUDA on the CPU, as much of it as csrc/cuda needs: the kernels' own sources compile against this
+// header as C++, and run with their real blocks, barriers, shuffles and shared memory.
+//
+// A thread is a fiber. All threads of a block live on one system thread; which of them runs next is
+// drawn from a seed whenever one waits, and so is the order of the blocks. A kernel whose result
+// depends on a barrier that is not there gives different results for different seeds.
+//
+// Not covered: what needs several blocks at a time, weak memory ordering, the device's own rounding
+// in exp, and speed.
+#pragma once
+
+#include <cassert>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+// Also right for `extern __shared__`: one system thread runs a block, and its fibers share these.
+#define __shared__ thread_local
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+namespace emulator {
+
+struct Settings {
+  uint64_t seed = 0;
+  int multiprocessors = 4;
+  int shared_per_block = 227 << 10;  // bytes, at most
+  int l2_bytes = 50 << 20;
+  int64_t max_blocks = 1 << 30;  // a larger grid is cut: kernels must loop over the rest
+};
+extern Settings settings;
+extern int64_t launches;
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+void block_barrier();
+void warp_barrier();
+// The word that another lane of the warp brought to the same shuffle.
+uint32_t shuffle(uint32_t word, int source_lane);
+int lane();
+[[noreturn]] void fail(const char* what);
+void check_aligned(const void* p, size_t bytes);
+
+}  // namespace emulator
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+#undef assert
+#define assert(condition) \
+  ((condition) ? void() : ::emulator::fail("device-side assert triggered: " #condition))
+
+inline void __syncthreads() { ::emulator::block_barrier(); }
+inline void __syncwarp(unsigned = ~0u) { ::emulator::warp_barrier(); }
+
+inline uint32_t __shfl_sync(unsigned, uint32_t word, int source) {
+  return ::emulator::shuffle(word, source);
+}
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t word, int mask) {
+  return ::emulator::shuffle(word, ::emulator::lane() ^ mask);
+}
+inline uint32_t __shfl_down_sync(unsigned, uint32_t word, int delta) {
+  const int source = ::emulator::lane() + delta;
+  return ::emulator::shuffle(word, source < 32 ? source : ::emulator::lane());
+}
+inline unsigned __ballot_sync(unsigned, int vote) {
+  unsigned votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= (::emulator::shuffle(vote != 0, i) & 1u) << i;
+  return votes;
+}
+inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
+inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, !vote) == 0; }
+
+template <class T>
+T __ldcs(const T* p) {
+  ::emulator::check_aligned(p, sizeof(T));
+  return *p;
+}
+template <class T>
+void __stcs(T* p, const T& value) {
+  ::emulator::check_aligned(p, sizeof(T));
+  *p = value;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, unsigned bits) {
+  return static_cast<uint32_t>(((uint64_t{high} << 32) | low) >> (bits & 31));
+}
+
+template <class A, class B>
+constexpr auto min(A a, B b) {
+  return a < b ? a : b;
+}
+
+enum cudaError_t { cudaSuccess = 0 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrL2CacheSize
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+using cudaStream_t = void*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  const auto& settings = ::emulator::settings;
+  *value = name == cudaDevAttrMultiProcessorCount ? settings.multiprocessors
+           : name == cudaDevAttrL2CacheSize       ? settings.l2_bytes
+                                                  : settings.shared_per_block;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               const Args&... args) {
+  ::emulator::run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                  [&] { kernel(args...); });
+  return cudaSuccess;
+}
