@@ -136,7 +136,7 @@ def verify(case: Case) -> None:
 
 def times(case: Case, rounds: int, names: tuple[str, ...] = NAMES) -> dict[str, Any]:
     verify(case)
-    measured = interleave({name: candidate(name, case) for name in names}, rounds=rounds)
+    measured = interleave({name: candidate(name, case) for name in names}, rounds=rounds, warmup=1)
     floor: Times = measured[names[0]]
     return {
         name: {

@@ -236,7 +236,7 @@ class _WeightGrad:
     def __init__(self, weight: Tensor, dtype: torch.dtype, needs_weight: bool, needs_bias: bool):
         wide = _ops._loss_dtype(weight)
         self.dweight = _empty_like(weight, dtype) if needs_weight else weight.new_empty(0)
-        self.dbias = torch.zeros(weight.shape[0] if needs_bias else 0, dtype=wide).to(weight.device)
+        self.dbias = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=wide)
         self.needs_weight, self.needs_bias = needs_weight, needs_bias
         self.empty = True
 
@@ -351,8 +351,10 @@ def _run(
         table = _take(by_token, at).t().contiguous()
         groups_at = groups
         if groups.shape[0] > 1:
-            number = at if isinstance(at, Tensor) else torch.arange(at.start, at.stop).to(y.device)
-            groups_at = groups.index_select(0, number // (target.numel() // groups.shape[0]))
+            numbers = at
+            if isinstance(at, slice):
+                numbers = torch.arange(at.start, at.stop, device=y.device)
+            groups_at = groups.index_select(0, numbers // (target.numel() // groups.shape[0]))
         dloss_at = _take(dloss, at) if dloss is not None and dloss.dim() else dloss
         ops.linear_chunk.default(
             y, _take(flat_target, at), table, groups_at, class_weight, dloss_at,
