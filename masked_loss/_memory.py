@@ -29,6 +29,8 @@ _KEEPS = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 def gradient_like(values: Tensor) -> Tensor:
     """An uninitialised, contiguous tensor like ``values``."""
+    if values.numel() * values.element_size() < _LARGE:  # the same, sooner
+        return torch.empty_like(values, memory_format=torch.contiguous_format)
     return kept_empty(values.shape, values)
 
 

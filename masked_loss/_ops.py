@@ -124,9 +124,11 @@ def differentiable(
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _require_device(logits: Tensor, **others: Tensor | None) -> None:
