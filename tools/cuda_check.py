@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checks what the CUDA compiler made of the kernels, without a GPU: `make cuda-check`.
+
+Compiles csrc/cuda/*.cu for sm_90 and fails where a kernel spills registers or uses more of them
+than its blocks leave it, or where a row kernel moves its rows by less than 16 bytes at a time. The
+machine code is read with cuobjdump: from the toolkit, PATH, an installed triton, or $CUOBJDUMP;
+where there is none, that part is said to be skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCH = "sm_90"
+FLAGS = ["-O3", "-std=c++17", "-cubin", f"-arch={ARCH}", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
+
+# Registers of a multiprocessor, and the threads that a kernel's team size is planned for
+# (csrc/cuda/cross_entropy.cu): 1024, or 512 in general and for float64.
+REGISTERS = 65536
+
+
+@dataclass
+class Kernel:
+    name: str
+    registers: int
+    spilled: int
+    sass: str = ""
+
+    @property
+    def is_row_kernel(self) -> bool:
+        return "rows_kernel" in self.name
+
+    @property
+    def allowed_registers(self) -> int:
+        if not self.is_row_kernel:
+            return 64
+        plain = "false" in self.name and "double" not in self.name
+        return REGISTERS // (1024 if plain else 512)
+
+    def wide_accesses(self, instruction: str) -> int:
+        """LDG or STG instructions that move 16 bytes."""
+        return len(re.findall(rf"\b{instruction}\.E(?:\.\w+)*\.128\b", self.sass))
+
+    def complaints(self) -> list[str]:
+        found = []
+        if self.spilled:
+            found.append(f"spills {self.spilled} bytes")
+        if self.registers > self.allowed_registers:
+            found.append(f"uses {self.registers} registers, expected <= {self.allowed_registers}")
+        if self.sass and self.is_row_kernel:
+            if not self.wide_accesses("LDG"):
+                found.append("has no 16-byte load")
+            if not self.wide_accesses("STG"):
+                found.append("has no 16-byte store")
+            if re.search(r"\b(LDL|STL)\b", self.sass):
+                found.append("reads or writes local memory")
+        return found
+
+
+def nvcc() -> str:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
+    if found is None:
+        raise SystemExit("cuda_check: no nvcc in $CUDA_HOME/bin, /usr/local/cuda/bin or PATH")
+    return found
+
+
+def cuobjdump() -> str | None:
+    candidates = [os.environ.get("CUOBJDUMP"), str(Path(nvcc()).parent / "cuobjdump"), "cuobjdump"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.submodule_search_locations:
+        folder = Path(triton.submodule_search_locations[0])
+        candidates.append(str(folder / "backends" / "nvidia" / "bin" / "cuobjdump"))
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+def demangled(name: str) -> str:
+    """rows_kernel<float, false, 16>: as much of a kernel's name as tells it from the others."""
+    plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
+    plain = re.sub(r"\(anonymous namespace\)::|masked_loss::|cuda::|^void ", "", plain.strip())
+    plain = plain.replace("(bool)0", "false").replace("(bool)1", "true")
+    return re.sub(r"\((bool|int)\)", "", plain).split("(")[0]
+
+
+def kernels_of(source: Path, folder: Path, dump: str | None) -> list[Kernel]:
+    cubin = folder / f"{source.stem}.cubin"
+    command = [nvcc(), *FLAGS, str(source), "-o", str(cubin)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SystemExit(f"cuda_check: nvcc failed\n{result.stderr}")
+    report = re.compile(
+        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    kernels = {
+        name: Kernel(demangled(name), int(registers), int(stores) + int(loads))
+        for name, stores, loads, registers in report.findall(result.stderr)
+    }
+    if dump and kernels:
+        text = subprocess.run(
+            [dump, "-sass", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        for part in text.split("Function : ")[1:]:
+            name, _, sass = part.partition("\n")
+            kernels[name.strip()].sass = sass
+    return list(kernels.values())
+
+
+def main() -> int:
+    dump = cuobjdump()
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        folder = Path(name)
+        found = list(pool.map(lambda source: kernels_of(source, folder, dump), sources))
+    failures = 0
+    print(f"{'kernel':44} {'registers':>9} {'spilled':>8} {'LDG.128':>8} {'STG.128':>8}")
+    for kernel in sorted((k for ks in found for k in ks), key=lambda k: k.name):
+        loads, stores = kernel.wide_accesses("LDG"), kernel.wide_accesses("STG")
+        counts = f"{loads:8} {stores:8}" if dump else f"{'-':>8} {'-':>8}"
+        print(f"{kernel.name[:44]:44} {kernel.registers:9} {kernel.spilled:8} {counts}")
+        for complaint in kernel.complaints():
+            failures += 1
+            print(f"  FAILED: {complaint}")
+    if dump is None:
+        print("cuda_check: no cuobjdump, so the machine code was not read (set CUOBJDUMP)")
+    print(f"cuda_check: {'failed' if failures else 'passed'} for {ARCH}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
