@@ -78,7 +78,7 @@ $(library): $(sources) setup.py $(stamps)/torch
 	@touch $@
 
 # The tests run the demo, and the integrations where there is something to integrate with.
-extras_test := test,demo,transformers
+extras_test := test,demo,transformers,trainers
 extras_demo := demo
 extras_bench := bench
 
