@@ -540,7 +540,7 @@ class FusedLinear(nn.Linear):
         tensors: Sequence[Tensor] = tuple(
             x for x in (input, self.weight, self.bias) if x is not None
         )
-        plain = all(type(x) in (Tensor, nn.Parameter) for x in tensors)
+        plain = all(type(x) in (Tensor, nn.Parameter) and not x.is_meta for x in tensors)
         if (
             not plain
             or torch._C._get_tracing_state() is not None
@@ -672,8 +672,9 @@ def fuse_linear_loss(model: _Model) -> _Model:
     ...         return loss, logits
     >>> model = masked_loss.fuse_linear_loss(Model())
     >>> loss, logits = model(torch.tensor([[1, 2, 3]]))
-    >>> loss, logits.shape
-    (tensor(..., grad_fn=<LinearCrossEntropyBackward>), torch.Size([1, 3, 100]))
+    >>> loss.dim(), logits.shape, type(logits).__name__
+    (0, torch.Size([1, 3, 100]), 'LazyLogits')
+    >>> model = masked_loss.unfuse(model)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_WHO}: model must be a torch.nn.Module, got {type(model).__name__}")

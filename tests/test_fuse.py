@@ -606,5 +606,11 @@ def test_compiled_losses_take_the_logits(batch: tuple[Tensor, Tensor]) -> None:
 
 def test_traced_models(batch: tuple[Tensor, Tensor]) -> None:
     stock, fused = both()
+    hidden = torch.randn(B, T, D)
+    traced = torch.jit.trace(fused.lm_head, hidden)
+    torch.testing.assert_close(traced(hidden), stock.lm_head(hidden))
+    torch.testing.assert_close(torch.vmap(fused.lm_head)(hidden), stock.lm_head(hidden))
+    on_meta = copy.deepcopy(fused).to("meta")
+    assert on_meta(batch[0].to("meta"))[1].shape == (B, T, V)
     program = torch.export.export(fused, batch).module()
     torch.testing.assert_close(program(*batch)[0], stock(*batch)[0])
