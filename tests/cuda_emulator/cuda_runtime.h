@@ -54,16 +54,11 @@ void warp_barrier();
 // The word that another lane of the warp brought to the same shuffle.
 uint32_t shuffle(uint32_t word, int source_lane);
 int lane();
-[[noreturn]] void fail(const char* what);
 void check_aligned(const void* p, size_t bytes);
 
 }  // namespace emulator
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
-
-#undef assert
-#define assert(condition) \
-  ((condition) ? void() : ::emulator::fail("device-side assert triggered: " #condition))
 
 inline void __syncthreads() { ::emulator::block_barrier(); }
 inline void __syncwarp(unsigned = ~0u) { ::emulator::warp_barrier(); }
