@@ -32,10 +32,11 @@ FLAGS += [f"-Dmasked_loss={NAMESPACE}", "-Wno-attributes", "-Wno-unknown-pragmas
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
-def _headers(csrc: Path) -> Iterable[Path]:
-    for folder, patterns in ((csrc, ("*.h", "*.cuh")), (HERE, ("*.h",))):
-        for pattern in patterns:
-            yield from sorted(folder.rglob(pattern))
+def _headers(source: Path, csrc: Path) -> Iterable[Path]:
+    yield from sorted(HERE.glob("*.h"))
+    yield from sorted(csrc.rglob("*.h"))
+    if source.suffix == ".cu":
+        yield from sorted(csrc.rglob("*.cuh"))
 
 
 def _compile(source: Path, csrc: Path) -> Path:
@@ -46,7 +47,7 @@ def _compile(source: Path, csrc: Path) -> Path:
         flags += TORCH_FLAGS
         flags += [f"-isystem{p}" for p in (*include_paths(), pybind11.get_include(), python)]
     digest = hashlib.sha256(" ".join([*CXX, *flags]).replace(str(csrc), "").encode())
-    for path in (source, *_headers(csrc)):
+    for path in (source, *_headers(source, csrc)):
         digest.update(path.name.encode() + path.read_bytes())
     target = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
     if not target.exists():

@@ -106,6 +106,7 @@ Context scheduler;
 const std::function<void()>* running = nullptr;
 std::exception_ptr error;
 std::mt19937_64 random;
+std::vector<uint64_t> priority;  // of the block's warps, where some run ahead of others
 
 char* make_stack() {
   void* p = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -140,6 +141,17 @@ void enter() {
   yield();
 }
 
+// Even seeds: any thread. Odd ones: a thread of the warp that is ahead, as far as it can get. The
+// first finds what is read too early, the second what is overwritten too early.
+size_t next_to_run() {
+  size_t pick = random() % ready.size();
+  if (settings.seed % 2 == 0) return pick;
+  for (size_t i = 0; i < ready.size(); ++i) {
+    if (priority[ready[i] / kWarp] > priority[ready[pick] / kWarp]) pick = i;
+  }
+  return pick;
+}
+
 void run_block(int threads, size_t shared_bytes) {
   // What nobody wrote must not look like anything.
   memset(static_cast<void*>(masked_loss::cuda::shared_memory), 0x7f,
@@ -156,8 +168,12 @@ void run_block(int threads, size_t shared_bytes) {
     fibers[i].done = false;
     make_context(&fibers[i].context, fibers[i].stack, enter);
   }
+  priority.assign(warps.size(), 0);
+  if (settings.seed % 2) {
+    for (uint64_t& p : priority) p = random();
+  }
   while (!ready.empty() && !error) {
-    const size_t pick = random() % ready.size();
+    const size_t pick = next_to_run();
     current = ready[pick];
     ready[pick] = ready.back();
     ready.pop_back();
