@@ -166,19 +166,16 @@ def restorable(inputs: Inputs) -> tuple[Inputs, Callable[[], None]]:
 # The parts. Each runs in its own process and returns what json can write.
 
 
-def measure(
-    cases: list[Any], measures: list[str], rounds: int, uncompiled: list[str]
-) -> dict[str, Any]:
-    limit = timing.bandwidth()
-    found = {}
-    for case in (Case(*c) for c in cases):
-        calls, before = candidates(case, measures, case.name not in uncompiled)
-        found[case.name] = interleave(calls, rounds=rounds, before=before)
-    after = timing.bandwidth()
+def measure(case_: list[Any], measures: list[str], rounds: int, compiled: bool) -> dict[str, Any]:
+    case = Case(*case_)
+    calls, before = candidates(case, measures, compiled)
+    for call in calls.values():
+        call()  # compiles
+    print(f"timing {case.name} ...", file=sys.stderr, flush=True)
     return {
         "environment": timing.environment(),
-        "limit": {name: max(limit[name], after[name]) for name in limit},
-        "seconds": found,
+        "limit": timing.bandwidth(),
+        "seconds": interleave(calls, rounds=rounds, warmup=1, before=before),
     }
 
 
@@ -189,10 +186,12 @@ def measure_small(cases: list[Any], rounds: int, calls_each: int) -> dict[str, A
         losses = all_losses()
         calls = {f"{FORWARD}: {name}": forward(loss, inputs) for name, loss in losses.items()}
         calls |= {f"{STEP}: {name}": step(loss, inputs) for name, loss in losses.items()}
-        found[case.name] = interleave(
-            calls, rounds=rounds, clock=timing.repeated(timing.wall, calls_each)
-        )
-    return {"seconds": found}
+        found[case.name] = {
+            "seconds": interleave(
+                calls, rounds=rounds, clock=timing.repeated(timing.wall, calls_each)
+            )
+        }
+    return found
 
 
 def measure_memory(case: list[Any], loss_name: str) -> int:
@@ -287,14 +286,18 @@ THP = {"THP_MEM_ALLOC_ENABLE": "1"}
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2"}
 
 
-def run(part: str, quick: bool) -> Any:
-    cases = QUICK if quick else CASES
+def run(part: str, cases: list[Case], quick: bool) -> Any:
     rounds = 2 if quick else 7
 
     def measured(measures: list[str], env: dict[str, str]) -> Any:
-        # PyTorch 2.13's compiled idiom crashes there, see README.md.
-        uncompiled = [c.name for c in cases if c.dtype == "bf16" and env.keys() & AVX2.keys()]
-        return in_process(measure, cases, measures, rounds, uncompiled, env=env)
+        return {
+            # PyTorch 2.13's compiled idiom crashes for bf16 without AVX-512, see README.md.
+            c.name: in_process(
+                measure, c, measures, rounds, not (c.dtype == "bf16" and env.keys() & AVX2.keys()),
+                env=env,
+            )
+            for c in cases
+        }  # fmt: skip
 
     if part == "verify":
         return {c.name: in_process(verify, c) for c in cases}
@@ -307,7 +310,7 @@ def run(part: str, quick: bool) -> Any:
     if part == "avx2, huge pages":
         return measured([HUGE], AVX2 | THP)
     if part == "small":
-        return in_process(measure_small, SMALL, rounds, 2 if quick else 200)
+        return in_process(measure_small, SMALL, rounds, 2 if quick else 50)
     if part == "memory":
         kinds = ("ours", "ours, in place", *PEERS)
         return {c.name: {k: in_process(measure_memory, c, k) for k in kinds} for c in cases}
@@ -322,14 +325,17 @@ PARTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", nargs="*", choices=PARTS, default=PARTS, metavar="PART")
+    parser.add_argument("--case", nargs="*", choices=[c.name for c in CASES], metavar="CASE")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, nothing is written")
     args = parser.parse_args()
+    cases = QUICK if args.quick else [c for c in CASES if not args.case or c.name in args.case]
     results = {}
     for part in args.part:
         print(f"{part} ...", file=sys.stderr, flush=True)
-        results[part] = run(part, args.quick)
+        results[part] = run(part, cases, args.quick)
         if not args.quick:
-            timing.save("cpu", {part: results[part]})
+            known = cpu_report.load().get(part, {}) if args.case else {}
+            timing.save("cpu", {part: {**known, **results[part]}})
     if args.quick:
         print(cpu_report.tables(results))
     else:

@@ -63,7 +63,7 @@ def bytes_moved(case: str, measure: str, masked: float = MASKED) -> float:
 
 
 def seconds(part: Part, case: str) -> dict[str, Times]:
-    return {name: Times(values) for name, values in part["seconds"][case].items()}
+    return {name: Times(values) for name, values in part[case]["seconds"].items()}
 
 
 def speed_up(times: dict[str, Times], measure: str, peer: str) -> float | None:
@@ -73,13 +73,13 @@ def speed_up(times: dict[str, Times], measure: str, peer: str) -> float | None:
 
 
 def rows_of(part: Part, share_of_target: float = 1.0) -> Iterator[list[str]]:
-    for case in part["seconds"]:
+    for case in part:
         times = seconds(part, case)
         measures = [m for m in (FORWARD, STEP, FIRST, HUGE, INPLACE) if f"{m}: ours" in times]
         for measure in measures:
             ours = times[f"{measure}: ours"]
             rate = bytes_moved(case, measure) / ours.median
-            share = rate / part["limit"]["read" if measure == FORWARD else "copy"]
+            share = rate / part[case]["limit"]["read" if measure == FORWARD else "copy"]
             aimed_read = measure == FORWARD and case.endswith("fp32") and share_of_target == 1
             row = [case, measure, milliseconds(ours.median), f"{rate / 1e9:.1f}"]
             row.append(judged(f"{share:.0%}", not aimed_read or share >= READ_SHARE))
@@ -100,7 +100,7 @@ MEASURED = ("case", "measure", "ours", "GB/s", "of limit", "vs eager", "vs compi
 
 def half_table(part: Part) -> str:
     def rows() -> Iterator[list[str]]:
-        for case in part["seconds"]:
+        for case in part:
             times = seconds(part, case)
             row = [case]
             for measure in (FORWARD, STEP, INPLACE):
@@ -115,7 +115,7 @@ def half_table(part: Part) -> str:
 
 def small_table(part: Part) -> str:
     def rows() -> Iterator[list[str]]:
-        for case in part["seconds"]:
+        for case in part:
             times = seconds(part, case)
             for measure in (FORWARD, STEP):
                 row = [case, measure, milliseconds(times[f"{measure}: ours"].median)]
@@ -148,15 +148,19 @@ def accuracy_table(part: Part) -> str:
 
 
 def limits(part: Part) -> str:
-    read, copy = (part["limit"][name] / 1e9 for name in ("read", "copy"))
-    return f"Limit: {read:.1f} GB/s read, {copy:.1f} GB/s copy (read + write)"
+    """What memory gave while each case was measured."""
+    found = [
+        " / ".join(f"{part[case]['limit'][name] / 1e9:.1f}" for case in part)
+        for name in ("read", "copy")
+    ]
+    return f"Limits by case: {found[0]} GB/s read, {found[1]} GB/s copy (read + write)"
 
 
 def tables(results: Part) -> str:
     """Everything that ``results`` has, as Markdown."""
     blocks = []
     if "main" in results:
-        e = results["main"]["environment"]
+        e = next(iter(results["main"].values()))["environment"]
         blocks.append(
             f"{e['cpu']}, {e['cores']} cores, {e['instruction set']}, {e['threads']} threads, "
             f"{e['last level cache'] >> 20} MiB last level cache; PyTorch {e['torch']}, Python "
@@ -211,8 +215,8 @@ COLOURS = {"ours": "#b3412a", "eager": "#8a8f98", "compiled": "#3b6ea5"}
 def _plot_speed_up(results: Part, figure: Any) -> None:
     figure.suptitle("How many times faster than the stock idiom", fontweight="bold")
     sources = {FORWARD: "main", STEP: "main", HUGE: "huge pages", INPLACE: "main"}
-    axes = figure.subplots(1, len(results["main"]["seconds"]), sharey=True)
-    for axis, case in zip(axes, results["main"]["seconds"], strict=True):
+    axes = figure.subplots(1, len(results["main"]), sharey=True)
+    for axis, case in zip(axes, results["main"], strict=True):
         for i, peer in enumerate(PEERS):
             ratios = [speed_up(seconds(results[p], case), m, peer) for m, p in sources.items()]
             places = [j + (i - 0.5) * 0.38 for j in range(len(ratios))]
@@ -252,9 +256,14 @@ def _plot_growth(growth: Part, figure: Any) -> None:
     figure.axes[0].legend(frameon=False, fontsize=7)
 
 
+def load() -> Part:
+    path = timing.RESULTS / "cpu.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write() -> None:
     """results/cpu.md and cpu.png from cpu.json, and the table in README.md."""
-    results = json.loads((timing.RESULTS / "cpu.json").read_text())
+    results = load()
     text = tables(results)
     (timing.RESULTS / "cpu.md").write_text(text)
     if {"main", "huge pages", "growth"} <= results.keys():

@@ -98,12 +98,12 @@ def interleave(
     """Time each call once a round, in an order that moves on from round to round.
 
     ``before`` runs untimed before each call (or before those it names): cold caches, fresh inputs.
-    Rounds in which other processes took the processor are run again, up to twice ``rounds`` in
-    all; the ``rounds`` with the least of that count. How long they took plays no part in this.
+    Rounds in which other processes took the processor are run again, up to half of ``rounds``
+    more; the ``rounds`` with the least of that count. How long they took plays no part in this.
     """
     names = list(calls)
     found: list[tuple[float, dict[str, float]]] = []
-    for i in range(-warmup, 2 * rounds):
+    for i in range(-warmup, rounds + rounds // 2):
         shift = i % len(names)
         seconds = {}
         with _Others() as others:
