@@ -59,9 +59,12 @@ ML_FN V softcap(V x, V cap, V inverse) {
   return cap * tanh(x * inverse);
 }
 template <class V>
-ML_FN V softcap_slope(V y, V inverse) {
-  const V t = y * inverse;
+ML_FN V tanh_slope(V t) {
   return V(1) - t * t;
+}
+template <class V>
+ML_FN V softcap_slope(V y, V inverse) {
+  return tanh_slope(y * inverse);
 }
 
 // The soft part of q_j.
@@ -93,25 +96,37 @@ ML_FN A z_term(A top, A sum, A z_loss) {
 template <class A>
 struct LogitGrad {
   A softmax, soft, hard;
+  A mass, z;  // for target_grad(): the target distribution's over sum, and the z-loss's share
 };
 template <class A>
 ML_FN LogitGrad<A> logit_grad(const LogSumExp<A>& lse, A mass, A hard, A z_loss, A ce_scale,
                               A z_scale) {
   // Without a z-loss its term must not appear at all: 0 * lse is NaN for an infinite lse.
-  A sum_p = ce_scale * mass;
-  if (z_loss != A(0)) sum_p = sum_p + A(2) * z_scale * z_loss * lse.value();
-  return {sum_p / lse.sum, ce_scale, ce_scale * hard};
+  const A z = z_loss != A(0) ? A(2) * z_scale * z_loss * lse.value() / lse.sum : A(0);
+  return {ce_scale * mass / lse.sum + z, ce_scale, ce_scale * hard, mass / lse.sum, z};
 }
 template <class V>
 ML_FN V softmax_grad(V y, V top, V softmax) {
   return softmax * exp(y - top);
 }
 
-// p_j (lse - y_j), of which the entropy is the sum. y = -inf has p = 0: 0 * inf must not be made.
+// All of it at the target, whose whole part is q. Where p is almost 1 this is a difference of
+// almost equal numbers: they are subtracted first, and a z-loss is added to what is left.
+template <class A>
+ML_FN A target_grad(A y, A top, A q, const LogitGrad<A>& g) {
+  const A e = exp(y - top);
+  return g.soft * (g.mass * e - q) + g.z * e;
+}
+
+// The entropy of p from spread = sum_j e_j (top - y_j), e_j = exp(y_j - top). y = -inf has e = 0:
+// 0 * inf must not be made.
 template <class V>
-ML_FN V entropy_term(V y, V top, V log_sum, V inverse_sum) {
-  const V below = max(V(Limits<V>::lowest()), y - top);
-  return exp(below) * inverse_sum * (log_sum - below);
+ML_FN V spread_term(V e, V y, V top) {
+  return e * (V(0) - max(V(Limits<V>::lowest()), y - top));
+}
+template <class A>
+ML_FN A entropy(A sum, A spread) {
+  return log(sum) + spread / sum;
 }
 
 // Everything that one look at a row can tell: beside its logsumexp the sums of soft_loss() and the
@@ -141,7 +156,7 @@ struct RowSums {
     for (int i = 0; i < N; ++i) {
       const A p = exp(y[i] - lse.top);
       lse.sum = lse.sum + p;
-      spread = spread - p * max(Limits<A>::lowest(), y[i] - lse.top);
+      spread = spread + spread_term(p, y[i], lse.top);
     }
   }
   // After push() of the same y, so that top is not below it.
@@ -157,8 +172,6 @@ struct RowSums {
     mass = mass + other.mass;
     spread = spread + other.spread;
   }
-
-  ML_FN A entropy() const { return log(lse.sum) + spread / lse.sum; }
 };
 
 // Group by group: what the sums of weighted losses are multiplied by.

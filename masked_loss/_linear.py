@@ -542,13 +542,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
     again = ctx.options.reduction == "none"  # or else the gradients are there
+    ctx.inputs = (hidden, weight, bias)  # not saved: they may change before backward
     wants_mask = mask is not None and mask.requires_grad
     ctx.save_for_backward(
-        *((hidden, weight, bias) if again else (None, None, None)),
+        *(ctx.inputs if again else (None, None, None)),
         target,
         mask if wants_mask else None,
         class_weight,
-        output[0],  # for what differentiates the gradients, and must not
         *output[2:],
     )
 
@@ -556,7 +556,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 9
-    hidden, weight, bias, target, mask, class_weight, _, *tables = ctx.saved_tensors
+    hidden, weight, bias, target, mask, class_weight, *tables = ctx.saved_tensors
     tokens, groups, unit, *gradients = tables
     needs = list(ctx.needs_input_grad[:3])
     options = ctx.options

@@ -91,7 +91,8 @@ def differentiable(
         # loss.sum() is: a gradient penalty would silently count for nothing.
         with torch.no_grad():
             gradients = backward(ctx, *grads)
-        through = [t for t in ctx.saved_tensors if t is not None and t.requires_grad]
+        inputs = (*ctx.saved_tensors, *getattr(ctx, "inputs", ()))
+        through = [t for t in inputs if t is not None and t.requires_grad]
         return _Once.apply(name, gradients, *through)
 
     eager: Any = type(

@@ -116,6 +116,11 @@ struct Rows {
     return A(widen(*x));
   }
 
+  A slope(const T* x) const {
+    const V t = tanh(load<V>(x, Part{1}) * V(inverse_cap));
+    return lane_sum(keep(tanh_slope(t), Part{1}, A(0)));
+  }
+
   template <class Count>
   ML_FN V soft_target_at(const Row& r, int64_t j, Count count) const {
     return soft_target(class_weight ? load<V>(class_weight + j, count) : V(1),
@@ -164,7 +169,7 @@ struct Rows {
   }
 
   // sum_j q_j (top - y_j) and sum_j q_j over the soft part of the target distribution.
-  void soft_sums(const Row& r, A top, A* below, A* mass) const {
+  void soft_sums(const Row& r, A top, double* below, double* mass) const {
     double below_sum = 0, mass_sum = 0;
     for_each_piece(0, args.cols, 64, [&](int64_t begin, int64_t end) {
       V below_lanes(0), mass_lanes(0);
@@ -176,22 +181,21 @@ struct Rows {
       below_sum += lane_sum(below_lanes);
       mass_sum += lane_sum(mass_lanes);
     });
-    *below = static_cast<A>(below_sum);
-    *mass = static_cast<A>(mass_sum);
+    *below = below_sum;
+    *mass = mass_sum;
   }
 
-  A entropy(const Row& r, const Lse& lse) const {
-    const V top(lse.top), log_sum(log(lse.sum)), inverse_sum(1 / lse.sum);
+  double spread(const Row& r, A top) const {
     double sum = 0;
     for_each_piece(0, args.cols, 64, [&](int64_t begin, int64_t end) {
       V lanes(0);
       for_each_vector<V>(begin, end, [&](int64_t j, auto count) {
-        const V h = entropy_term(logit(r.x + j, count), top, log_sum, inverse_sum);
-        lanes = lanes + keep(h, count, 0);
+        const V y = logit(r.x + j, count);
+        lanes = lanes + keep(spread_term(exp(y - V(top)), y, V(top)), count, 0);
       });
       sum += lane_sum(lanes);
     });
-    return static_cast<A>(sum);
+    return sum;
   }
 
   // argmax of the logits = target, where the first of equal logits wins.
@@ -212,35 +216,39 @@ struct Rows {
     return found;
   }
 
-  // From a row's logsumexp to what the token table keeps of it.
+  // From a row's logsumexp to what the token table keeps of it. In double: a handful of operations,
+  // of which each would add its rounding to the loss.
   void finish(const Row& r, const Lse& lse) const {
-    A loss = 0, mass = r.hard;
-    if (r.target >= 0) loss = hard_loss(lse, logit(r.x + r.target), r.hard);
+    const LogSumExp<double> wide(lse.top, lse.sum);
+    double loss = 0, mass = r.hard;
+    if (r.target >= 0) loss = hard_loss<double>(wide, logit(r.x + r.target), r.hard);
     if constexpr (kSoft) {
-      A below, soft_mass;
+      double below, soft_mass;
       soft_sums(r, lse.top, &below, &soft_mass);
-      loss += soft_loss(lse, below, soft_mass);
+      loss += soft_loss(wide, below, soft_mass);
       mass += soft_mass;
     }
-    *field(TokenField::kLoss, r.token) = loss;
+    *field(TokenField::kLoss, r.token) = static_cast<A>(loss);
     *field(TokenField::kTop, r.token) = lse.top;
     *field(TokenField::kSum, r.token) = lse.sum;
-    *field(TokenField::kMass, r.token) = mass;
+    *field(TokenField::kMass, r.token) = static_cast<A>(mass);
     if (args.stats) {
-      *field(TokenField::kEntropy, r.token) = entropy(r, lse);
+      *field(TokenField::kEntropy, r.token) = static_cast<A>(entropy(wide.sum, spread(r, lse.top)));
       *field(TokenField::kCorrect, r.token) = r.target >= 0 && is_argmax(r);
     }
   }
 
-  LogitGrad<A> grad_of(const Row& r) const {
-    const Lse lse{*field(TokenField::kTop, r.token), *field(TokenField::kSum, r.token)};
+  // In double, as finish().
+  LogitGrad<double> grad_of(const Row& r) const {
+    const LogSumExp<double> lse(*field(TokenField::kTop, r.token),
+                                *field(TokenField::kSum, r.token));
     const double* group = args.groups + (r.token / args.group_size) * GroupField::kCount;
     const A* dloss = static_cast<const A*>(args.dloss);
-    const A scale = *field(TokenField::kWeight, r.token) *
-                    (dloss ? dloss[args.dloss_per_token ? r.token : 0] : A(1));
-    LogitGrad<A> g = logit_grad(lse, *field(TokenField::kMass, r.token), r.hard, z_loss,
-                                static_cast<A>(scale * group[GroupField::kScaleLoss]),
-                                static_cast<A>(scale * group[GroupField::kScaleZ]));
+    const double scale = static_cast<double>(*field(TokenField::kWeight, r.token)) *
+                         (dloss ? dloss[args.dloss_per_token ? r.token : 0] : A(1));
+    LogitGrad<double> g = logit_grad<double>(lse, *field(TokenField::kMass, r.token), r.hard,
+                                             z_loss, scale * group[GroupField::kScaleLoss],
+                                             scale * group[GroupField::kScaleZ]);
     if (g.softmax != g.softmax) g.softmax = std::numeric_limits<A>::quiet_NaN();  // see rounded()
     return g;
   }
@@ -252,21 +260,23 @@ struct Rows {
   }
 
   // The gradient of [begin, end) of a row; while it is computed, `next` is brought closer.
-  void grad(const Row& r, const LogitGrad<A>& g, int64_t begin, int64_t end, const T* next) const {
-    const V top(*field(TokenField::kTop, r.token)), softmax(g.softmax);
+  void grad(const Row& r, const LogitGrad<double>& g, int64_t begin, int64_t end,
+            const T* next) const {
+    const A top_of_row = *field(TokenField::kTop, r.token);
+    const V top(top_of_row), softmax(static_cast<A>(g.softmax)), soft(static_cast<A>(g.soft));
     const bool has_target = begin <= r.target && r.target < end;
     const A own = has_target ? logit(r.x + r.target) : A(0);  // now: dx may be x
-    const auto of_logit = [&](V y) {
-      const V d = softmax_grad(y, top, softmax);
-      if constexpr (kCapped && !kSoft) return d * softcap_slope(y, V(inverse_cap));
-      return d;
+    const A own_slope = has_target && kCapped ? slope(r.x + r.target) : A(1);
+    const auto of_raw = [&](V raw, V soft_part) {
+      if constexpr (kCapped) {
+        const V t = tanh(raw * V(inverse_cap));
+        return (softmax_grad(V(cap) * t, top, softmax) - soft_part) * tanh_slope(t);
+      }
+      return softmax_grad(raw, top, softmax) - soft_part;
     };
     const auto at = [&](int64_t j, auto count) {
-      const V y = logit(r.x + j, count);
-      V d = of_logit(y);
-      if constexpr (kSoft) d = d - V(g.soft) * soft_target_at(r, j, count);
-      if constexpr (kCapped && kSoft) d = d * softcap_slope(y, V(inverse_cap));
-      return d;
+      const V soft_part = kSoft ? soft * soft_target_at(r, j, count) : V(0);
+      return of_raw(load<V>(r.x + j, count), soft_part);
     };
     int64_t j = begin;
     if constexpr (!kSoft) {
@@ -279,17 +289,17 @@ struct Rows {
         prefetch(next + j);
         V a, b;
         V::load2(r.x + j, a, b);
-        a = of_logit(capped(a)), b = of_logit(capped(b));
+        a = of_raw(a, V(0)), b = of_raw(b, V(0));
         args.stream ? V::stream2(r.dx + j, a, b) : V::store2(r.dx + j, a, b);
       }
     }
     for_each_vector<V>(j, end,
                        [&](int64_t i, auto count) { store(at(i, count), r.dx + i, count); });
     if (has_target) {
-      A d = softmax_grad(own, *field(TokenField::kTop, r.token), g.softmax) - g.hard;
-      if constexpr (kSoft) d -= g.soft * soft_target_at(r, r.target);
-      if constexpr (kCapped) d *= softcap_slope(own, inverse_cap);
-      narrow(d, r.dx + r.target);
+      // Added up in A, as the row's mass was: of one class alone nothing must be left.
+      const A q = r.hard + (kSoft ? soft_target_at(r, r.target) : A(0));
+      const double d = own_slope * target_grad<double>(own, top_of_row, q, g);
+      narrow(static_cast<A>(d), r.dx + r.target);
     }
   }
 
@@ -338,7 +348,7 @@ struct Rows {
       }
       if (args.dlogits) {
         const T* next = row + 1 < end && active(row + 1) ? logits_of(row + 1) : r.x;
-        const LogitGrad<A> g = grad_of(r);
+        const LogitGrad<double> g = grad_of(r);
         for (int64_t j = 0; j < args.cols; j += kSegment) {
           grad(r, g, j, std::min(j + kSegment, args.cols), next);
         }

@@ -184,7 +184,7 @@ struct Rows {
     if constexpr (kGeneral) {
       if (soft) loss += soft_loss<double>(wide, sums.below, sums.mass);
       if (args.stats) {
-        *field(TokenField::kEntropy, r.token) = sums.entropy();
+        *field(TokenField::kEntropy, r.token) = entropy(sums.lse.sum, sums.spread);
         *field(TokenField::kCorrect, r.token) = !args.probs && r.own == r.own && !sums.beaten;
       }
     }
@@ -213,22 +213,30 @@ struct Rows {
 
   // The gradient
 
-  ML_FN LogitGrad<A> grad_of(const Row& r, const Lse& lse, A mass) const {
+  // What the loops need of a LogitGrad: the target's own derivative is computed before them.
+  struct RowGrad {
+    A top, softmax, soft, target;
+  };
+
+  ML_FN RowGrad grad_of(const Row& r, const Lse& lse, A mass) const {
     const double* group = args.groups + quotient(r.token, args.group_size) * GroupField::kCount;
     const A* dloss = static_cast<const A*>(args.dloss);
     const A scale = r.weight * (dloss ? dloss[args.dloss_per_token ? r.token : 0] : A(1));
-    return logit_grad(lse, mass, r.hard, static_cast<A>(args.z_loss),
-                      static_cast<A>(scale * group[GroupField::kScaleLoss]),
-                      static_cast<A>(scale * group[GroupField::kScaleZ]));
+    const LogitGrad<A> g = logit_grad(lse, mass, r.hard, static_cast<A>(args.z_loss),
+                                      static_cast<A>(scale * group[GroupField::kScaleLoss]),
+                                      static_cast<A>(scale * group[GroupField::kScaleZ]));
+    const bool here = 0 <= r.target && r.target < r.n;
+    const A q = here && soft ? soft_target_at(r, r.target) : A(0);
+    return {lse.top, g.softmax, g.soft, target_grad(logit(r.own), lse.top, q, g)};
   }
 
   template <int N>
-  ML_FN void differentiate(const Row& r, const LogitGrad<A>& g, A top, int at, A (&x)[N]) const {
+  ML_FN void differentiate(const Row& r, const RowGrad& g, int at, A (&x)[N]) const {
     A d[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       x[i] = logit(x[i]);
-      d[i] = softmax_grad(x[i], top, g.softmax);
+      d[i] = softmax_grad(x[i], g.top, g.softmax);
     }
     if (soft) {
 #pragma unroll
@@ -237,7 +245,7 @@ struct Rows {
     if (static_cast<unsigned>(r.target - at) < static_cast<unsigned>(N)) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (at + i == r.target) d[i] = d[i] - g.hard;
+        if (at + i == r.target) d[i] = g.target;
       }
     }
 #pragma unroll
@@ -255,7 +263,7 @@ struct Rows {
   // Pieces [begin, end) of dx from the pieces of x that lie `apart` from them, kept or not.
   // kShifted: between two of those. Every thread writes only what it has read: dx may be x.
   template <bool kShifted, int kUnroll>
-  ML_FN void differentiate_pieces(const Row& r, const LogitGrad<A>& g, A top, const Span<T>& in,
+  ML_FN void differentiate_pieces(const Row& r, const RowGrad& g, const Span<T>& in,
                                   const Span<T>& out, int begin, int end, int apart,
                                   int shift_bytes, const uint4* cache) const {
     uint4* const to = reinterpret_cast<uint4*>(r.dx + out.head);
@@ -278,14 +286,14 @@ struct Rows {
         if (k < end) {
           A x[kVector];
           unpack(pieces[u], x, T{});
-          differentiate(r, g, top, out.head + k * kVector, x);
+          differentiate(r, g, out.head + k * kVector, x);
           store(to + k, pack(x, T{}));
         }
       }
     }
   }
 
-  ML_FN void grad(const Row& r, const LogitGrad<A>& g, A top, const uint4* cache) const {
+  ML_FN void grad(const Row& r, const RowGrad& g, const uint4* cache) const {
     const Span<T> in(r.x, r.n), out(r.dx, r.n);
     // Piece k of dx begins with element out.head + k * kVector, and that is `shift` elements after
     // the beginning of piece k + apart of x.
@@ -294,16 +302,16 @@ struct Rows {
     const int begin = min(-apart, out.pieces);
     const int end = max_of(begin, min(out.pieces, in.pieces - apart - (shift != 0)));
     if (shift == 0) {
-      differentiate_pieces<false, kGradAhead>(r, g, top, in, out, 0, end, 0, 0, cache);
+      differentiate_pieces<false, kGradAhead>(r, g, in, out, 0, end, 0, 0, cache);
     } else {
-      differentiate_pieces<true, 1>(r, g, top, in, out, begin, end, apart,
+      differentiate_pieces<true, 1>(r, g, in, out, begin, end, apart,
                                     shift * static_cast<int>(sizeof(T)), cache);
     }
     const int head = out.head + begin * kVector, tail = out.head + end * kVector;
     for (int j = rank(); j < head + r.n - tail; j += kThreads) {
       const int at = j < head ? j : tail + j - head;
       A x[1] = {A(widen(r.x[at]))};
-      differentiate(r, g, top, at, x);
+      differentiate(r, g, at, x);
       narrow(x[0], r.dx + at);
     }
   }
@@ -329,9 +337,9 @@ struct Rows {
     Row r = row_at(row, part);
     if (r.weight == A(0)) return masked(r, part);
     if (!args.forward) {
-      find_target(&r, part, false);
+      find_target(&r, part, true);  // of dx = x, only by the thread that writes it
       const Lse lse(*field(TokenField::kTop, r.token), *field(TokenField::kSum, r.token));
-      grad(r, grad_of(r, lse, *field(TokenField::kMass, r.token)), lse.top, cache);
+      grad(r, grad_of(r, lse, *field(TokenField::kMass, r.token)), cache);
       return;
     }
     Sums sums;
@@ -348,8 +356,7 @@ struct Rows {
       sums = merge_team<kWarps>(sums, Align{});
       own = partials[0].own;
     } else {
-      find_target(&r, part,
-                  true);  // its logit before anything is written: dx may be x
+      find_target(&r, part, true);  // its logit before anything is written: dx may be x
       own = r.own;
       sums = look(r, cache);
     }
@@ -364,7 +371,7 @@ struct Rows {
       r.own = own;
       if (part == 0 && rank() == 0) finish(r, sums);
       const Lse lse = sums.logsumexp();
-      if (r.dx) grad(r, grad_of(r, lse, mass_of(r, sums)), lse.top, cache);
+      if (r.dx) grad(r, grad_of(r, lse, mass_of(r, sums)), cache);
     }
     // The next row's states and pieces go where this one's may still be read.
     team_barrier<kWarps>();
