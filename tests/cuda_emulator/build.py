@@ -33,10 +33,11 @@ TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def _headers(source: Path, csrc: Path) -> Iterable[Path]:
+    """What a source may include; the formulas and kernels are no business of those with tensors."""
     yield from sorted(HERE.glob("*.h"))
-    yield from sorted(csrc.rglob("*.h"))
-    if source.suffix == ".cu":
-        yield from sorted(csrc.rglob("*.cuh"))
+    for path in sorted(path for path in csrc.rglob("*") if path.suffix in (".h", ".cuh")):
+        if source.suffix == ".cu" or ".inl" not in path.name:
+            yield path
 
 
 def _compile(source: Path, csrc: Path) -> Path:
