@@ -226,7 +226,7 @@ struct Rows {
                                       static_cast<A>(scale * group[GroupField::kScaleLoss]),
                                       static_cast<A>(scale * group[GroupField::kScaleZ]));
     const bool here = 0 <= r.target && r.target < r.n;
-    const A q = here && soft ? soft_target_at(r, r.target) : A(0);
+    const A q = r.hard + (here && soft ? soft_target_at(r, r.target) : A(0));
     return {lse.top, g.softmax, g.soft, target_grad(logit(r.own), lse.top, q, g)};
   }
 
