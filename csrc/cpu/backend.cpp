@@ -24,8 +24,10 @@ extern const Kernels kKernels;
 
 namespace {
 
-// Work smaller than this is not worth waking a thread for; a task is at least this large.
+// Work smaller than this is not worth waking a thread for; a task is at least this large, and
+// larger where a thread still gets many: within a task the next row is fetched ahead.
 constexpr int64_t kTaskElements = 1 << 16;
+constexpr int64_t kTasksPerThread = 32;
 
 // Tasks are taken, not dealt: masked rows cost nothing, so equal shares would not be equal work.
 template <class F>
@@ -95,7 +97,8 @@ void cross_entropy(const CrossEntropyArgs& args, const Threads& threads, const K
   if (args.rows < 4 * threads.count && args.cols >= 2 * kSegment) {
     return share_segments(args, rows, threads);
   }
-  const int64_t size = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, args.cols));
+  const int64_t size = std::max({int64_t{1}, kTaskElements / std::max<int64_t>(1, args.cols),
+                                 args.rows / (kTasksPerThread * threads.count)});
   for_each_task((args.rows + size - 1) / size, threads,
                 [&](int64_t i) { rows.run(args, i * size, std::min((i + 1) * size, args.rows)); });
 }

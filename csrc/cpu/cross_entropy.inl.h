@@ -140,26 +140,55 @@ struct Rows {
     for (; begin < end; begin += size) f(begin, std::min(begin + size, end));
   }
 
-  Lse lse(const T* x, int64_t begin, int64_t end) const {
+  // f(to, fetched) works on [j, to) of the row x and meanwhile fetches what lies from `fetched` on:
+  // kAhead bytes further in x, and where x ends, the row `next`.
+  template <class F>
+  static void fetch_ahead(const T* x, const T* next, int64_t cols, const int64_t& j, int64_t end,
+                          const F& f) {
+    constexpr int64_t kElements = kAhead / sizeof(T);
+    const int64_t last = std::max<int64_t>(0, cols - kElements);
+    f(std::min(last, end), x + j + kElements);
+    f(end, next + std::max<int64_t>(0, j - last));
+  }
+
+  // Both cache lines of two vectors, or the one of two half vectors, into the second level: the
+  // first one's few requests in flight are what reading waits for.
+  static void prefetch(const T* p) {
+    __builtin_prefetch(p, 0, 2);
+    if constexpr (2 * V::kLanes * sizeof(T) > 64) __builtin_prefetch(p + V::kLanes, 0, 2);
+  }
+
+  // The row to fetch ahead after `row`: a masked one is not.
+  const T* next_active(int64_t row, int64_t end) const {
+    for (int64_t i = row + 1; i < end; ++i) {
+      if (active(i)) return logits_of(i);
+    }
+    return logits_of(row);
+  }
+
+  Lse lse(const T* x, int64_t begin, int64_t end, const T* next) const {
     Lse all;
-    for_each_piece(begin, end, 1024, [&](int64_t b, int64_t e) { all.merge(lse_piece(x, b, e)); });
+    for_each_piece(begin, end, 1024,
+                   [&](int64_t b, int64_t e) { all.merge(lse_piece(x, b, e, next)); });
     return all;
   }
 
-  Lse lse_piece(const T* x, int64_t begin, int64_t end) const {
+  Lse lse_piece(const T* x, int64_t begin, int64_t end, const T* next) const {
     constexpr int kBlock = V::kBlock;
     constexpr int64_t kStep = kBlock * V::kLanes;
     LogSumExp<V> lanes;
     int64_t j = begin;
-    for (; j + kStep <= end; j += kStep) {
-      V y[kBlock];
-      for (int i = 0; i < kBlock; i += 2) {
-        prefetch(x + j + i * V::kLanes + kAhead / sizeof(T));
-        V::load2(x + j + i * V::kLanes, y[i], y[i + 1]);
-        y[i] = capped(y[i]), y[i + 1] = capped(y[i + 1]);
+    fetch_ahead(x, next, args.cols, j, end, [&](int64_t to, const T* fetched) {
+      for (; j + kStep <= to; j += kStep, fetched += kStep) {
+        V y[kBlock];
+        for (int i = 0; i < kBlock; i += 2) {
+          prefetch(fetched + i * V::kLanes);
+          V::load2(x + j + i * V::kLanes, y[i], y[i + 1]);
+          y[i] = capped(y[i]), y[i + 1] = capped(y[i + 1]);
+        }
+        lanes.push(y);
       }
-      lanes.push(y);
-    }
+    });
     for_each_vector<V>(j, end, [&](int64_t i, auto count) {
       const V y[1] = {keep(logit(x + i, count), count, -std::numeric_limits<A>::infinity())};
       lanes.push(y);
@@ -253,13 +282,7 @@ struct Rows {
     return g;
   }
 
-  // Both cache lines of two vectors, or the one of two half vectors.
-  static void prefetch(const T* p) {
-    __builtin_prefetch(p);
-    if constexpr (2 * V::kLanes * sizeof(T) > 64) __builtin_prefetch(p + V::kLanes);
-  }
-
-  // The gradient of [begin, end) of a row; while it is computed, `next` is brought closer.
+  // The gradient of [begin, end) of a row. Where `next` is none, the row was read just now.
   void grad(const Row& r, const LogitGrad<double>& g, int64_t begin, int64_t end,
             const T* next) const {
     const A top_of_row = *field(TokenField::kTop, r.token);
@@ -285,12 +308,21 @@ struct Rows {
         const Part part{static_cast<int>(std::min<int64_t>(V::kLanes, j - i))};
         store(at(i, part), r.dx + i, part);
       }
-      for (; j + 2 * V::kLanes <= end; j += 2 * V::kLanes) {
-        prefetch(next + j);
-        V a, b;
-        V::load2(r.x + j, a, b);
-        a = of_raw(a, V(0)), b = of_raw(b, V(0));
-        args.stream ? V::stream2(r.dx + j, a, b) : V::store2(r.dx + j, a, b);
+      const auto pairs_to = [&](int64_t to, auto fetch) {
+        for (; j + 2 * V::kLanes <= to; j += 2 * V::kLanes) {
+          fetch();
+          V a, b;
+          V::load2(r.x + j, a, b);
+          a = of_raw(a, V(0)), b = of_raw(b, V(0));
+          args.stream ? V::stream2(r.dx + j, a, b) : V::store2(r.dx + j, a, b);
+        }
+      };
+      if (next) {
+        fetch_ahead(r.x, next, args.cols, j, end, [&](int64_t to, const T* fetched) {
+          pairs_to(to, [&] { prefetch(fetched), fetched += 2 * V::kLanes; });
+        });
+      } else {
+        pairs_to(end, [] {});
       }
     }
     for_each_vector<V>(j, end,
@@ -339,18 +371,18 @@ struct Rows {
         continue;
       }
       const Row r = row_at(row);
+      const T* next = next_active(row, end);
       if (args.forward) {
         Lse all;
         for (int64_t j = 0; j < args.cols; j += kSegment) {
-          all.merge(lse(r.x, j, std::min(j + kSegment, args.cols)));
+          all.merge(lse(r.x, j, std::min(j + kSegment, args.cols), next));
         }
         finish(r, all);
       }
       if (args.dlogits) {
-        const T* next = row + 1 < end && active(row + 1) ? logits_of(row + 1) : r.x;
         const LogitGrad<double> g = grad_of(r);
         for (int64_t j = 0; j < args.cols; j += kSegment) {
-          grad(r, g, j, std::min(j + kSegment, args.cols), next);
+          grad(r, g, j, std::min(j + kSegment, args.cols), args.forward ? nullptr : next);
         }
       }
     }
@@ -362,8 +394,8 @@ struct Rows {
   void run_lse(int64_t row, int64_t segment, void* partial) const {
     if (!active(row)) return;
     const int64_t begin = segment * kSegment;
-    static_cast<Lse*>(partial)[segment] =
-        lse(logits_of(row), begin, std::min(begin + kSegment, args.cols));
+    const T* x = logits_of(row);
+    static_cast<Lse*>(partial)[segment] = lse(x, begin, std::min(begin + kSegment, args.cols), x);
   }
 
   void run_finish(int64_t row, const void* partial) const {

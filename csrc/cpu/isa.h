@@ -18,7 +18,7 @@
 namespace masked_loss::cpu {
 
 // How far ahead of its use a row is fetched, in bytes.
-constexpr int64_t kAhead = 8192;
+constexpr int64_t kAhead = 16384;
 
 inline int64_t index_at(const void* target, DType type, int64_t i) {
   return type == DType::kInt64 ? static_cast<const int64_t*>(target)[i]
