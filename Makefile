@@ -52,7 +52,7 @@ bench: $(stamps)/bench $(library)  ## measure against PyTorch on this machine
 
 cuda-check: $(stamps)/torch  ## registers, spills and 128-bit accesses of the CUDA kernels
 	@if command -v "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || command -v nvcc; then \
-		$(python) tools/cuda_check.py; \
+		$(pip) 'nvidia-cuda-nvdisasm>=13' && $(python) tools/cuda_check.py; \
 	else echo "cuda-check: skipped, no nvcc in CUDA_HOME, /usr/local/cuda or PATH"; fi
 
 build: $(library)  ## compile the operators into $(library)

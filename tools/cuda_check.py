@@ -3,13 +3,12 @@
 
 Compiles csrc/cuda/*.cu for sm_90 and fails where a kernel spills registers or uses more of them
 than its blocks leave it, or where a row kernel moves its rows by less than 16 bytes at a time. The
-machine code is read with cuobjdump: from the toolkit, PATH, an installed triton, or $CUOBJDUMP;
-where there is none, that part is said to be skipped.
+machine code is read with nvdisasm: from the toolkit, PATH, or the package nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import re
 import shutil
@@ -57,7 +56,7 @@ class Kernel:
             found.append(f"spills {self.spilled} bytes")
         if self.registers > self.allowed_registers:
             found.append(f"uses {self.registers} registers, expected <= {self.allowed_registers}")
-        if self.sass and self.is_row_kernel:
+        if self.is_row_kernel:
             if not self.wide_accesses("LDG"):
                 found.append("has no 16-byte load")
             if not self.wide_accesses("STG"):
@@ -75,13 +74,15 @@ def nvcc() -> str:
     return found
 
 
-def cuobjdump() -> str | None:
-    candidates = [os.environ.get("CUOBJDUMP"), str(Path(nvcc()).parent / "cuobjdump"), "cuobjdump"]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.submodule_search_locations:
-        folder = Path(triton.submodule_search_locations[0])
-        candidates.append(str(folder / "backends" / "nvidia" / "bin" / "cuobjdump"))
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+def nvdisasm() -> str:
+    for name in (str(Path(nvcc()).parent / "nvdisasm"), "nvdisasm"):
+        if found := shutil.which(name):
+            return found
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit("cuda_check: no nvdisasm; pip install nvidia-cuda-nvdisasm") from None
+    return next(str(file.locate()) for file in files if file.name == "nvdisasm")
 
 
 def demangled(name: str) -> str:
@@ -92,7 +93,7 @@ def demangled(name: str) -> str:
     return re.sub(r"\((bool|int)\)", "", plain).split("(")[0]
 
 
-def kernels_of(source: Path, folder: Path, dump: str | None) -> list[Kernel]:
+def kernels_of(source: Path, folder: Path, disassembler: str) -> list[Kernel]:
     cubin = folder / f"{source.stem}.cubin"
     command = [nvcc(), *FLAGS, str(source), "-o", str(cubin)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -107,33 +108,32 @@ def kernels_of(source: Path, folder: Path, dump: str | None) -> list[Kernel]:
         name: Kernel(demangled(name), int(registers), int(stores) + int(loads))
         for name, stores, loads, registers in report.findall(result.stderr)
     }
-    if dump and kernels:
+    if kernels:
         text = subprocess.run(
-            [dump, "-sass", str(cubin)], capture_output=True, text=True, check=True
+            [disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True
         ).stdout
-        for part in text.split("Function : ")[1:]:
-            name, _, sass = part.partition("\n")
-            kernels[name.strip()].sass = sass
+        functions = re.compile(
+            r"^\.text\.(\w+):\n(.*?)(?=^\t\.section|\Z)", re.DOTALL | re.MULTILINE
+        )
+        for name, sass in functions.findall(text):
+            kernels[name].sass = sass
     return list(kernels.values())
 
 
 def main() -> int:
-    dump = cuobjdump()
+    disassembler = nvdisasm()
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = Path(name)
-        found = list(pool.map(lambda source: kernels_of(source, folder, dump), sources))
+        found = list(pool.map(lambda source: kernels_of(source, folder, disassembler), sources))
     failures = 0
     print(f"{'kernel':44} {'registers':>9} {'spilled':>8} {'LDG.128':>8} {'STG.128':>8}")
     for kernel in sorted((k for ks in found for k in ks), key=lambda k: k.name):
         loads, stores = kernel.wide_accesses("LDG"), kernel.wide_accesses("STG")
-        counts = f"{loads:8} {stores:8}" if dump else f"{'-':>8} {'-':>8}"
-        print(f"{kernel.name[:44]:44} {kernel.registers:9} {kernel.spilled:8} {counts}")
+        print(f"{kernel.name[:44]:44} {kernel.registers:9} {kernel.spilled:8} {loads:8} {stores:8}")
         for complaint in kernel.complaints():
             failures += 1
             print(f"  FAILED: {complaint}")
-    if dump is None:
-        print("cuda_check: no cuobjdump, so the machine code was not read (set CUOBJDUMP)")
     print(f"cuda_check: {'failed' if failures else 'passed'} for {ARCH}")
     return 1 if failures else 0
 

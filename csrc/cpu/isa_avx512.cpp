@@ -9,6 +9,7 @@
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
 #else  // to the end of the file: templates are instantiated there
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, falsely, inside intrinsics
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #endif
 namespace masked_loss::cpu::isa_avx512 {

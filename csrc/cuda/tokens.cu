@@ -12,8 +12,6 @@ namespace {
 
 #include "cuda/functions.inl.cuh"
 
-ML_FN float exp(float x) { return ::expf(x); }
-
 #include "math.inl.h"
 
 constexpr int kThreads = 1024;  // of a block that sums, or fewer
