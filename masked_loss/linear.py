@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from masked_loss import _linear, _ops
 from masked_loss._arguments import divisor_of, require_constant, require_tensor, typed
+from masked_loss._linear_chunks import Options
 from masked_loss.stats import LossStats
 
 
@@ -184,7 +185,7 @@ def linear_cross_entropy(
             accumulation_dtype=accumulation_dtype, pack=False,
         )  # fmt: skip
         return (result[0], LossStats(*result[1].unbind())) if return_stats else result
-    options = _linear.Options(
+    options = Options(
         reduction, ignore_index, label_smoothing, z_loss, softcap, shift, return_stats,
         chunk_tokens, accumulation_dtype, pack=True,
     )  # fmt: skip

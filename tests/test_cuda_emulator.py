@@ -25,7 +25,15 @@ from cuda_emulator.build import NAMESPACE, ROOT, build
 from samples import CASES, FEW_CASES, REDUCE_CASES, REDUCTIONS, Case, Sample
 from torch import Tensor
 
-from masked_loss import _linear, _ops, cross_entropy, masked_cross_entropy, masked_reduce, reference
+from masked_loss import (
+    _linear,
+    _linear_chunks,
+    _ops,
+    cross_entropy,
+    masked_cross_entropy,
+    masked_reduce,
+    reference,
+)
 
 EVERYTHING: dict[str, Any] = {
     "label_smoothing": 0.1,
@@ -77,8 +85,8 @@ class EmulatedOperators:
 
 @pytest.fixture(autouse=True)
 def emulated(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ops, "ops", EmulatedOperators())
-    monkeypatch.setattr(_linear, "ops", EmulatedOperators())
+    for module in (_ops, _linear, _linear_chunks):
+        monkeypatch.setattr(module, "ops", EmulatedOperators())
 
 
 def same_bits(a: Results, b: Results, what: str) -> None:
