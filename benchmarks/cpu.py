@@ -147,7 +147,7 @@ def candidates(
 
 def forget_memory() -> None:
     """As in the first step of a process: no gradient's memory to use again."""
-    _memory._block = None
+    _memory._logits.forget()
     timing.evict()
 
 

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from masked_loss import _ops
-from masked_loss._memory import _allocate, kept_empty
+from masked_loss._memory import Kept, huge_empty, kept_empty
 from masked_loss._ops import ops
 
 # Bytes of a chunk's logits, where the caller does not say chunk_tokens.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 # Bytes of the pieces in which a large tensor is converted or added to another type's.
 _PIECE_BYTES = 4 << 20
+
+_dweights = Kept()
 
 
 class Options(NamedTuple):
@@ -69,13 +71,8 @@ def dweight_dtype(
     return _ops._loss_dtype(weight)
 
 
-def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Large memory on the CPU comes in large pages: small ones take as long as a kernel does."""
-    size = x.numel() * dtype.itemsize
-    if not (x.is_cpu and x.is_contiguous()) or size < _PIECE_BYTES:
-        return torch.empty_like(x, dtype=dtype)
-    block = _allocate(size)
-    return torch.frombuffer(block, dtype=dtype, count=x.numel()).view(x.shape)
+def _is_large(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.is_cpu and x.is_contiguous() and x.numel() * dtype.itemsize >= _PIECE_BYTES
 
 
 def _pieces(rows: int, row_bytes: int) -> Iterator[slice]:
@@ -156,7 +153,11 @@ class _WeightGrad:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, needs_weight: bool, needs_bias: bool):
         wide = _ops._loss_dtype(weight)
-        self.dweight = _empty_like(weight, dtype) if needs_weight else weight.new_empty(0)
+        self.dweight = weight.new_empty(0)
+        if needs_weight and _is_large(weight, dtype):
+            self.dweight = _dweights.empty(weight.shape, dtype)
+        elif needs_weight:
+            self.dweight = torch.empty_like(weight, dtype=dtype)
         self.dbias = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=wide)
         self.needs_weight, self.needs_bias = needs_weight, needs_bias
         self.empty = True
@@ -303,7 +304,10 @@ def scaled_by(gradient: Tensor, factor: Tensor, dtype: torch.dtype, reuse: bool)
         return gradient if factor.is_cpu and factor.item() == 1 else gradient.mul_(factor)
     if not reuse or gradient.dim() != 2:
         return (gradient * factor).to(dtype)
-    result = _empty_like(gradient, dtype)
+    if _is_large(gradient, dtype):
+        result = huge_empty(gradient.shape, dtype)
+    else:
+        result = torch.empty_like(gradient, dtype=dtype)
     for piece in _pieces(gradient.shape[0], gradient.element_size() * gradient.shape[1]):
         result[piece].copy_(gradient[piece] * factor)
     return result

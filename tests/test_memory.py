@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 
+import masked_loss
 from masked_loss import _memory, masked_cross_entropy
 
 ROWS, COLS = 1024, _memory._LARGE // 4096  # float32: exactly large enough to be kept
@@ -25,9 +26,9 @@ def gradient(seed: int) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def _forget():
-    _memory._block = None
+    _memory._logits.forget()
     yield
-    _memory._block = None
+    _memory._logits.forget()
 
 
 def test_an_idle_block_is_used_again():
@@ -57,6 +58,25 @@ def test_a_gradient_that_somebody_holds_stays_as_it_is(keep):
         held = torch.empty(0).set_(held)  # as_tensor would read it byte by byte, for minutes
     tensor = torch.as_tensor(held)
     assert torch.equal(tensor.reshape(-1), truth.reshape(-1)[-tensor.numel() :])
+
+
+def test_a_weights_gradient_has_memory_of_its_own():
+    def weight_gradient(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        hidden, weight = torch.randn(8, 64), torch.randn(1 << 15, 64, requires_grad=True)
+        masked_loss.linear_cross_entropy(hidden, weight, torch.arange(8)).backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    first = weight_gradient(0)
+    truth, address = first.clone(), first.data_ptr()
+    assert weight_gradient(1).data_ptr() != address
+    assert torch.equal(first, truth)
+    del first
+    second = weight_gradient(2)
+    address = second.data_ptr()
+    del second
+    assert weight_gradient(3).data_ptr() == address
 
 
 def test_several_losses_in_one_graph_have_a_gradient_each():
