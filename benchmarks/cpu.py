@@ -125,6 +125,9 @@ def candidates(
             for name, loss in losses.items():
                 calls[f"{measure}: {name}"] = kind(loss, inputs)
                 before[f"{measure}: {name}"] = timing.evict
+            if measure == FORWARD:
+                calls[f"{measure}: read"] = lambda: timing.read_memory(inputs.logits)
+                before[f"{measure}: read"] = timing.evict
         elif measure == FIRST:
             calls[f"{measure}: ours"] = step(masked_cross_entropy, inputs)
             before[f"{measure}: ours"] = forget_memory

@@ -168,7 +168,7 @@ def _eviction_buffer() -> torch.Tensor:
 
 def evict() -> None:
     """Leave nothing of the inputs in the caches."""
-    _read_memory(_eviction_buffer())
+    read_memory(_eviction_buffer())
 
 
 def aligned(size: int) -> torch.Tensor:
@@ -191,7 +191,8 @@ def _probe() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
-def _read_memory(x: torch.Tensor) -> None:
+def read_memory(x: torch.Tensor) -> None:
+    """Load every byte of ``x`` once, with all threads, and do nothing else."""
     size = ctypes.c_int64(x.nbytes)
     _probe().read_memory(ctypes.c_void_p(x.data_ptr()), size, torch.get_num_threads())
 
@@ -203,7 +204,7 @@ def bandwidth(size: int = 128 << 20, rounds: int = 11) -> dict[str, float]:
     threads = torch.get_num_threads()
     times = interleave(
         {
-            "read": lambda: _read_memory(x),
+            "read": lambda: read_memory(x),
             "copy": lambda: _probe().copy_memory(*pointers, ctypes.c_int64(size), threads),
         },
         rounds=rounds,

@@ -218,8 +218,8 @@ def _public(call: Callable[..., Any], stats: bool) -> Callable[..., Any]:
     ) -> Any:
         tensors = (logits, target, mask, normalizer, class_weight)
         options = (reduction, ignore_index, label_smoothing, z_loss, softcap, shift, stats)
-        loss, statistics, *_ = call(*tensors, *options)
-        return (loss, statistics) if stats else loss
+        loss, *more = call(*tensors, *options)
+        return (loss, more[0]) if stats else loss
 
     return operator
 
@@ -283,7 +283,11 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     return gradient, None, dmask, None, None, None, None, None
 
 
-CrossEntropy = differentiable("CrossEntropy", _forward, _setup_context, _backward, results=2)
+# Without statistics one result: to hand out another takes a twentieth of a small loss's time.
+CrossEntropy, CrossEntropyStats = (
+    differentiable("CrossEntropy", _forward, _setup_context, _backward, results)
+    for results in (1, 2)
+)
 """Of the outputs only the loss is differentiable. ``fused`` reads the logits once instead of twice;
 its gradient is for dloss = 1, and backward hands it over or, for another dloss, computes it anew
 into the same memory: scaling it would round half types twice."""
@@ -298,7 +302,7 @@ def cross_entropy(
     *options: Any,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, ...]:
-    """loss, stats and more, with autograd; straight to the kernels where nothing needs it.
+    """loss, stats if asked for, perhaps more; straight to the kernels where nothing needs autograd.
 
     ``options``: reduction, ignore_index, label_smoothing, z_loss, softcap, shift, stats.
     """
@@ -310,7 +314,8 @@ def cross_entropy(
     plain = _is_plain(logits)
     inplace = inplace_backward and plain
     fused = plain and not inplace and logits.requires_grad and options[0] != "none"
-    return CrossEntropy(logits, target, mask, normalizer, class_weight, options, fused, inplace)
+    function = CrossEntropyStats if options[-1] else CrossEntropy
+    return function(logits, target, mask, normalizer, class_weight, options, fused, inplace)
 
 
 def _autograd(op: Any, stats: bool) -> Callable[..., Any]:

@@ -195,14 +195,14 @@ def _cross_entropy(
         )  # fmt: skip
         return (result[0], LossStats(*result[1].unbind())) if return_stats else result
     try:
-        loss, stats, *_ = _ops.cross_entropy(
+        loss, *more = _ops.cross_entropy(
             logits, target, mask, divisor, class_weight,
             reduction, ignore_index, label_smoothing, z_loss, softcap, shift, return_stats,
             inplace_backward=inplace_backward,
         )  # fmt: skip
     except RuntimeError as error:
         raise typed(who, error, names) from None
-    return (loss, LossStats(*stats.unbind())) if return_stats else loss
+    return (loss, LossStats(*more[0].unbind())) if return_stats else loss
 
 
 def cross_entropy(

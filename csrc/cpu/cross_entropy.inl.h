@@ -169,8 +169,17 @@ struct Rows {
   Lse lse(const T* x, int64_t begin, int64_t end, const T* next) const {
     Lse all;
     for_each_piece(begin, end, 1024,
-                   [&](int64_t b, int64_t e) { all.merge(lse_piece(x, b, e, next)); });
+                   [&](int64_t b, int64_t e) { append(&all, lse_piece(x, b, e, next)); });
     return all;
+  }
+
+  // The first is taken as it is: merged into nothing it is the same, later.
+  static void append(Lse* all, const Lse& next) {
+    if (all->sum == 0) {
+      *all = next;
+    } else {
+      all->merge(next);
+    }
   }
 
   Lse lse_piece(const T* x, int64_t begin, int64_t end, const T* next) const {
@@ -375,7 +384,7 @@ struct Rows {
       if (args.forward) {
         Lse all;
         for (int64_t j = 0; j < args.cols; j += kSegment) {
-          all.merge(lse(r.x, j, std::min(j + kSegment, args.cols), next));
+          append(&all, lse(r.x, j, std::min(j + kSegment, args.cols), next));
         }
         finish(r, all);
       }
@@ -402,7 +411,7 @@ struct Rows {
     if (!active(row)) return finish_masked(token_of(row));
     Lse all;
     for (int64_t i = 0; i * kSegment < args.cols; ++i) {
-      all.merge(static_cast<const Lse*>(partial)[i]);
+      append(&all, static_cast<const Lse*>(partial)[i]);
     }
     finish(row_at(row), all);
   }

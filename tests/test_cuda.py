@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What only a GPU can show: streams, captured graphs, the host that does not wait, asserts.
+
+The values are the other tests' business: they run on the GPU, too, where there is one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from masked_loss import linear_cross_entropy, masked_cross_entropy
+
+pytestmark = pytest.mark.cuda
+
+N, D, V = 64, 32, 5000
+
+
+def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator("cuda").manual_seed(seed)
+    hidden = torch.randn(N, D, device="cuda", generator=random)
+    target = torch.randint(V, (N,), device="cuda", generator=random)
+    mask = torch.randint(2, (N,), device="cuda", generator=random)
+    return hidden, target, mask
+
+
+def of_logits(hidden: Tensor, weight: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    return masked_cross_entropy(F.linear(hidden, weight), target, mask)
+
+
+LOSSES = pytest.mark.parametrize(
+    "loss", [of_logits, linear_cross_entropy], ids=["logits", "linear"]
+)
+
+
+@LOSSES
+def test_a_captured_step_computes_what_it_is_given(loss: Callable[..., Tensor]):
+    weight = torch.randn(V, D, device="cuda", requires_grad=True)
+
+    def step(hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        value = loss(hidden, weight, *rest)
+        return value, *torch.autograd.grad(value, weight)
+
+    static = inputs(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*static)
+    for seed in (1, 2):
+        for old, new in zip(static, inputs(seed), strict=True):
+            old.copy_(new)
+        graph.replay()
+        for ours, truth in zip(captured, step(*static), strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "sequence_mean"])
+def test_the_host_does_not_wait(reduction: str, waiting_is_an_error: None):
+    logits = torch.randn(4, 8, V, device="cuda", requires_grad=True)
+    target = torch.zeros(4, 8, dtype=torch.int64, device="cuda")
+    loss, _ = masked_cross_entropy(
+        logits, target, target == 0, reduction=reduction, return_stats=True
+    )
+    (2 * loss).sum().backward()
+
+
+def test_kernels_run_in_the_current_stream():
+    logits = torch.full((256, V), float("nan"), device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        logits.zero_()
+        loss = masked_cross_entropy(logits, torch.zeros(256, dtype=torch.int64, device="cuda"))
+    torch.cuda.synchronize()
+    torch.testing.assert_close(loss, torch.tensor(float(V), device="cuda").log())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_run_on_the_tensors_device():
+    logits = torch.zeros(4, V, device="cuda:1", requires_grad=True)
+    loss = masked_cross_entropy(logits, torch.zeros(4, dtype=torch.int64, device="cuda:1"))
+    loss.backward()
+    assert loss.device == logits.device
+    torch.testing.assert_close(loss.cpu(), torch.tensor(float(V)).log())
+
+
+def test_a_step_takes_one_gradient_of_memory():
+    logits = torch.zeros(1024, V, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros(1024, dtype=torch.int64, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    masked_cross_entropy(logits, target).backward()
+    assert torch.cuda.max_memory_allocated() - before <= logits.nbytes + (1 << 20)
+
+
+def test_a_target_out_of_range_stops_the_kernel():
+    code = (
+        "import torch, masked_loss\n"
+        "logits = torch.zeros(5, 10, device='cuda')\n"
+        "target = torch.tensor([0, 1, 2, 12, 4], device='cuda')\n"
+        "masked_loss.masked_cross_entropy(logits, target)\n"
+        "torch.cuda.synchronize()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "target of token 3 is 12, expected 0 <= target < 10" in result.stdout + result.stderr
