@@ -127,18 +127,16 @@ ML_FN float lane_max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-// e^x = 2^n 2^f, n the integer nearest to x log2(e), put into the exponent's bits. Below the least
-// normal number the result is 0; a NaN compares as not less and passes.
+// e^x = 2^n 2^f, n the integer nearest to x log2(e), put into the exponent's bits. What is no
+// normal number is 0, by a mask; a NaN compares as not less and passes.
 ML_FN Vec exp(Vec x) {
   const __m256 log2e = _mm256_set1_ps(1.44269504f);
-  const __m256 least = _mm256_set1_ps(-87.3f);
-  const __m256 bounded = _mm256_max_ps(least, x.v);
   const __m256 n =
-      _mm256_round_ps(_mm256_mul_ps(bounded, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m256 fraction = exp2_fraction(Vec(_mm256_fmsub_ps(bounded, log2e, n))).v;
+      _mm256_round_ps(_mm256_mul_ps(x.v, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 fraction = exp2_fraction(Vec(_mm256_fmsub_ps(x.v, log2e, n))).v;
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
   const __m256 y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(fraction), exponent));
-  return _mm256_andnot_ps(_mm256_cmp_ps(x.v, least, _CMP_LT_OQ), y);
+  return _mm256_andnot_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(-87.0f), _CMP_LT_OQ), y);
 }
 
 ML_FN Vec tanh(Vec x) { return tanh_wide(x); }
