@@ -11,7 +11,6 @@ namespace masked_loss::cuda {
 namespace {
 
 #include "cuda/functions.inl.cuh"
-
 #include "math.inl.h"
 
 constexpr int kThreads = 1024;  // of a block that sums, or fewer
