@@ -249,7 +249,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
     again = ctx.options.reduction == "none"  # or else the gradients are there
     ctx.inputs = (hidden, weight, bias)  # not saved: they may change before backward
-    wants_mask = mask is not None and mask.requires_grad
+    wants_mask = _ops.may_require_grad(mask)
     ctx.save_for_backward(
         *(ctx.inputs if again else (None, None, None)),
         target,
@@ -318,7 +318,7 @@ def linear_cross_entropy(
         loss, stats, *_ = _forward(*args, [False] * 3)
     else:
         scalar = options.reduction != "none"
-        needs = [scalar and x is not None and x.requires_grad for x in inputs]
+        needs = [scalar and _ops.may_require_grad(x) for x in inputs]
         loss, stats, *_ = LinearCrossEntropy(*args, needs)
     return loss, stats
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from masked_loss._library import load
 from masked_loss._memory import gradient_like
@@ -33,10 +32,11 @@ def _below_autograd() -> Any:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Eager and real: neither traced, nor a subclass, nor under a torch.func transform."""
+    """Eager and real: not traced, no subclass, no batch under a torch.func transform or vmap."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # torch.autograd's own vmap
     )
 
 
@@ -46,12 +46,20 @@ def _keeps_graph() -> bool:
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are, whose own derivative, through whatever, is an error."""
+    """Gradients as they are, whose own derivative, through whatever, is an error.
+
+    ``args``: ``count`` gradients, and then what they depend on.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, name: str, gradients: Any, *through: Tensor | None) -> Any:
-        ctx.name = name
-        return tuple(g if g is None else g.view_as(g) for g in gradients)
+    def forward(name: str, count: int, *args: Tensor | None) -> Any:
+        return tuple(g if g is None else g.view_as(g) for g in args[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -79,28 +87,23 @@ def differentiable(
         setup_context(ctx, args, output)
         return output[:results]
 
-    once = once_differentiable(backward)
-
     def backward_once(ctx: Any, *grads: Any) -> Any:
-        return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
-
-    def backward_eager(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
         # once_differentiable lets these go where the upstream gradient is a constant, as that of
-        # loss.sum() is: a gradient penalty would silently count for nothing.
+        # loss.sum() is, and under torch.func: a gradient penalty would silently count for nothing.
         with torch.no_grad():
             gradients = backward(ctx, *grads)
-        inputs = (*ctx.saved_tensors, *getattr(ctx, "inputs", ()))
-        through = [t for t in inputs if t is not None and t.requires_grad]
-        return _Once.apply(name, gradients, *through)
+        inputs = (*ctx.saved_tensors, *getattr(ctx, "inputs", ()), *grads)
+        through = [t for t in inputs if t is not None]
+        return _Once.apply(name, len(gradients), *gradients, *through)
 
     eager: Any = type(
         name,
         (torch.autograd.Function,),
         {
             "forward": staticmethod(forward_with_context),
-            "backward": staticmethod(backward_eager),
+            "backward": staticmethod(backward_once),
         },
     )
     transformed: Any = type(
@@ -117,17 +120,34 @@ def differentiable(
     apply_eager = super(torch.autograd.Function, eager).apply  # what Function.apply comes down to
 
     def call(*args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if not torch._C._are_functorch_transforms_active():
+            return apply_eager(*args)
+        try:
             return transformed.apply(*args)
-        return apply_eager(*args)
+        except NotImplementedError as error:
+            if "custom_function_call" not in str(error):
+                raise
+            raise NotImplementedError(
+                "masked_loss: torch.func differentiates the functions of the package, such as "
+                "masked_loss.masked_cross_entropy, but not torch.ops.masked_loss.*"
+            ) from None
 
     return call
+
+
+def may_require_grad(tensor: Tensor | None) -> bool:
+    if tensor is None:
+        return False
+    if tensor.requires_grad:
+        return True
+    # Inside vmap a tensor does not tell whether it requires grad outside.
+    return tensor.is_floating_point() and torch._C._are_functorch_transforms_active()
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
+            if may_require_grad(tensor):
                 return True
     return torch.autograd.forward_ad._current_level >= 0
 
@@ -247,7 +267,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     logits, target, mask, _, class_weight, options, _, ctx.inplace = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    wants_mask = mask is not None and mask.requires_grad
+    wants_mask = may_require_grad(mask)
     ctx.save_for_backward(logits, target, mask if wants_mask else None, class_weight, *output[2:])
     _, _, label_smoothing, z_loss, softcap, shift, _ = options
     ctx.formula = (label_smoothing, z_loss, softcap, shift)
@@ -266,7 +286,9 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
             dmask = ops.mask_grad.default(
                 dloss, mask, tokens, groups, index, class_weight, ctx.formula[1]
             )
-        if wants_logits and ctx.inplace:
+        if wants_logits and not (_is_plain(logits) and _is_plain(dloss)):
+            gradient = ops.cross_entropy_backward.default(*formula)
+        elif wants_logits and ctx.inplace:
             ops.cross_entropy_backward_out.default(logits, *formula, False)
             torch.autograd.graph.increment_version(logits)
             gradient = logits.detach()
@@ -275,11 +297,9 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
             # On CUDA the operator looks at dloss itself: reading it here would wait for the device.
             if not dloss.is_cpu or dloss.item() != 1:
                 ops.cross_entropy_backward_out.default(gradient, *formula, True)
-        elif wants_logits and _is_plain(logits):
+        elif wants_logits:
             gradient = gradient_like(logits)
             ops.cross_entropy_backward_out.default(gradient, *formula, False)
-        elif wants_logits:
-            gradient = ops.cross_entropy_backward.default(*formula)
     return gradient, None, dmask, None, None, None, None, None
 
 
@@ -291,6 +311,28 @@ CrossEntropy, CrossEntropyStats = (
 """Of the outputs only the loss is differentiable. ``fused`` reads the logits once instead of twice;
 its gradient is for dloss = 1, and backward hands it over or, for another dloss, computes it anew
 into the same memory: scaling it would round half types twice."""
+
+
+def _require_writable(logits: Tensor) -> None:
+    """Every logit has a place of its own, where the kernels find it: [batch, step, class]."""
+    if logits.numel() == 0:
+        return
+    steps = logits.shape[-2] if logits.dim() > 1 else 1
+    try:
+        rows = logits.detach().view(-1, steps, logits.shape[-1])
+        writable = rows.stride(-1) == 1 or rows.shape[-1] == 1
+    except RuntimeError:  # the outer dimensions do not lie one inside the other
+        writable, rows = False, logits
+    reach = 1  # what lies inside the dimensions with smaller strides
+    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
+        writable = writable and (size == 1 or stride >= reach)
+        reach += stride * (size - 1)
+    if not writable:
+        raise RuntimeError(
+            "ValueError: cross_entropy: inplace_backward needs logits whose classes are contiguous "
+            f"and whose rows do not overlap, got shape {list(logits.shape)} with strides "
+            f"{list(logits.stride())}"
+        )
 
 
 def cross_entropy(
@@ -313,6 +355,8 @@ def cross_entropy(
             )
     plain = _is_plain(logits)
     inplace = inplace_backward and plain
+    if inplace:
+        _require_writable(logits)
     fused = plain and not inplace and logits.requires_grad and options[0] != "none"
     function = CrossEntropyStats if options[-1] else CrossEntropy
     return function(logits, target, mask, normalizer, class_weight, options, fused, inplace)
@@ -383,7 +427,7 @@ def _reduce_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     values, mask, _, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    wants_mask = mask is not None and mask.requires_grad
+    wants_mask = may_require_grad(mask)
     ctx.save_for_backward(values, mask if wants_mask else None, *output[1:])
 
 

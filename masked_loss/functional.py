@@ -153,16 +153,10 @@ def masked_cross_entropy(
     require_tensor(who, "target", target)
     if target.is_floating_point():
         raise TypeError(f"{who}: target must be int64 or int32 class indices, got {target.dtype}")
-    if inplace_backward and not torch.compiler.is_compiling() and _overlaps(logits):
-        raise ValueError(f"{who}: inplace_backward needs logits without overlapping memory")
     return _cross_entropy(
         who, logits, target, mask, reduction, normalizer, ignore_index, class_weight,
         label_smoothing, z_loss, softcap, shift, inplace_backward, return_stats,
     )  # fmt: skip
-
-
-def _overlaps(t: Tensor) -> bool:
-    return any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
 def _cross_entropy(

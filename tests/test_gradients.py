@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ import torch
 from samples import CASES, REDUCE_CASES, REDUCTIONS, Case
 from torch import Tensor
 
-from masked_loss import cross_entropy, masked_cross_entropy, masked_reduce, reference
+from masked_loss import (
+    cross_entropy,
+    linear_cross_entropy,
+    masked_cross_entropy,
+    masked_reduce,
+    reference,
+)
 
 SMALL_CASES = [case for case in CASES if not case.options.get("inplace_backward")]
 
@@ -36,7 +43,7 @@ def check_gradients(function: Callable[..., Any], case: Case) -> None:
         lambda *args: function(*args, **sample.options),
         sample.args,
         fast_mode=True,
-        check_batched_grad=False,
+        check_batched_grad=True,
     )
 
 
@@ -209,32 +216,111 @@ def test_nan_upstream_does_not_reach_masked_rows() -> None:
         assert (gradient[1] == 0).all()
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda logits, target, mask: masked_cross_entropy(logits, target, mask),
-        lambda logits, target, mask: masked_cross_entropy(logits, target, mask, reduction="none"),
-        lambda logits, target, mask: masked_reduce(logits[..., 0], mask),
-    ],
-    ids=["mean", "none", "masked_reduce"],
-)
-def test_double_backward_is_refused(loss: Callable[..., Tensor]) -> None:
-    """It would give a wrong number, or none at all; it says so instead."""
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "mean": masked_cross_entropy,
+    "none": lambda *args: masked_cross_entropy(*args, reduction="none").sum(),
+    "drop-in": lambda logits, target, mask: cross_entropy(
+        logits.movedim(-1, 1), target, reduction="sum", mask=mask
+    ),
+    "masked_reduce": lambda logits, target, mask: masked_reduce(logits[..., 0], mask),
+    "linear": lambda logits, target, mask: linear_cross_entropy(
+        logits, torch.eye(7, dtype=logits.dtype), target, mask
+    ),
+}
+all_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+refused_twice = pytest.raises(RuntimeError, match="masked_loss: .* cannot be differentiated twice")
+
+
+@all_losses
+def test_second_derivatives_are_refused(loss: Callable[..., Tensor]) -> None:
+    """Each would be a wrong number, often 0, or none at all; it says so instead."""
     logits, target, mask = problem(3, 4)
+    grad = torch.autograd.grad
+    total = loss(logits, target, mask)
+    of_logits, of_mask = grad(total, (logits, mask), create_graph=True)
+    for penalty in ((of_logits**2).sum(), (of_mask**2).sum()):
+        for value in (penalty, total + penalty):
+            for x in (logits, mask):
+                with refused_twice:
+                    grad(value, x, retain_graph=True)
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (of_logits,) = grad(loss(logits, target, mask) * scale, logits, create_graph=True)
+    with refused_twice:  # through the upstream gradient alone
+        grad((of_logits**2).sum() + scale, scale)
 
-    def second_derivative() -> Tensor:
-        total = loss(logits, target, mask).sum()
-        (gradient,) = torch.autograd.grad(total, logits, create_graph=True)
-        return torch.autograd.grad((gradient**2).sum(), logits)[0]
 
-    def gradient_penalty() -> Tensor:
-        total = loss(logits, target, mask).sum()
-        (gradient,) = torch.autograd.grad(total, logits, create_graph=True)
-        return torch.autograd.grad(total + (gradient**2).sum(), logits)[0]
+@all_losses
+def test_second_derivatives_are_refused_by_transforms(loss: Callable[..., Tensor]) -> None:
+    logits, target, mask = problem(3, 4)
+    func, functional, x, ones = (
+        torch.func,
+        torch.autograd.functional,
+        logits.detach(),
+        mask.detach(),
+    )
 
-    for call in (second_derivative, gradient_penalty):
-        with pytest.raises(RuntimeError, match=r"masked_loss|differentiat.* twice|double backward"):
+    def of_logits(x: Tensor) -> Tensor:
+        return loss(x, target, ones)
+
+    def penalty(x: Tensor) -> Tensor:
+        return func.grad(of_logits)(x).pow(2).sum()
+
+    calls: list[Callable[[], Any]] = [
+        lambda: func.grad(penalty)(x),
+        lambda: func.jacrev(func.jacrev(of_logits))(x),
+        lambda: func.vmap(func.grad(penalty))(torch.stack([x, x])),
+        lambda: func.grad(lambda m: func.grad(loss, 2)(x, target, m).pow(2).sum())(ones),
+        lambda: functional.hvp(of_logits, x, x),
+        lambda: functional.hessian(of_logits, x),
+        # A gradient step inside, a plain backward outside.
+        lambda: torch.autograd.grad(penalty(logits) + logits.sum(), logits),
+        lambda: torch.autograd.grad(
+            func.grad(lambda y: of_logits(y * logits.sum()))(x).pow(2).sum(), logits
+        ),
+    ]
+    for call in calls:
+        with refused_twice:
             call()
+
+
+@all_losses
+def test_gradients_outside_of_vmap(loss: Callable[..., Tensor]) -> None:
+    """Inside, no tensor says that it requires grad."""
+    logits, target, mask = problem(2, 3, 4)
+
+    def gradients(losses: Tensor) -> tuple[Tensor, ...]:
+        penalty = 0.1 * (logits.sum() + mask.sum())
+        return torch.autograd.grad((losses**2).sum() + penalty, (logits, mask))
+
+    ours = gradients(torch.func.vmap(loss)(logits, target, mask))
+    rows = zip(logits, target, mask, strict=True)
+    torch.testing.assert_close(ours, gradients(torch.stack([loss(*row) for row in rows])))
+
+
+@all_losses
+@pytest.mark.parametrize("inplace", [False, True])
+def test_batched_upstream_gradients(loss: Callable[..., Tensor], inplace: bool) -> None:
+    logits, target, mask = problem(3, 4)
+    if inplace:
+        loss = partial(masked_cross_entropy, inplace_backward=True)
+    upstream = torch.randn(5, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(
+        loss(logits, target, mask), logits, upstream, is_grads_batched=True
+    )
+    (single,) = torch.autograd.grad(loss(logits, target, mask), logits)
+    torch.testing.assert_close(batched, upstream[:, None, None, None] * single)
+
+
+def test_func_grad_of_the_operators_is_refused() -> None:
+    logits, target, _ = (x.detach() for x in problem(3, 4))
+    ops = torch.ops.masked_loss
+    for call in (
+        lambda x: ops.cross_entropy(x, target),
+        lambda x: ops.masked_reduce(x[..., 0]),
+        lambda x: ops.linear_cross_entropy(x, torch.eye(7, dtype=x.dtype), target),
+    ):
+        with pytest.raises(NotImplementedError, match="but not torch.ops"):
+            torch.func.grad(call)(logits)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -399,3 +485,22 @@ def test_checkpointing() -> None:
     (ours,) = torch.autograd.grad(loss, logits)
     (expected,) = torch.autograd.grad(masked_cross_entropy(logits, target, mask), logits)
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.zeros(10).unfold(0, 4, 1),
+        torch.zeros(1, 4, 5).expand(3, 4, 5),
+        torch.zeros(5, 7).t(),
+        torch.zeros(3, 2, 4, 5).transpose(0, 1),
+    ],
+    ids=["overlapping", "expanded", "classes apart", "irregular rows"],
+)
+def test_gradient_in_place_needs_a_place(logits: Tensor) -> None:
+    """Said in forward: in backward nobody knows any more who asked for it."""
+    target = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"masked_cross_entropy: inplace_backward needs logits"):
+        masked_cross_entropy(logits.requires_grad_(), target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="inplace_backward needs logits"):
+        torch.ops.masked_loss.cross_entropy(logits, target, inplace_backward=True)
