@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -62,6 +63,12 @@ inline const char* name_of(ScalarType type) {
       return "int8";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::UInt16:
+      return "uint16";
+    case ScalarType::UInt32:
+      return "uint32";
+    case ScalarType::UInt64:
+      return "uint64";
     case ScalarType::Bool:
       return "bool";
     case ScalarType::ComplexFloat:
@@ -98,6 +105,12 @@ inline std::optional<DType> dtype_of(const Tensor& t) {
     default:
       return std::nullopt;
   }
+}
+
+// Integers that the kernels do not read themselves.
+inline bool is_wide_unsigned(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::UInt16 || type == ScalarType::UInt32 || type == ScalarType::UInt64;
 }
 
 inline bool is_floating(std::optional<DType> type) { return type && *type <= DType::kFloat16; }
@@ -144,7 +157,7 @@ inline DType class_indices(const char* who, const Tensor& target) {
 
 inline void mask(const char* who, const Tensor& mask, const char* other, const Tensor& values,
                  const Shape& expected) {
-  if (!dtype_of(mask)) {
+  if (!dtype_of(mask) && !is_wide_unsigned(mask)) {
     fail("TypeError", who, ": mask must be bool, integer or floating, got ",
          name_of(mask.scalar_type()));
   }
@@ -193,13 +206,15 @@ inline void numbers(const char* who, double label_smoothing, double z_loss) {
   if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
     fail("ValueError", who, ": label_smoothing must be between 0 and 1, got ", label_smoothing);
   }
-  if (!(z_loss >= 0)) fail("ValueError", who, ": z_loss must be at least 0, got ", z_loss);
+  if (!(z_loss >= 0 && std::isfinite(z_loss))) {
+    fail("ValueError", who, ": z_loss must be at least 0 and finite, got ", z_loss);
+  }
 }
 
 // As the kernels take it: 0 for none.
 inline double softcap(const char* who, const std::optional<double>& softcap) {
-  if (softcap && !(*softcap > 0)) {
-    fail("ValueError", who, ": softcap must be greater than 0, got ", *softcap);
+  if (softcap && !(*softcap > 0 && std::isfinite(*softcap))) {
+    fail("ValueError", who, ": softcap must be greater than 0 and finite, got ", *softcap);
   }
   return softcap.value_or(0);
 }

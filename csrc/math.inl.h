@@ -182,7 +182,9 @@ ML_FN double group_scale(double denominator, double active_groups) {
 }
 
 // d loss / d w_n = scale_loss (ce_n - c_n mean_loss) + scale_z (z_n - mean_z)
-ML_FN double weight_grad(double ce, double z, double c, const double* group) {
-  return group[GroupField::kScaleLoss] * (ce - c * group[GroupField::kMeanLoss]) +
-         group[GroupField::kScaleZ] * (z - group[GroupField::kMeanZ]);
+ML_FN double weight_grad(double ce, double z, double c, double z_loss, const double* group) {
+  const double d = group[GroupField::kScaleLoss] * (ce - c * group[GroupField::kMeanLoss]);
+  // As in logit_grad(): weights that cancel make scale_z infinite.
+  if (z_loss == 0) return d;
+  return d + group[GroupField::kScaleZ] * (z - group[GroupField::kMeanZ]);
 }

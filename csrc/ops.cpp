@@ -57,6 +57,9 @@ Tensor as_contiguous(const Tensor& t) {
 Tensor as_type(const Tensor& t, ScalarType type) {
   return as_contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
+Tensor as_mask(const Tensor& t) {
+  return check::is_wide_unsigned(t) ? as_type(t, ScalarType::Double) : as_contiguous(t);
+}
 const void* data(const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; }
 
 int64_t product(const Shape& shape) {
@@ -180,7 +183,7 @@ Tables weigh(const char* who, const Device& device, WeighArgs args, const Tensor
            empty(like, {groups, GroupField::kCount}, aoti_torch_dtype_float64()),
            args.tokens / groups};
   const std::optional<Tensor> flat_mask =
-      mask ? std::optional<Tensor>(as_contiguous(*mask)) : std::nullopt;
+      mask ? std::optional<Tensor>(as_mask(*mask)) : std::nullopt;
   const std::optional<Tensor> divisor =
       normalizer ? std::optional<Tensor>(as_type(*normalizer, ScalarType::Double)) : std::nullopt;
   args.group_size = t.group_size;

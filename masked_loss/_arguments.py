@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import builtins
+import numbers
 import re
 from typing import Any
 
@@ -52,8 +53,8 @@ def divisor_of(who: str, normalizer: float | Tensor | None, like: Tensor) -> Ten
     if isinstance(normalizer, Tensor):
         require_constant(who, "normalizer", normalizer)
         return normalizer
-    if not isinstance(normalizer, (int, float)):
+    if not isinstance(normalizer, numbers.Real):  # numpy's too
         raise TypeError(
             f"{who}: normalizer must be a number or a 0-dim tensor, got {type(normalizer).__name__}"
         )
-    return like.new_full((), normalizer, dtype=torch.float64)
+    return like.new_full((), float(normalizer), dtype=torch.float64)

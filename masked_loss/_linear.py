@@ -383,3 +383,34 @@ for _name_of_op, _stats in (("linear_cross_entropy", False), ("linear_cross_entr
     _library.impl(_name_of_op, _public(linear_cross_entropy, _stats), "Autograd")
     for _key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(_name_of_op, partial(_redispatch_autocast, _overload), _key)
+
+
+# What the kernels above are made of
+
+
+def _weigh_fake(
+    target: Tensor,
+    mask: Tensor | None,
+    normalizer: Tensor | None,
+    class_weight: Tensor | None,
+    reduction: str,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    wide, stats = args[-3], args[-1]
+    values = target.new_empty((*target.shape, 1), dtype=torch.float64 if wide else torch.float32)
+    table = _ops._fake_forward(values, target, mask, normalizer, class_weight, reduction, stats)
+    return table[2], table[3]
+
+
+def _reduce_fake(
+    tokens: Tensor, groups: Tensor, target: Tensor, reduction: str, z_loss: float, stats: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        tokens.new_empty(target.shape if reduction == "none" else ()),
+        tokens.new_empty((_ops._STATS if stats else 0,)),
+    )
+
+
+torch.library.register_fake("masked_loss::linear_weigh", _weigh_fake)
+torch.library.register_fake("masked_loss::linear_chunk", lambda *_: None)
+torch.library.register_fake("masked_loss::linear_reduce", _reduce_fake)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import sys
 import threading
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ def _allocate(size: int) -> mmap.mmap:
     # Private: by default a forked child would go on writing into its parent's gradient, and shared
     # memory gets no huge pages.
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # only a wish: not every kernel has huge pages
+        block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
 

@@ -278,8 +278,18 @@ def cross_entropy(
                 f"{who}: class probabilities must have the shape of input, "
                 f"{list(input.shape)}, got {list(target.shape)}"
             )
+        if ignore_index >= 0:
+            raise ValueError(
+                f"{who}: ignore_index needs class indices, got class probabilities and "
+                f"ignore_index {ignore_index}"
+            )
         dtype = torch.promote_types(input.dtype, target.dtype)
         if target.requires_grad and torch.is_grad_enabled():  # the kernels do not differentiate it
+            with torch.no_grad():  # the reference checks nothing
+                cross_entropy(
+                    input, target, weight, None, ignore_index, None, reduction, label_smoothing,
+                    mask=mask,
+                )  # fmt: skip
             wide = torch.promote_types(dtype, torch.float32)
             return reference.cross_entropy(
                 input.to(wide), target.to(wide), weight, ignore_index, reduction,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +207,52 @@ def test_opcheck(name: str, case: Case) -> None:
         sample.options["normalizer"] = torch.tensor(float(sample.options["normalizer"]))
     operator = getattr(torch.ops.masked_loss, name)
     torch.library.opcheck(operator.default, sample.args, sample.options)
+
+
+def halves(case: Case) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Calls of the operators that the public ones are made of, each with what the last one left."""
+    ops = torch.ops.masked_loss
+    sample = case.sample(torch.float32)
+    logits, target = sample.values.detach(), sample.target
+    mask = torch.rand(target.shape)
+    weight = torch.rand(logits.shape[-1])
+    reduction = sample.options["reduction"]
+    formula = (0.1, 0.1, 3.0, True)
+    args = (logits, target, mask, None, weight, reduction, -100, *formula, True)
+    loss, _, tokens, groups = ops.cross_entropy_forward(*args)
+    dloss, out = torch.ones_like(loss), torch.empty(logits.shape)
+    backward = (dloss, logits, target, tokens, groups, weight, *formula)
+    yield "cross_entropy_forward", args
+    if reduction != "none":
+        yield "cross_entropy_fused", (out, *args)
+    yield "cross_entropy_backward", backward
+    yield "cross_entropy_backward_out", (out, *backward, False)
+    yield "mask_grad", (dloss, mask, tokens, groups, target, weight, 0.1)
+    values = torch.rand(target.shape)
+    loss, tokens, groups = ops.masked_reduce_forward(values, mask, None, reduction)
+    yield "masked_reduce_forward", (values, mask, None, reduction)
+    yield "masked_reduce_backward", (torch.ones_like(loss), values, tokens, groups)
+
+
+@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+def test_opcheck_of_the_halves(case: Case) -> None:
+    for name, args in halves(case):
+        torch.library.opcheck(getattr(torch.ops.masked_loss, name).default, args)
+
+
+def test_opcheck_is_of_every_operator() -> None:
+    """This file's and test_linear.py's, but the one that takes no tensor."""
+    defined = {
+        name.removeprefix("masked_loss::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("masked_loss::")
+    }
+    checked = {"cross_entropy", "cross_entropy_stats", "masked_reduce"}
+    checked |= {name for case in OPCHECK_CASES for name, _ in halves(case)}
+    linear = {name for name in defined if name.startswith("linear_")}
+    assert defined - checked - linear == {"cpu_capability"}
+    source = (Path(__file__).parent / "test_linear.py").read_text()
+    assert all(name in source for name in linear)
 
 
 FEW_REDUCE_CASES = [

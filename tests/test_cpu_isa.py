@@ -52,7 +52,7 @@ def test_kernels(isa: str) -> None:
     output = run(
         "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-q", "-v",
         str(TESTS / "test_cross_entropy.py"), str(TESTS / "test_masked_reduce.py"),
-        "-k", "not number_of_rows and not statistics",
+        str(TESTS / "test_semantics.py"), "-k", "not number_of_rows",
         capability=isa,
     )  # fmt: skip
     assert f"masked_loss: {isa} kernels" in output
@@ -79,10 +79,12 @@ def test_all_instruction_sets_agree() -> None:
     program = (
         "import torch, masked_loss\n"
         "torch.manual_seed(0)\n"
-        "x = torch.randn(8, 5003, dtype=torch.float64, requires_grad=True)\n"
-        "loss = masked_loss.masked_cross_entropy(x, torch.arange(8), z_loss=0.1)\n"
-        "loss.backward()\n"
-        "print(loss.item(), x.grad.abs().sum().item(), x.grad[3, 3].item())\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+        "    for options in ({}, {'z_loss': 0.1, 'softcap': 5.0, 'label_smoothing': 0.1}):\n"
+        "        x = torch.randn(8, 5003).to(dtype).requires_grad_()\n"
+        "        loss = masked_loss.masked_cross_entropy(x, torch.arange(8), **options)\n"
+        "        loss.backward()\n"
+        "        print(loss.item(), x.grad.double().abs().sum().item(), x.grad[3, 3].item())\n"
     )
     results = [
         torch.tensor([float(number) for number in run("-c", program, capability=isa).split()])

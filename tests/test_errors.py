@@ -15,6 +15,8 @@ from masked_loss import cross_entropy, masked_cross_entropy, masked_mean, masked
 LOGITS = torch.zeros(4, 7, 10)
 TARGET = torch.zeros(4, 7, dtype=torch.long)
 MASK = torch.ones(4, 7)
+INF = float("inf")
+LEARNED = {"target": torch.rand(4, 7, 5).requires_grad_()}  # class probabilities
 
 
 def complain(error: type[Exception], *parts: str) -> Any:
@@ -207,6 +209,8 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ("softcap is a text", {"softcap": "30"}, TypeError, ["softcap", "str"]),
     ("ignore_index is a float", {"ignore_index": 0.5}, TypeError, ["ignore_index", "float"]),
     ("smoothing is NaN", {"label_smoothing": float("nan")}, ValueError, ["label_smoothing", "nan"]),
+    ("z_loss is infinite", {"z_loss": INF}, ValueError, ["z_loss must be", "finite, got inf"]),
+    ("softcap is infinite", {"softcap": INF}, ValueError, ["softcap must be", "finite, got inf"]),
     (
         "negative z_loss",
         {"z_loss": -1.0},
@@ -396,6 +400,15 @@ def test_operator_has_the_same_text() -> None:
         ({"reduction": "sequence_mean"}, ValueError, ["cross_entropy: reduction", "sequence_mean"]),
         ({"reduction": "average"}, ValueError, ["cross_entropy: reduction", "average"]),
         ({"label_smoothing": 2.0}, ValueError, ["cross_entropy: label_smoothing", "2"]),
+        (
+            {"target": torch.zeros(4, 7, 5), "ignore_index": 2},
+            ValueError,
+            ["cross_entropy: ignore_index needs class indices", "got class probabilities"],
+        ),
+        ({**LEARNED, "mask": torch.ones(4, 1)}, ValueError, ["mask", "[4, 5]", "got [4, 1]"]),
+        ({**LEARNED, "weight": torch.ones(1)}, ValueError, ["weight", "[7]", "got [1]"]),
+        ({**LEARNED, "label_smoothing": -1.0}, ValueError, ["label_smoothing", "-1"]),
+        ({**LEARNED, "mask": [1.0]}, TypeError, ["mask must be a tensor, got list"]),
         (
             {"target": torch.full((4, 5), 7)},
             IndexError,

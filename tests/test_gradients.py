@@ -228,7 +228,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     ),
 }
 all_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-refused_twice = pytest.raises(RuntimeError, match="masked_loss: .* cannot be differentiated twice")
+refused_twice = pytest.raises(RuntimeError, match=r"masked_loss: .* cannot be differentiated twice")
 
 
 @all_losses
@@ -319,7 +319,7 @@ def test_func_grad_of_the_operators_is_refused() -> None:
         lambda x: ops.masked_reduce(x[..., 0]),
         lambda x: ops.linear_cross_entropy(x, torch.eye(7, dtype=x.dtype), target),
     ):
-        with pytest.raises(NotImplementedError, match="but not torch.ops"):
+        with pytest.raises(NotImplementedError, match=r"but not torch\.ops"):
             torch.func.grad(call)(logits)
 
 

@@ -757,6 +757,24 @@ def test_opcheck_of_the_halves(
     torch.library.opcheck(backward, (dloss, hidden, weight, bias, *rest), test_utils=tests)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_opcheck_of_the_kernels(reduction: str) -> None:
+    tensors = problem(*SHAPE, requires=())
+    target, mask = tensors["target"], tensors["mask"]
+    ops, tests = torch.ops.masked_loss, ("test_schema", "test_faketensor")
+    classes = tensors["weight"].shape[0]
+    formula = (0.1, 0.1, None)
+    weigh = (target, mask, None, None, reduction, -100, classes, *formula, False, False, True)
+    torch.library.opcheck(ops.linear_weigh.default, weigh, test_utils=tests)
+    tokens, groups = ops.linear_weigh(*weigh)
+    tokens[1:].zero_()
+    logits, index = torch.randn(target.numel(), classes), target.reshape(-1)
+    chunk = (logits, index, tokens, groups, None, None, *formula, True, True)
+    torch.library.opcheck(ops.linear_chunk.default, chunk, test_utils=tests)
+    reduce = (tokens, groups, target, reduction, 0.1, True)
+    torch.library.opcheck(ops.linear_reduce.default, reduce, test_utils=tests)
+
+
 # Others
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import mmap
 import os
 import threading
 
@@ -77,6 +79,26 @@ def test_a_weights_gradient_has_memory_of_its_own():
     address = second.data_ptr()
     del second
     assert weight_gradient(3).data_ptr() == address
+
+
+def test_masked_rows_of_used_memory_are_zeros():
+    """The block still holds the last gradient: what of it is not written would show."""
+    address = gradient(0).data_ptr()
+    logits = torch.randn(ROWS, COLS, requires_grad=True)
+    mask = torch.arange(ROWS) % 3 == 0
+    masked_cross_entropy(logits, torch.zeros(ROWS, dtype=torch.int64), mask).backward()
+    assert logits.grad.data_ptr() == address
+    assert (logits.grad[~mask] == 0).all()
+    assert (logits.grad[mask] != 0).any(dim=1).all()
+
+
+def test_a_system_without_huge_pages(monkeypatch):
+    class Mmap(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(_memory.mmap, "mmap", Mmap)
+    assert gradient(0).isfinite().all()
 
 
 def test_several_losses_in_one_graph_have_a_gradient_each():

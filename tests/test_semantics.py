@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,15 @@ from samples import REDUCTIONS
 from torch import Tensor
 
 import masked_loss
-from masked_loss import masked_cross_entropy
+from masked_loss import masked_cross_entropy, reference
 
 INF, NAN = float("inf"), float("nan")
 MASK_DTYPES = [
     torch.bool,
     torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
     torch.int8,
     torch.int16,
     torch.int32,
@@ -127,8 +131,24 @@ def test_class_weights_of_zero_follow_arithmetic() -> None:
 
 def test_weights_that_cancel_follow_arithmetic() -> None:
     logits, target = problem(2)
-    loss = masked_cross_entropy(logits, target, torch.tensor([1.0, -1.0]))
+    mask = torch.tensor([1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    loss = masked_cross_entropy(logits, target, mask)
     assert not loss.isfinite()
+    # With class weights that do not cancel there is no 0 / 0, not even of a z-loss of 0.
+    target, c = torch.tensor([0, 1]), torch.tensor([1.0, 2, 1, 1, 1], dtype=torch.float64)
+    ours, expected = (
+        torch.autograd.grad(loss(logits, target, mask, class_weight=c), mask)
+        for loss in (masked_cross_entropy, reference.masked_cross_entropy)
+    )
+    torch.testing.assert_close(ours, expected)
+
+
+def test_a_weight_that_underflows_is_none() -> None:
+    """A sequence of such weights is one without tokens: computed in float32 they are 0."""
+    logits, target = problem(2, 3)
+    mask = torch.tensor([[1.0], [1e-60]], dtype=torch.float64).expand(2, 3)
+    loss = masked_cross_entropy(logits.float(), target, mask, reduction="sequence_mean")
+    torch.testing.assert_close(loss, masked_cross_entropy(logits[0].float(), target[0]))
 
 
 def test_sequence_mean() -> None:
@@ -154,7 +174,9 @@ def test_sequence_mean_of_more_dimensions() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("kind", ["int", "float", "tensor", "integer tensor", "0-dim float64"])
+@pytest.mark.parametrize(
+    "kind", ["int", "float", "tensor", "integer tensor", "0-dim float64", "numpy"]
+)
 def test_normalizer(kind: str, reduction: str) -> None:
     logits, target = problem(3, 4)
     mask, c = torch.rand(3, 4), torch.rand(5, dtype=torch.float64)
@@ -164,6 +186,7 @@ def test_normalizer(kind: str, reduction: str) -> None:
         "tensor": torch.tensor(8.0),
         "integer tensor": torch.tensor(8),
         "0-dim float64": torch.tensor(8.0, dtype=torch.float64),
+        "numpy": np.int64(8),
     }[kind]
     options: dict[str, Any] = {"class_weight": c, "z_loss": 0.1}
     loss = masked_cross_entropy(
@@ -516,6 +539,11 @@ def test_the_first_of_equal_logits_is_the_prediction(width: int) -> None:
         target = torch.tensor([first, width - 1, max(first - 1, 0)])
         _, stats = masked_cross_entropy(logits[:2], target[:2], return_stats=True)
         assert stats.correct == 1
+    for value in (NAN, 0.0):  # torch.argmax takes a NaN, wherever it stands
+        logits = torch.full((1, width), 1.0)
+        logits[0, width - 1] = value
+        _, stats = masked_cross_entropy(logits, torch.tensor([0]), return_stats=True)
+        assert stats.correct == (value == 0)
     for value in (0.0, -INF, torch.finfo(torch.float32).min):
         logits = torch.full((1, width), value)
         for column, expected in ((0, 1), (width - 1, 0)):

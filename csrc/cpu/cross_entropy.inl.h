@@ -245,6 +245,8 @@ struct Rows {
     return !any_above(r.x, 0, r.target, below_own) && !any_above(r.x, r.target + 1, args.cols, own);
   }
 
+  static bool is_nan(T x) { return widen(x) != widen(x); }
+
   bool any_above(const T* x, int64_t begin, int64_t end, A bound) const {
     bool found = false;
     for (; begin + V::kLanes <= end && !found; begin += V::kLanes) {
@@ -272,7 +274,9 @@ struct Rows {
     *field(TokenField::kMass, r.token) = static_cast<A>(mass);
     if (args.stats) {
       *field(TokenField::kEntropy, r.token) = static_cast<A>(entropy(wide.sum, spread(r, lse.top)));
-      *field(TokenField::kCorrect, r.token) = r.target >= 0 && is_argmax(r);
+      // A NaN is the argmax of its row, and makes the sum one too.
+      const bool has_nan = lse.sum != lse.sum && std::any_of(r.x, r.x + args.cols, is_nan);
+      *field(TokenField::kCorrect, r.token) = r.target >= 0 && !has_nan && is_argmax(r);
     }
   }
 

@@ -139,7 +139,8 @@ WeightSums weigh_piece(const WeighArgs& args, int64_t begin, int64_t end) {
   A* weight = static_cast<A*>(args.weight);
   int64_t step = begin % std::max<int64_t>(1, args.steps);
   for (int64_t i = begin; i < end; ++i, step = step + 1 == args.steps ? 0 : step + 1) {
-    double w = args.mask ? number(as<M>(args.mask)[i]) : 1.0;
+    // As the rows' kernels see it: a weight that underflows there is none here either.
+    double w = args.mask ? static_cast<A>(number(as<M>(args.mask)[i])) : A(1);
     if (args.skip_first && step == 0) w = 0;
     double c = 1;
     if (args.target && w != 0) {
@@ -285,7 +286,7 @@ void mask_grad(const MaskGradArgs& args, const Threads& threads) {
                              ? as<A>(args.class_weight)[index_at(args.target, args.target_type, i)]
                              : 1;
         d = upstream(args.dloss, args.dloss_per_token, args.wide, i) *
-            weight_grad(table(TokenField::kLoss, i), z_of(table, args.z_loss, i), c,
+            weight_grad(table(TokenField::kLoss, i), z_of(table, args.z_loss, i), c, args.z_loss,
                         args.groups + (i / args.group_size) * GroupField::kCount);
       }
       with_type(args.mask_type, [&](auto m) {

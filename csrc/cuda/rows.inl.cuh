@@ -136,7 +136,8 @@ struct Rows {
       if (args.stats) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          sums->beaten |= x[i] > r.own || (x[i] == r.own && at + i < r.target);
+          // Also by a NaN.
+          sums->beaten |= !(x[i] <= r.own) || (x[i] == r.own && at + i < r.target);
         }
       }
     } else {

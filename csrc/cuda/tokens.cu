@@ -138,7 +138,8 @@ template <class A>
 ML_FN WeightSums weigh_piece(const WeighArgs& args, int64_t begin, int64_t end) {
   WeightSums sums;
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-    double w = args.mask ? number_at(args.mask, args.mask_type, i) : 1.0, c = 1;
+    // As the rows' kernels see it: a weight that underflows there is none here either.
+    double w = args.mask ? static_cast<A>(number_at(args.mask, args.mask_type, i)) : A(1), c = 1;
     if (args.skip_first && i == quotient(i, args.steps) * args.steps) w = 0;
     if (args.target && w != 0) {
       const int64_t target = index_at(args.target, args.target_type, i);
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(256) mask_grad_kernel(const MaskGradArgs args)
                            ? as<A>(args.class_weight)[index_at(args.target, args.target_type, i)]
                            : A(1);
       d = upstream<A>(args.dloss, args.dloss_per_token, i) *
-          weight_grad(table(TokenField::kLoss, i), z_of(table, args.z_loss, i), c,
+          weight_grad(table(TokenField::kLoss, i), z_of(table, args.z_loss, i), c, args.z_loss,
                       args.groups + quotient(i, args.group_size) * GroupField::kCount);
     }
     store_number(d, args.dmask, args.mask_type, i);
