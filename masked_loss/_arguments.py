@@ -53,8 +53,9 @@ def divisor_of(who: str, normalizer: float | Tensor | None, like: Tensor) -> Ten
     if isinstance(normalizer, Tensor):
         require_constant(who, "normalizer", normalizer)
         return normalizer
-    if not isinstance(normalizer, numbers.Real):  # numpy's too
+    number: object = normalizer
+    if not isinstance(number, numbers.Real):  # numpy's too
         raise TypeError(
-            f"{who}: normalizer must be a number or a 0-dim tensor, got {type(normalizer).__name__}"
+            f"{who}: normalizer must be a number or a 0-dim tensor, got {type(number).__name__}"
         )
-    return like.new_full((), float(normalizer), dtype=torch.float64)
+    return like.new_full((), float(number), dtype=torch.float64)
