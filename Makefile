@@ -14,7 +14,7 @@ pip := $(python) -m pip install -q --disable-pip-version-check
 stamps := $(VENV)/stamps
 library := masked_loss/_C.so
 sources := $(shell find csrc -type f)
-formatted := $(shell find csrc tests examples tools \
+formatted := $(shell find csrc tests examples tools benchmarks \
 	-name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 cmake := $(or $(shell command -v cmake),$(VENV)/bin/cmake)
 
