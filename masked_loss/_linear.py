@@ -278,7 +278,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
                 *options.formula, options.shift, *options[-3:], needs,
             )  # fmt: skip
         elif any(needs):
-            reuse = _ops._is_plain(dloss) and _ops._is_plain(tokens) and not _ops._keeps_graph()
+            reuse = _ops._are_plain(dloss, tokens) and not _ops._keeps_graph()
             factor = dloss / unit
             gradients = [
                 scaled_by(gradient, factor, dtype, reuse) if needed else None

@@ -27,17 +27,23 @@ _library = torch.library.Library("masked_loss", "IMPL")
 _TOKEN_FIELDS_SAVED, _TOKEN_FIELDS, _GROUP_FIELDS, _STATS = 5, 7, 4, 4
 
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
 def _below_autograd() -> Any:
     return torch._C._AutoDispatchBelowAutograd()
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _are_plain(*tensors: Tensor) -> bool:
     """Eager and real: not traced, no subclass, no batch under a torch.func transform or vmap."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # torch.autograd's own vmap
-    )
+    if torch._C._are_functorch_transforms_active():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES:
+            return False
+        if torch._C._functorch.is_legacy_batchedtensor(tensor):  # of torch.autograd's own vmap
+            return False
+    return True
 
 
 def _keeps_graph() -> bool:
@@ -75,7 +81,8 @@ def differentiable(
 ) -> Callable[..., Any]:
     """The function that calls ``forward`` and that autograd and torch.func differentiate, once.
 
-    Of what ``forward`` returns, callers may use the first ``results``.
+    Of what ``forward`` returns, callers may use the first ``results``; only the very first has a
+    derivative.
 
     torch.func needs a Function whose setup_context stands apart. PyTorch binds the arguments of
     such a one by inspecting its signature at each call, which takes longer than a small loss; so
@@ -85,7 +92,13 @@ def differentiable(
     def forward_with_context(ctx: Any, *args: Any) -> Any:
         output = forward(*args)
         setup_context(ctx, args, output)
+        if results > 1:
+            ctx.mark_non_differentiable(*output[1:results])
         return output[:results]
+
+    def setup_transformed(ctx: Any, args: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        setup_context(ctx, args, output)
 
     def backward_once(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -112,7 +125,7 @@ def differentiable(
         {
             "backward": staticmethod(backward_once),
             "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_context),
+            "setup_context": staticmethod(setup_transformed),
             "generate_vmap_rule": True,
         },
     )
@@ -147,8 +160,10 @@ def may_require_grad(tensor: Tensor | None) -> bool:
 def _differentiated(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:
-            if may_require_grad(tensor):
+            if tensor is not None and tensor.requires_grad:
                 return True
+        if any(map(may_require_grad, tensors)):
+            return True
     return torch.autograd.forward_ad._current_level >= 0
 
 
@@ -265,7 +280,6 @@ def _forward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, mask, _, class_weight, options, _, ctx.inplace = inputs
-    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     wants_mask = may_require_grad(mask)
     ctx.save_for_backward(logits, target, mask if wants_mask else None, class_weight, *output[2:])
@@ -286,7 +300,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
             dmask = ops.mask_grad.default(
                 dloss, mask, tokens, groups, index, class_weight, ctx.formula[1]
             )
-        if wants_logits and not (_is_plain(logits) and _is_plain(dloss)):
+        if wants_logits and not _are_plain(logits, dloss):
             gradient = ops.cross_entropy_backward.default(*formula)
         elif wants_logits and ctx.inplace:
             ops.cross_entropy_backward_out.default(logits, *formula, False)
@@ -353,7 +367,7 @@ def cross_entropy(
             return ops.cross_entropy_forward.default(
                 logits, target, mask, normalizer, class_weight, *options
             )
-    plain = _is_plain(logits)
+    plain = _are_plain(logits)
     inplace = inplace_backward and plain
     if inplace:
         _require_writable(logits)
@@ -425,7 +439,6 @@ def _reduce_forward(
 
 def _reduce_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     values, mask, _, _ = inputs
-    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     wants_mask = may_require_grad(mask)
     ctx.save_for_backward(values, mask if wants_mask else None, *output[1:])

@@ -34,6 +34,7 @@ pytestmark = [
 LARGE = cpu.Case(512, 20000, "fp32")  # 39 MiB: beyond most caches
 HALF = cpu.Case(512, 20000, "bf16")
 SMALL = cpu.Case(256, 1000, "fp32")
+TINY = cpu.Case(4, 7, "fp32")  # what a call costs
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,7 @@ FASTER: list[tuple[str, cpu.Case, float]] = [
     (cpu.STEP, LARGE, 2.5),
     (cpu.STEP, HALF, 2.0),
     (cpu.STEP, SMALL, 0.8),
+    (cpu.STEP, TINY, 0.7),
     (cpu.INPLACE, LARGE, 2.5),
     (cpu.INPLACE, HALF, 2.0),
 ]
@@ -76,7 +78,7 @@ def test_faster_than_eager(benchmark: Any, measure: str, case: cpu.Case, bound: 
         ours = cpu.ours_inplace
         own, prepare = cpu.restorable(inputs)
     calls = {"ours": kind(ours, own), "eager": kind(cpu.idiom, inputs)}
-    clock = timing.repeated(timing.processor, 20) if case is SMALL else timing.processor
+    clock = timing.repeated(timing.processor, 20) if case in (SMALL, TINY) else timing.processor
     before = {"ours": prepare} if prepare else None
 
     def ratio(rounds: int) -> float:
