@@ -93,7 +93,7 @@ struct CrossEntropyArgs {
   // Gradient, where dlogits is not null; it may be the logits themselves.
   void* dlogits;
   int64_t grad_batch_stride, grad_step_stride;
-  bool stream;           // dlogits is larger than the caches: write around them
+  bool stream;           // dlogits is larger than the caches: write around them what is not there
   const double* groups;  // [rows / group_size, GroupField]
   int64_t group_size;
   const void* dloss;  // of the accumulation type, one or [rows]; null: 1

@@ -105,10 +105,10 @@ int64_t Device::scratch_bytes([[maybe_unused]] const CrossEntropyArgs& args) con
 }
 int64_t Device::scratch_bytes([[maybe_unused]] const ReduceArgs& args) const { ML_SCRATCH(args); }
 
-bool Device::prepare_output(void* data, int64_t bytes) const {
+bool Device::prepare_output(void* data, int64_t bytes, bool fresh) const {
   constexpr int64_t kLarge = 4 << 20, kLargeOnCuda = 32 << 20;  // on CUDA: most of an L2
   if (cuda_) return bytes > kLargeOnCuda;
-  if (bytes < kLarge) return false;
+  if (bytes < kLarge || !fresh) return bytes >= kLarge;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   // Fresh memory comes page by page as it is written: 32,000 faults for 128 MiB, most of the time
   // of a backward pass. Only whole pages inside the tensor are touched, and it is only a wish.

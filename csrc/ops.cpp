@@ -236,8 +236,8 @@ void set_gradient(Problem& p, const Tensor& dlogits, const Tensor& logits) {
   p.args.dlogits = dlogits.data_ptr();
   p.args.grad_batch_stride = rows->batch_stride;
   p.args.grad_step_stride = rows->step_stride;
-  p.args.stream = p.args.dlogits != p.args.logits &&
-                  p.device.prepare_output(p.args.dlogits, dlogits.numel() * dlogits.element_size());
+  p.args.stream = p.device.prepare_output(p.args.dlogits, dlogits.numel() * dlogits.element_size(),
+                                          p.args.dlogits != p.args.logits);
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, stats, tokens, groups

@@ -316,7 +316,8 @@ struct Rows {
     };
     int64_t j = begin;
     if constexpr (!kSoft) {
-      if (args.stream) j = std::min(end, j + elements_to_line(r.dx + j));
+      const bool stream = args.stream && r.dx != r.x;
+      if (stream) j = std::min(end, j + elements_to_line(r.dx + j));
       for (int64_t i = begin; i < j; i += V::kLanes) {
         const Part part{static_cast<int>(std::min<int64_t>(V::kLanes, j - i))};
         store(at(i, part), r.dx + i, part);
@@ -327,7 +328,7 @@ struct Rows {
           V a, b;
           V::load2(r.x + j, a, b);
           a = of_raw(a, V(0)), b = of_raw(b, V(0));
-          args.stream ? V::stream2(r.dx + j, a, b) : V::store2(r.dx + j, a, b);
+          stream ? V::stream2(r.dx + j, a, b) : V::store2(r.dx + j, a, b);
         }
       };
       if (next) {

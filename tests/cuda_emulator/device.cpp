@@ -45,7 +45,7 @@ int64_t Device::scratch_bytes(const CrossEntropyArgs& args) const {
 }
 int64_t Device::scratch_bytes(const ReduceArgs& args) const { return cuda::scratch_bytes(args); }
 
-bool Device::prepare_output(void*, int64_t bytes) const { return bytes > 4096; }
+bool Device::prepare_output(void*, int64_t bytes, bool) const { return bytes > 4096; }
 
 }  // namespace masked_loss
 
