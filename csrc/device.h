@@ -27,8 +27,8 @@ class Device {
   int64_t scratch_bytes(const CrossEntropyArgs& args) const;
   int64_t scratch_bytes(const ReduceArgs& args) const;
 
-  // Tells the system of a large output that is about to be written, if it may be fresh memory. True:
-  // write around the caches what was not read there.
+  // Tells the system of a large output that is about to be written, if it may be fresh memory.
+  // True: write around the caches what was not read there.
   bool prepare_output(void* data, int64_t bytes, bool fresh) const;
 
  private:
