@@ -10,6 +10,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from masked_loss.lint import check, fix
@@ -46,14 +47,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _apply_fixes(sources: list[Source], findings: list[Finding]) -> list[Finding]:
-    """Writes the repairs of Python files; returns the findings that remain."""
-    remaining: list[Finding] = []
+    """Writes the repaired files; returns the findings that remain."""
+    remaining = [f for f in findings if f.fix is None]
     for source in sources:
         own = [f for f in findings if f.source is source]
-        fixable = [f for f in own if f.edits and source.path.suffix == ".py"]
-        remaining += [f for f in own if f not in fixable]
-        if fixable:
-            repaired = fix.apply(source.text, [edit for f in fixable for edit in f.edits])
+        fixes = [f.fix for f in own if f.fix is not None]
+        repaired = fix.apply(source, fixes) if fixes else None
+        if repaired is None:
+            remaining += [replace(f, fix=None) for f in own if f.fix is not None]
+        else:
             source.path.write_bytes(repaired.encode(source.encoding))
     return sorted(remaining)
 

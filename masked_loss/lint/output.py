@@ -23,7 +23,7 @@ def as_json(findings: Sequence[Finding]) -> str:
             "column": f.place.column,
             "code": f.code,
             "message": f.message,
-            "fixable": bool(f.edits),
+            "fixable": f.fix is not None,
         }
         for f in findings
     ]
@@ -49,7 +49,7 @@ FORMATS = {"text": text, "json": as_json, "github": github}
 
 
 def summary(findings: Sequence[Finding], files: int, fixed: int) -> str:
-    fixable = sum(bool(f.edits) for f in findings)
+    fixable = sum(f.fix is not None for f in findings)
     parts = [
         f"Found {len(findings)} in {files} files." if findings else f"{files} files are clean."
     ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from masked_loss.lint import names
-from masked_loss.lint.fix import Edit, rewrite_legacy
+from masked_loss.lint.fix import Fix, rewrite_legacy
 from masked_loss.lint.interpreter import (
     Division,
     Event,
@@ -41,7 +41,7 @@ class Finding:
     message: str
     source: Source = field(compare=False)
     lines: tuple[int, int] = field(compare=False)  # in the source's text, where noqa may stand
-    edits: tuple[Edit, ...] = field(default=(), compare=False)
+    fix: Fix | None = field(default=None, compare=False)
 
 
 def _finding(
@@ -50,10 +50,10 @@ def _finding(
     node: ast.expr | ast.stmt,
     message: str,
     place: Place | None = None,
-    edits: tuple[Edit, ...] = (),
+    fix: Fix | None = None,
 ) -> Finding:
     lines = (node.lineno, node.end_lineno or node.lineno)
-    return Finding(place or frame.place(node), code, message, frame.module.source, lines, edits)
+    return Finding(place or frame.place(node), code, message, frame.module.source, lines, fix)
 
 
 def reduced_loss(event: Event) -> Finding | None:
@@ -111,20 +111,22 @@ def legacy_arguments(event: Event) -> Finding | None:
         return None
     what = " and ".join(legacy) + (" are" if len(legacy) > 1 else " is")
     constants = {n: v.value for n, v in legacy.items() if isinstance(v, ast.Constant)}
-    edits: tuple[Edit, ...] = ()
+    fix: Fix | None = None
+    reduction: str | None = None
+    source = event.frame.module.source
     if len(constants) == len(legacy):
         flags = [constants.get(name) for name in ("size_average", "reduce")]
         if flags == [None, None]:
             advice = "None is their default: leave out"
-            edits = rewrite_legacy(event.spec, event.node, None)
         else:
             reduction = legacy_reduction(*(None if f is None else bool(f) for f in flags))
             advice = f'this call means reduction="{reduction}"'
-            edits = rewrite_legacy(event.spec, event.node, reduction)
+        if not source.cells:
+            fix = rewrite_legacy(event.spec, event.node, reduction, source)
     else:
         advice = f"this call means reduction={_expression(legacy)}"
     message = f"{event.spec.name}: {what} deprecated: {advice}"
-    return _finding("ML002", event.frame, event.node, message, edits=edits)
+    return _finding("ML002", event.frame, event.node, message, fix=fix)
 
 
 def _passes_through(name: str, node: ast.expr) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import torch.nn.functional as F
 from torch import nn
 
+from masked_loss.lint import fix
 from masked_loss.lint.__main__ import main
 from masked_loss.lint.torch_losses import SPECS, legacy_reduction
 
@@ -154,6 +155,24 @@ FIXES = {
     "nn.CrossEntropyLoss(w, size_average=False)": 'nn.CrossEntropyLoss(w, reduction="sum")',
     "nn.BCELoss(size_average=None, weight=w)": "nn.BCELoss(weight=w)",
     "f('é'), F.l1_loss(x, y, reduce=False)": "f('é'), F.l1_loss(x, y, reduction=\"none\")",
+    # Parentheses and commas are not in the syntax tree.
+    "nn.MSELoss(size_average=None, reduce=None)": "nn.MSELoss()",
+    "nn.MSELoss(size_average=None, reduce=None,)": "nn.MSELoss()",
+    "F.mse_loss(x, (y), size_average=None)": "F.mse_loss(x, (y))",
+    "F.mse_loss(x, (y), size_average=None,)": "F.mse_loss(x, (y),)",
+    "F.mse_loss((x), y, reduce=(False))": 'F.mse_loss((x), y, reduction="none")',
+    "F.cross_entropy(x, y, None, (False))": 'F.cross_entropy(x, y, None, reduction="sum")',
+    "F.nll_loss(x, y, w, False, (-1))": ('F.nll_loss(x, y, w, reduction="sum", ignore_index=(-1))'),
+    "F.nll_loss(x, y, w, None, f(1, 2))": "F.nll_loss(x, y, w, ignore_index=f(1, 2))",
+    "(F.mse_loss)(x, [y, ')'], reduce=False)": "(F.mse_loss)(x, [y, ')'], reduction=\"none\")",
+    "(F.mse_loss(F.mse_loss(x, y, reduce=False), y, size_average=False))": (
+        '(F.mse_loss(F.mse_loss(x, y, reduction="none"), y, reduction="sum"))'
+    ),
+    "F.mse_loss(x, y, reduce=None,  # why\n    size_average=None)": (
+        "F.mse_loss(x, y, reduce=None,  # why\n    size_average=None)"
+    ),
+    # The value would end at the first comma if it became a keyword.
+    "F.nll_loss(x, y, w, False, n := 3)": "F.nll_loss(x, y, w, False, n := 3)",
     "F.l1_loss(x, y, reduce=flag)": "F.l1_loss(x, y, reduce=flag)",
     "F.l1_loss(*pair, reduce=False)": "F.l1_loss(*pair, reduce=False)",
     "F.l1_loss(x, y, reduce=False, **more)": "F.l1_loss(x, y, reduce=False, **more)",
@@ -182,8 +201,36 @@ def test_fix_over_several_lines(tmp_path: Path) -> None:
     )
     assert main([str(path), "--fix"]) == 0
     compile(path.read_text(), "old.py", "exec")
-    assert 'reduction="sum"' in path.read_text()
-    assert "reduce=True" not in path.read_text()
+    assert path.read_text().endswith('(\n    x,\n    y,\n    reduction="sum",  # old\n)\n')
+
+
+def test_fix_leaves_alone_what_is_written_elsewhere(tmp_path: Path) -> None:
+    """The arguments of a partial are not where it is called, nor even in that file."""
+    head = "import torch.nn.functional as F\nfrom functools import partial\n\n"
+    programs = {
+        "a.py": f"{head}ce_loss = partial(F.cross_entropy, size_average=False)\n",
+        "b.py": "from a import ce_loss\n\n\nresult = [ce_loss(logits[0], y), (1, 2), 345678]\n",
+        "c.py": f"{head}mean = partial(F.l1_loss, reduce=False)\nvalue = mean(x, y) + mean(y, x)\n",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+    assert main([str(tmp_path), "--fix"]) == 1
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == programs
+
+
+def test_fix_writes_nothing_that_means_something_else(
+    buggy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = BUGGY.index("size_average")
+    for edits in [
+        [fix.Edit(start, start + 17, "reduction=")],  # does not parse
+        [fix.Edit(start, start + 17, 'reduction="sum"')],  # "mean" was meant
+        [fix.Edit(start, start + 17, 'reduction="mean"'), fix.Edit(start + 9, start + 19, "")],
+    ]:
+        monkeypatch.setattr(fix, "_edits", lambda *arguments, edits=edits: edits)
+        assert main([str(buggy), "--fix", "--select", "ML002"]) == 1
+        assert buggy.read_text() == BUGGY
+        assert "Found 1 in 1 files.\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(p for p in SPECS if p.startswith("torch.")))
