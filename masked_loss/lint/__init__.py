@@ -27,10 +27,9 @@ def check(sources: Iterable[Source], codes: Collection[str] = tuple(RULES)) -> l
     rules = [RULES[code] for code in RULES if code in codes]
 
     def report(event: Event) -> None:
-        source = event.frame.module.source
         for rule in rules:
             finding = rule(event)
-            if finding and not source.silences(*finding.lines, finding.code):
+            if finding and not finding.silenced:
                 findings.setdefault((finding.place, finding.code), finding)
 
     Interpreter(Project(files), report).run()

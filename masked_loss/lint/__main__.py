@@ -50,7 +50,7 @@ def _apply_fixes(sources: list[Source], findings: list[Finding]) -> list[Finding
     """Writes the repaired files; returns the findings that remain."""
     remaining = [f for f in findings if f.fix is None]
     for source in sources:
-        own = [f for f in findings if f.source is source]
+        own = [f for f in findings if f.place.source is source]
         fixes = [f.fix for f in own if f.fix is not None]
         repaired = fix.apply(source, fixes) if fixes else None
         if repaired is None:

@@ -84,8 +84,11 @@ class Frame:
     returns: list[Value] = field(default_factory=list)
 
     def place(self, node: ast.expr | ast.stmt) -> Place:
-        path, line = self.module.source.place(node.lineno)
-        return Place(path, line, node.col_offset + 1)
+        source = self.module.source
+        lines = (node.lineno, node.end_lineno or node.lineno)
+        return Place(
+            str(source.path), *source.cell(node.lineno), node.col_offset + 1, source, lines
+        )
 
 
 @dataclass(frozen=True)

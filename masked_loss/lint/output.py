@@ -10,15 +10,14 @@ from masked_loss.lint.rules import Finding
 
 
 def text(findings: Sequence[Finding]) -> str:
-    return "\n".join(
-        f"{f.place.path}:{f.place.line}:{f.place.column}: {f.code} {f.message}" for f in findings
-    )
+    return "\n".join(f"{f.place}:{f.place.column}: {f.code} {f.message}" for f in findings)
 
 
 def as_json(findings: Sequence[Finding]) -> str:
     rows = [
         {
             "path": f.place.path,
+            "cell": f.place.cell or None,
             "line": f.place.line,
             "column": f.place.column,
             "code": f.code,
@@ -38,11 +37,16 @@ def github(findings: Sequence[Finding]) -> str:
             value = value.replace(character, f"%{ord(character):02X}")
         return value
 
-    return "\n".join(
-        f"::error file={escape(f.place.path, ':,')},line={f.place.line},col={f.place.column},"
-        f"title={f.code}::{escape(f.message)}"
-        for f in findings
-    )
+    def command(f: Finding) -> str:
+        place, message = f.place, f.message
+        where = f"file={escape(place.path, ':,')}"
+        if place.cell:  # a line of a cell is not a line of the file
+            message = f"cell {place.cell}, line {place.line}: {message}"
+        else:
+            where += f",line={place.line},col={place.column}"
+        return f"::error {where},title={f.code}::{escape(message)}"
+
+    return "\n".join(map(command, findings))
 
 
 FORMATS = {"text": text, "json": as_json, "github": github}

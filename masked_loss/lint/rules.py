@@ -19,7 +19,6 @@ from masked_loss.lint.interpreter import (
     Reduction,
     arguments_of,
 )
-from masked_loss.lint.source import Source
 from masked_loss.lint.torch_losses import legacy_reduction
 from masked_loss.lint.values import Count, Loss, Mask, Place, Sliced
 
@@ -39,9 +38,12 @@ class Finding:
     place: Place
     code: str
     message: str
-    source: Source = field(compare=False)
-    lines: tuple[int, int] = field(compare=False)  # in the source's text, where noqa may stand
+    met: Place = field(compare=False)  # where the rule saw it: after `place`, maybe in another file
     fix: Fix | None = field(default=None, compare=False)
+
+    @property
+    def silenced(self) -> bool:
+        return self.place.silences(self.code) or self.met.silences(self.code)
 
 
 def _finding(
@@ -52,8 +54,8 @@ def _finding(
     place: Place | None = None,
     fix: Fix | None = None,
 ) -> Finding:
-    lines = (node.lineno, node.end_lineno or node.lineno)
-    return Finding(place or frame.place(node), code, message, frame.module.source, lines, fix)
+    met = frame.place(node)
+    return Finding(place or met, code, message, met, fix)
 
 
 def reduced_loss(event: Event) -> Finding | None:
@@ -92,7 +94,7 @@ def reduced_loss(event: Event) -> Finding | None:
 
 
 def _origin(loss: Loss, frame: Frame) -> str:
-    here = frame.place(ast.Pass(lineno=1, col_offset=0)).path == loss.origin.path
+    here = not loss.origin.cell and frame.module.source is loss.origin.source
     where = f"line {loss.origin.line}" if here else str(loss.origin)
     return f"{loss.function} at {where}"
 
@@ -198,9 +200,7 @@ def copied_logits(event: Event) -> Finding | None:
         "shifting the logits with .contiguous() copies the largest tensor of the step; "
         "masked_loss.masked_cross_entropy(logits, target, shift=True) needs no copy"
     )
-    calls = (node for node in ast.walk(event.frame.node) if isinstance(node, ast.Call))
-    copy = next((node for node in calls if event.frame.place(node) == logits.copied), event.node)
-    return _finding("ML005", event.frame, copy, message, logits.copied)
+    return _finding("ML005", event.frame, event.node, message, logits.copied)
 
 
 RULES: dict[str, Callable[[Event], Finding | None]] = {

@@ -34,12 +34,12 @@ class Source:
     cell_numbers: list[int] = field(default_factory=list)
     encoding: str = "utf-8"
 
-    def place(self, line: int) -> tuple[str, int]:
-        """The path and line to print for a line of `text`; a notebook adds its cell."""
+    def cell(self, line: int) -> tuple[int, int]:
+        """The cell of a notebook that a line of `text` is in, and which of its lines it is."""
         if not self.cells:
-            return str(self.path), line
+            return 0, line
         index = max(i for i, first in enumerate(self.cells) if first <= line)
-        return f"{self.path}:cell {self.cell_numbers[index]}", line - self.cells[index] + 1
+        return self.cell_numbers[index], line - self.cells[index] + 1
 
     def silences(self, line: int, last: int, code: str) -> bool:
         """True when a `# noqa` comment on the first or last line of a statement covers `code`."""

@@ -8,24 +8,36 @@ paths of a program disagree, their `join` is UNKNOWN, and a rule stays silent.
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from masked_loss.lint.project import ClassInfo, FunctionInfo, ModuleInfo, Scope
+    from masked_loss.lint.source import Source
     from masked_loss.lint.torch_losses import LossSpec
 
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """A position in a source file; column counts from 1."""
+    """Where an expression begins; line and column count from 1, line from the start of a cell."""
 
     path: str
+    cell: int  # of a notebook, else 0
     line: int
     column: int
+    source: Source = field(compare=False, repr=False)
+    lines: tuple[int, int] = field(compare=False)  # first and last, in the text of `source`
+
+    @property
+    def file(self) -> str:
+        return f"{self.path}:cell {self.cell}" if self.cell else self.path
+
+    def silences(self, code: str) -> bool:
+        """True when a `# noqa` comment on its first or last line covers `code`."""
+        return self.source.silences(*self.lines, code)
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.file}:{self.line}"
 
 
 class Value:

@@ -98,6 +98,32 @@ def test_noqa(comment: str, silent: bool, buggy: Path) -> None:
     assert main([str(buggy), "--select", "ML001"]) == (0 if silent else 1)
 
 
+@pytest.mark.parametrize("silenced", ["weighted = loss * w", "return weighted.sum() / w.sum()"])
+def test_noqa_where_it_is_reported_or_seen(silenced: str, tmp_path: Path) -> None:
+    program = (
+        "import torch.nn.functional as F\n\n\ndef loss_of(logits, labels, w):\n"
+        "    loss = F.cross_entropy(logits, labels)\n    weighted = loss * w\n"
+        "    return weighted.sum() / w.sum()\n"
+    )
+    path = tmp_path / "two_lines.py"
+    path.write_text(program)
+    assert main([str(path), "--select", "ML001"]) == 1
+    path.write_text(program.replace(silenced, f"{silenced}  # noqa: ML001"))
+    assert main([str(path), "--select", "ML001"]) == 0
+
+
+def test_noqa_in_another_file_than_the_one_that_decides(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text(
+        "import torch.nn.functional as F\n\n\ndef weigh(logits, labels, w):\n"
+        "    return F.cross_entropy(logits, labels) * w  # noqa: ML001\n"
+    )
+    (tmp_path / "train.py").write_text(
+        "from helper import weigh\n\n\ndef loss_of(logits, labels, w):\n\n"
+        "    return weigh(logits, labels, w).sum() / w.sum()  # a mask by what follows\n"
+    )
+    assert main([str(tmp_path), "--select", "ML001"]) == 0
+
+
 def test_wrong_use_is_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "missing")]) == 2
     assert "missing: no such file or folder" in capsys.readouterr().err
@@ -137,6 +163,12 @@ def test_notebooks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5}))
     assert main([str(tmp_path)]) == 1
     assert capsys.readouterr().out.startswith(f"{path}:cell 5:2:5: ML001")
+    main([str(tmp_path), "--format", "github"])
+    command = f"::error file={path},title=ML001::cell 5, line 2: "  # the path of a file
+    assert capsys.readouterr().out.startswith(command)
+    main([str(tmp_path), "--format", "json"])
+    row = json.loads(capsys.readouterr().out)[0]
+    assert (row["path"], row["cell"], row["line"]) == (str(path), 5, 2)
 
 
 FIXES = {
