@@ -9,30 +9,45 @@ are read, never executed. It works in five small steps, one module each: `source
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import warnings
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from masked_loss.lint.interpreter import Event, Interpreter
 from masked_loss.lint.project import Project
 from masked_loss.lint.rules import RULES, Finding
 from masked_loss.lint.source import Source, find, read
+from masked_loss.lint.values import Place
 
 __all__ = ["RULES", "Finding", "check", "check_paths"]
 
 
-def check(sources: Iterable[Source], codes: Collection[str] = tuple(RULES)) -> list[Finding]:
-    """What the rules named by `codes` find in these files, in order of place."""
+def check(
+    sources: Iterable[Source],
+    codes: Collection[str] = tuple(RULES),
+    on_error: Callable[[str], object] = warnings.warn,
+) -> list[Finding]:
+    """What the rules named by `codes` find in these files, in order of place.
+
+    `on_error` is told what had to be left out.
+    """
     files = list(sources)
     findings: dict[tuple[object, str], Finding] = {}
+    too_deep: set[Place] = set()
     rules = [RULES[code] for code in RULES if code in codes]
 
     def report(event: Event) -> None:
-        for rule in rules:
-            finding = rule(event)
-            if finding and not finding.silenced:
-                findings.setdefault((finding.place, finding.code), finding)
+        try:
+            for rule in rules:
+                finding = rule(event)
+                if finding and not finding.silenced:
+                    findings.setdefault((finding.place, finding.code), finding)
+        except RecursionError:
+            too_deep.add(event.frame.place(event.node))
 
-    Interpreter(Project(files), report).run()
+    Interpreter(Project(files), report, too_deep.add).run()
+    for place in sorted(too_deep):
+        on_error(f"{place}: cannot check: nested too deeply")
     return sorted(findings.values())
 
 

@@ -68,18 +68,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         return 2
 
+    collecting = gc.isenabled()
     gc.disable()  # syntax trees are many small objects that all live until the end
+    try:
+        return _run(arguments)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    errors: list[str] = []
     sources: list[Source] = []
-    failed = False
     for path in find(arguments.paths, arguments.exclude):
         try:
             sources.append(read(path))
         except UnreadableError as error:
-            failed = True
-            print(f"error: {error}", file=sys.stderr)
+            errors.append(str(error))
 
     codes = [code for code in arguments.select if code not in arguments.ignore]
-    findings = check(sources, codes)
+    findings = check(sources, codes, errors.append)
+    for text in errors:
+        print(f"error: {text}", file=sys.stderr)
     fixed = 0
     if arguments.fix:
         found = len(findings)
@@ -90,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if report:
         print(report)
     print(summary(findings, len(sources), fixed), file=sys.stderr)
-    if failed:
+    if errors:
         return 2
     return 1 if findings else 0
 

@@ -137,11 +137,20 @@ Event = Multiplication | Reduction | Division | LossCall
 
 
 class Interpreter:
-    """Evaluates a project and hands every event of the last pass to `report`."""
+    """Evaluates a project and hands every event of the last pass to `report`.
 
-    def __init__(self, project: Project, report: Callable[[Event], None]) -> None:
+    A statement that is nested too deeply to be evaluated is left out; `too_deep` is told where.
+    """
+
+    def __init__(
+        self,
+        project: Project,
+        report: Callable[[Event], None],
+        too_deep: Callable[[Place], None],
+    ) -> None:
         self.project = project
         self._report = report
+        self._too_deep = too_deep
         self._events: list[Event] = []
         self._pass = 0
         self._results: dict[FunctionInfo, dict[object, Value | None]] = {}
@@ -282,11 +291,17 @@ class Interpreter:
 
     def _statement(self, node: ast.stmt, frame: Frame) -> bool:
         method = getattr(self, f"_do_{type(node).__name__.lower()}", None)
-        if method is not None:
-            return bool(method(node, frame))
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.expr):
-                self.value(child, frame)
+        try:
+            if method is not None:
+                return bool(method(node, frame))
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, ast.expr):
+                    self.value(child, frame)
+        except RecursionError:
+            self._too_deep(frame.place(node))
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                    frame.scope.names[inner.id] = UNKNOWN
         return False
 
     def _do_return(self, node: ast.Return, frame: Frame) -> bool:

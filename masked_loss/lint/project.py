@@ -159,31 +159,28 @@ class Project:
                 self._by_parts[module.parts] = module
                 self._by_last_name[module.parts[-1]].append(module)
             module.relevant = _RELEVANT.search(module.source.text) is not None
-            self._collect(module, module.source.tree.body, None)
+            self._collect(module)
 
-    def _collect(self, module: ModuleInfo, body: list[ast.stmt], owner: ClassInfo | None) -> None:
-        """Records the classes and functions of a body; nested functions get their own record."""
-        for statement in body:
+    def _collect(self, module: ModuleInfo) -> None:
+        """Records the classes and functions of a module, also those inside others."""
+        body = module.source.tree.body
+        pending: list[tuple[ast.stmt, ClassInfo | None]] = [(s, None) for s in reversed(body)]
+        while pending:  # a thousand elif are a thousand levels
+            statement, owner = pending.pop()
             if isinstance(statement, ast.ClassDef):
-                info = ClassInfo(statement, module)
-                module.classes[statement] = info
-                self._collect(module, statement.body, info)
-                continue
-            if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                owner = module.classes[statement] = ClassInfo(statement, module)
+            elif isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 function = FunctionInfo(statement, module, owner)
                 module.functions.append(function)
                 module.by_node[statement] = function
                 if owner is not None:
                     owner.methods[statement.name] = function
-                self._collect(module, statement.body, None)
-                continue
-            match statement:
-                case ast.AnnAssign(target=ast.Name(id=name)) if owner is not None:
-                    owner.fields.append(name)
-            for block in ("body", "orelse", "finalbody"):
-                self._collect(module, getattr(statement, block, []), owner)
-            for handler in getattr(statement, "handlers", []):
-                self._collect(module, handler.body, owner)
+                owner = None
+            else:
+                match statement:
+                    case ast.AnnAssign(target=ast.Name(id=name)) if owner is not None:
+                        owner.fields.append(name)
+            pending += [(inner, owner) for inner in reversed(list(_blocks(statement)))]
 
     def resolve(self, dotted: str, importer: ModuleInfo, level: int = 0) -> ModuleInfo | None:
         """The module that `import dotted` (or `from ..dotted`) means in `importer`, or None.
@@ -230,6 +227,13 @@ class Project:
         """
         value = self._attributes.get(name, UNKNOWN)
         return value if "loss" in name.lower() and isinstance(value, Loss) else UNKNOWN
+
+
+def _blocks(statement: ast.stmt) -> Iterator[ast.stmt]:
+    """The statements inside a statement, one level down."""
+    for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for inner in getattr(statement, name, ()):
+            yield from (inner,) if isinstance(inner, ast.stmt) else inner.body
 
 
 def _own(node: ast.AST) -> Iterator[ast.AST]:

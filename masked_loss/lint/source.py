@@ -86,7 +86,7 @@ def read(path: Path) -> Source:
         return Source(path, text, ast.parse(text), split(text), encoding=encoding)
     except SyntaxError as error:
         raise UnreadableError(f"{path}:{error.lineno or 1}: cannot parse: {error.msg}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise UnreadableError(f"{path}: cannot read: {error}") from error
 
 

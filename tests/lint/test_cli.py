@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import shutil
@@ -142,6 +143,36 @@ def test_a_file_that_does_not_parse_is_named(
     assert "python2.py:1: cannot parse" in err
     assert "latin.py" in err
     assert "ML001" in out  # the rest was checked
+
+
+def test_what_is_nested_too_deeply_is_named_and_the_rest_is_checked(
+    buggy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep = buggy.parent / "deep.py"
+    sum_of_500 = " + ".join(["x"] * 500)
+    chain_of_2000 = "".join(f"    elif x == {n}:\n        pass\n" for n in range(2000))
+    many = f"def loss_by_name(x):\n    if x:\n        pass\n{chain_of_2000}"
+    deep.write_text(f"{BUGGY}\n\nloss = {sum_of_500}\n\n\n{many}")
+    assert main([str(buggy.parent)]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("ML001") == 2
+    assert f"error: {deep}:9: cannot check: nested too deeply" in err
+    assert err.count("nested too deeply") == 2
+
+
+def test_a_loss_nested_too_deeply_for_a_message(
+    buggy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = "mask" + " .float()" * 480
+    buggy.write_text(BUGGY.replace("* mask", f"* {mask}"))
+    assert main([str(buggy)]) == 2
+    assert "nested too deeply" in capsys.readouterr().err
+
+
+def test_garbage_collection_is_left_as_it_was(buggy: Path) -> None:
+    assert gc.isenabled()
+    main([str(buggy)])
+    assert gc.isenabled()
 
 
 def test_it_runs_as_a_module(buggy: Path) -> None:
