@@ -4,7 +4,7 @@
 Run it as ``python -m masked_loss.lint PATH ...``. The rules are described in docs/lint.md. Files
 are read, never executed. It works in five small steps, one module each: `source` reads files,
 `project` finds out which name means what across them, `interpreter` runs them on the abstract
-`values`, `rules` judge what it meets, `output` prints.
+`values` (`tensors` knows their arithmetic), `rules` judge the `events` it meets, `output` prints.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from masked_loss.lint.interpreter import Event, Interpreter
+from masked_loss.lint.events import Event
+from masked_loss.lint.interpreter import Interpreter
 from masked_loss.lint.project import Project
 from masked_loss.lint.rules import RULES, Finding
 from masked_loss.lint.source import Source, find, read

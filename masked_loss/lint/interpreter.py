@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from masked_loss.lint import names
+from masked_loss.lint.events import Event, Frame, LossCall, arguments_of
 from masked_loss.lint.project import (
     ClassInfo,
     FunctionInfo,
@@ -22,6 +23,7 @@ from masked_loss.lint.project import (
     Project,
     Scope,
 )
+from masked_loss.lint.tensors import Tensors, add, slice_of
 from masked_loss.lint.torch_losses import SPECS, LossSpec, legacy_reduction
 from masked_loss.lint.values import (
     NONE,
@@ -40,7 +42,6 @@ from masked_loss.lint.values import (
     Number,
     Partial,
     Place,
-    Product,
     Record,
     Sliced,
     Tuple,
@@ -64,76 +65,7 @@ _WRAPPERS = {
 }
 _WRAPPERS |= {"FSDP", "script", "deepcopy", "prepare", "unwrap_model", "convert_sync_batchnorm"}
 _SELF_METHODS = names.VIEWS | {"train", "eval", "apply", "compile", "share_memory"}
-_REDUCTIONS = {"sum", "mean", "nansum", "nanmean"}
-_LIKE = {"ones_like", "zeros_like", "full_like"}
-_COMPARISONS = {"ne", "eq", "gt", "ge", "lt", "le", "logical_not"}
-_SCALING = {"abs", "neg", "nan_to_num", "clamp", "clamp_min", "clamp_max"}
 _NUMERIC_CALLS = {"float", "int", "len", "bool", "round", "max", "min"}
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One evaluation of one function, or of a module's top level."""
-
-    module: ModuleInfo
-    scope: Scope
-    node: FunctionNode | ast.Module
-    owner: ClassInfo | None = None
-    per_sample: bool = False
-    caller: Frame | None = None
-    returns: list[Value] = field(default_factory=list)
-
-    def place(self, node: ast.expr | ast.stmt) -> Place:
-        source = self.module.source
-        lines = (node.lineno, node.end_lineno or node.lineno)
-        return Place(
-            str(source.path), *source.cell(node.lineno), node.col_offset + 1, source, lines
-        )
-
-
-@dataclass(frozen=True)
-class Multiplication:
-    """A loss times something that is not known to be a number."""
-
-    frame: Frame
-    node: ast.expr | ast.stmt
-    loss: Loss
-    factor: ast.expr
-    value: Value
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """sum() or mean() of a loss."""
-
-    frame: Frame
-    node: ast.expr
-    loss: Loss
-
-
-@dataclass(frozen=True)
-class Division:
-    """A loss divided by something."""
-
-    frame: Frame
-    node: ast.expr | ast.stmt
-    loss: Loss
-    divisor: ast.expr
-    value: Value
-
-
-@dataclass(frozen=True)
-class LossCall:
-    """A call of a loss function, or of the constructor or the instance of a loss module."""
-
-    frame: Frame
-    node: ast.Call
-    spec: LossSpec
-    args: tuple[Value, ...]
-    constructs: bool
-
-
-Event = Multiplication | Reduction | Division | LossCall
 
 
 class Interpreter:
@@ -156,6 +88,7 @@ class Interpreter:
         self._results: dict[FunctionInfo, dict[object, Value | None]] = {}
         self._closures: dict[FunctionInfo, Scope] = {}
         self._depth = 0
+        self.tensors = Tensors(self._emit)
 
     def run(self) -> None:
         for number in range(1, _PASSES + 1):
@@ -325,7 +258,7 @@ class Interpreter:
     def _do_augassign(self, node: ast.AugAssign, frame: Frame) -> None:
         left = self.value(node.target, frame)
         right = self.value(node.value, frame)
-        value = self._operate(node, node.op, node.target, node.value, left, right, frame)
+        value = self.tensors.operate(node, node.op, node.target, node.value, left, right, frame)
         self._assign(node.target, value, frame)
 
     def _do_functiondef(self, node: ast.FunctionDef | ast.AsyncFunctionDef, frame: Frame) -> None:
@@ -621,7 +554,7 @@ class Interpreter:
             selects = isinstance(self.value(index, frame), Mask) or names.is_mask(index)
             return replace(owner, uneven=owner.uneven or selects)
         if owner == UNKNOWN or isinstance(owner, (External, Sliced)):
-            return _slice_of(index)
+            return slice_of(index)
         return UNKNOWN
 
     def _any_of(self, values: list[Value]) -> Value:
@@ -710,52 +643,7 @@ class Interpreter:
 
     def _of_binop(self, node: ast.BinOp, frame: Frame) -> Value:
         left, right = self.value(node.left, frame), self.value(node.right, frame)
-        return self._operate(node, node.op, node.left, node.right, left, right, frame)
-
-    def _operate(
-        self,
-        node: ast.expr | ast.stmt,
-        op: ast.operator,
-        left_node: ast.expr,
-        right_node: ast.expr,
-        left: Value,
-        right: Value,
-        frame: Frame,
-    ) -> Value:
-        if isinstance(op, ast.Mult):
-            if isinstance(left, Loss):
-                return self._multiply(node, left, right_node, right, frame)
-            if isinstance(right, Loss):
-                return self._multiply(node, right, left_node, left, frame)
-        if isinstance(op, ast.Div) and isinstance(left, Loss):
-            return self._divide(node, left, right_node, right, frame)
-        if isinstance(op, (ast.Add, ast.Sub)):
-            return _add(left, right)
-        if is_number(left) and is_number(right):
-            return NUMBER
-        masks = [value for value in (left, right) if isinstance(value, Mask)]
-        if masks and isinstance(op, (ast.Mult, ast.BitAnd, ast.BitOr, ast.BitXor)):
-            return Mask(ast.unparse(node)) if isinstance(node, ast.expr) else masks[0]
-        return UNKNOWN
-
-    def _multiply(
-        self, node: ast.expr | ast.stmt, loss: Loss, factor: ast.expr, value: Value, frame: Frame
-    ) -> Value:
-        if is_number(value):
-            return loss
-        if isinstance(value, Loss):
-            return loss if loss.reduced and value.reduced else UNKNOWN
-        self._emit(Multiplication(frame, node, loss, factor, value))
-        key = value.key if isinstance(value, Mask) else names.key(factor)
-        return replace(loss, product=Product(key, frame.place(node)))
-
-    def _divide(
-        self, node: ast.expr | ast.stmt, loss: Loss, divisor: ast.expr, value: Value, frame: Frame
-    ) -> Value:
-        self._emit(Division(frame, node, loss, divisor, value))
-        if loss.reduced and loss.product and loss.product.summed and loss.reduction is None:
-            return replace(loss, reduction="mean", uneven=True, product=None)
-        return loss if not isinstance(value, Mask) else UNKNOWN
+        return self.tensors.operate(node, node.op, node.left, node.right, left, right, frame)
 
     # Calls
 
@@ -872,29 +760,8 @@ class Interpreter:
         if path.startswith("builtins."):
             return NUMBER if last in _NUMERIC_CALLS and not isinstance(first, Loss) else UNKNOWN
         if path.startswith("torch."):
-            return self._torch_function(last, node, positional, frame)
+            return self.tensors.torch_function(last, node, positional, frame)
         return UNKNOWN
-
-    def _torch_function(
-        self, name: str, node: ast.Call, positional: list[Value], frame: Frame
-    ) -> Value:
-        """torch.sum(x) is x.sum(), and so on."""
-        if not node.args:
-            return UNKNOWN
-        first = positional[0]
-        if name in {"mul", "multiply", "div", "divide", "true_divide"} and len(node.args) == 2:
-            left, right = node.args
-            op: ast.operator = ast.Mult() if name in {"mul", "multiply"} else ast.Div()
-            return self._operate(node, op, left, right, first, positional[1], frame)
-        if name in _LIKE:
-            return Mask(ast.unparse(node)) if names.is_labels(node.args[0]) else UNKNOWN
-        if name in {"tensor", "as_tensor", "scalar_tensor", "zeros", "ones"}:
-            number = isinstance(node.args[0], ast.Constant) and name in {"tensor", "as_tensor"}
-            return NUMBER if number or name == "scalar_tensor" else UNKNOWN
-        if name in _COMPARISONS and names.is_labels(node.args[0]) and first == UNKNOWN:
-            return Mask(ast.unparse(node))
-        unreduced = len(node.args) == 1 and not node.keywords
-        return self._tensor_method(name, node, node.args[0], first, unreduced, frame) or UNKNOWN
 
     def _method(
         self, node: ast.Call, function: ast.Attribute, receiver: Value, frame: Frame
@@ -929,16 +796,16 @@ class Interpreter:
             and len(node.args) == 1
         ):
             op: ast.operator = ast.Mult() if name.startswith("mul") else ast.Div()
-            result = self._operate(
+            result = self.tensors.operate(
                 node, op, function.value, node.args[0], receiver, positional[0], frame
             )
             if name.endswith("_"):
                 self._assign(function.value, result, frame)
             return result
         if name in {"add", "sub"} and len(node.args) == 1 and not node.keywords:
-            return _add(receiver, positional[0])
+            return add(receiver, positional[0])
         unreduced = not node.args and not node.keywords
-        return self._tensor_method(name, node, function.value, receiver, unreduced, frame)
+        return self.tensors.tensor_method(name, node, function.value, receiver, unreduced, frame)
 
     def _record_method(
         self, node: ast.Call, name: str, receiver: Record, frame: Frame
@@ -964,66 +831,6 @@ class Interpreter:
             self._assign(node.func.value, receiver, frame)
             return NONE
         return None
-
-    def _tensor_method(
-        self,
-        name: str,
-        node: ast.Call,
-        owner: ast.expr,
-        receiver: Value,
-        whole: bool,
-        frame: Frame,
-    ) -> Value | None:
-        """`owner.name(...)` or `torch.name(owner, ...)` on a tensor; `whole`: no other argument."""
-        if isinstance(receiver, Loss):
-            return self._loss_method(name, node, receiver, whole, frame)
-        if name in _REDUCTIONS and whole:
-            key = receiver.key if isinstance(receiver, (Mask, Count)) else names.key(owner)
-            return Count(key) if name == "sum" else NUMBER
-        if isinstance(receiver, Count):
-            return receiver if name in names.VIEWS or name == "item" else NUMBER
-        if is_number(receiver):
-            return NUMBER
-        if isinstance(receiver, Mask):
-            if name in names.VIEWS:
-                return receiver
-            return NUMBER if whole and name not in {"size"} else UNKNOWN
-        if name in {"item", "numel", "dim", "any", "all", "size", "nelement"}:
-            return NUMBER if whole else UNKNOWN
-        if isinstance(receiver, Sliced):
-            if name == "contiguous" and not receiver.tail:
-                return replace(receiver, copied=frame.place(node))
-            return receiver if name in names.VIEWS else UNKNOWN
-        if name in _COMPARISONS and names.is_labels(owner) and receiver == UNKNOWN:
-            return Mask(ast.unparse(node))
-        return UNKNOWN if receiver != UNKNOWN or name in names.VIEWS else None
-
-    def _loss_method(
-        self, name: str, node: ast.Call, loss: Loss, whole: bool, frame: Frame
-    ) -> Value:
-        if name in _REDUCTIONS:
-            if loss.reduced or whole:
-                self._emit(Reduction(frame, node, loss))
-            if loss.reduced:
-                product = loss.product and replace(loss.product, summed=name == "sum")
-                return replace(loss, product=product)
-            if not whole:
-                return loss
-            if loss.product:  # Σ w·loss becomes a mean when it is divided by Σ w
-                return replace(
-                    loss, reduced=True, reduction=None, product=replace(loss.product, summed=True)
-                )
-            return replace(
-                loss, reduced=True, reduction=name[-4:].lstrip("n"), origin=frame.place(node)
-            )
-        if name == "view" and loss.reduced and not whole:
-            argument = node.args[-1]
-            return loss if ast.unparse(argument) in {"-1", "1", "()", "(1,)"} else UNKNOWN
-        if name in {"expand", "expand_as", "repeat", "view_as", "reshape"} and loss.reduced:
-            return UNKNOWN
-        if name in {"item", "tolist", "numpy"}:
-            return NUMBER if loss.reduced else UNKNOWN
-        return loss if name in names.VIEWS or name in _SCALING else UNKNOWN
 
     def _mark_per_sample(self, node: ast.Call, frame: Frame) -> None:
         for inner in ast.walk(node):
@@ -1109,14 +916,6 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _TENSOR_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
 
-def arguments_of(spec: LossSpec, node: ast.Call) -> dict[str, ast.expr] | None:
-    """The arguments of a call by parameter name, or None where * or ** hides some."""
-    if any(isinstance(a, ast.Starred) for a in node.args) or any(not k.arg for k in node.keywords):
-        return None
-    given = dict(zip(spec.parameters, node.args, strict=False))
-    return given | {k.arg: k.value for k in node.keywords if k.arg}
-
-
 def _compare(op: ast.cmpop, left: Value, right: Value) -> bool | None:
     if right == NONE and isinstance(op, (ast.Is, ast.IsNot)):
         known = isinstance(left, (Const, Loss, Mask, Number, Tuple, Instance, LossModule, Function))
@@ -1128,37 +927,6 @@ def _compare(op: ast.cmpop, left: Value, right: Value) -> bool | None:
     if isinstance(op, (ast.NotEq, ast.IsNot)):
         return left.value != right.value
     return None
-
-
-def _add(left: Value, right: Value) -> Value:
-    if isinstance(left, Loss) and isinstance(right, Loss):
-        if left.reduced == right.reduced:
-            return replace(join(left, right), product=None) if left != right else left  # type: ignore[type-var]
-        return right if left.reduced else left
-    if isinstance(left, Loss) and is_number(right):
-        return left
-    if isinstance(right, Loss) and is_number(left):
-        return right
-    if isinstance(left, Mask) and is_number(right):
-        return left  # 1 - mask
-    if isinstance(right, Mask) and is_number(left):
-        return right
-    return NUMBER if is_number(left) and is_number(right) else UNKNOWN
-
-
-def _slice_of(index: ast.expr) -> Value:
-    """Sliced for x[..., :-1, :], x[:, :-1] and x[..., 1:], x[:, 1:]."""
-    parts = index.elts if isinstance(index, ast.Tuple) else []
-    for part in parts:
-        if not isinstance(part, ast.Slice) or part.step is not None:
-            continue
-        lower = ast.unparse(part.lower) if part.lower else ""
-        upper = ast.unparse(part.upper) if part.upper else ""
-        if (lower, upper) == ("", "-1"):
-            return Sliced(False)
-        if (lower, upper) == ("1", ""):
-            return Sliced(True)
-    return UNKNOWN
 
 
 def _merged(partial: Partial, node: ast.Call) -> list[ast.keyword]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from masked_loss.lint import names
-from masked_loss.lint.fix import Fix, rewrite_legacy
-from masked_loss.lint.interpreter import (
+from masked_loss.lint.events import (
     Division,
     Event,
     Frame,
@@ -19,6 +18,7 @@ from masked_loss.lint.interpreter import (
     Reduction,
     arguments_of,
 )
+from masked_loss.lint.fix import Fix, rewrite_legacy
 from masked_loss.lint.torch_losses import legacy_reduction
 from masked_loss.lint.values import Count, Loss, Mask, Place, Sliced
 

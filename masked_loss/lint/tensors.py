@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Arithmetic of abstract tensors: what an operation on a loss, a mask or a number gives."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import replace
+
+from masked_loss.lint import names
+from masked_loss.lint.events import Division, Event, Frame, Multiplication, Reduction
+from masked_loss.lint.values import (
+    NUMBER,
+    UNKNOWN,
+    Count,
+    Loss,
+    Mask,
+    Product,
+    Sliced,
+    Value,
+    is_number,
+    join,
+)
+
+_REDUCTIONS = {"sum", "mean", "nansum", "nanmean"}
+_LIKE = {"ones_like", "zeros_like", "full_like"}
+_COMPARISONS = {"ne", "eq", "gt", "ge", "lt", "le", "logical_not"}
+_SCALING = {"abs", "neg", "nan_to_num", "clamp", "clamp_min", "clamp_max"}
+
+
+class Tensors:
+    """Computes with values, and emits an event where a loss meets something."""
+
+    def __init__(self, emit: Callable[[Event], None]) -> None:
+        self._emit = emit
+
+    def operate(
+        self,
+        node: ast.expr | ast.stmt,
+        op: ast.operator,
+        left_node: ast.expr,
+        right_node: ast.expr,
+        left: Value,
+        right: Value,
+        frame: Frame,
+    ) -> Value:
+        if isinstance(op, ast.Mult):
+            if isinstance(left, Loss):
+                return self._multiply(node, left, right_node, right, frame)
+            if isinstance(right, Loss):
+                return self._multiply(node, right, left_node, left, frame)
+        if isinstance(op, ast.Div) and isinstance(left, Loss):
+            return self._divide(node, left, right_node, right, frame)
+        if isinstance(op, (ast.Add, ast.Sub)):
+            return add(left, right)
+        if is_number(left) and is_number(right):
+            return NUMBER
+        masks = [value for value in (left, right) if isinstance(value, Mask)]
+        if masks and isinstance(op, (ast.Mult, ast.BitAnd, ast.BitOr, ast.BitXor)):
+            return Mask(ast.unparse(node)) if isinstance(node, ast.expr) else masks[0]
+        return UNKNOWN
+
+    def _multiply(
+        self, node: ast.expr | ast.stmt, loss: Loss, factor: ast.expr, value: Value, frame: Frame
+    ) -> Value:
+        if is_number(value):
+            return loss
+        if isinstance(value, Loss):
+            return loss if loss.reduced and value.reduced else UNKNOWN
+        self._emit(Multiplication(frame, node, loss, factor, value))
+        key = value.key if isinstance(value, Mask) else names.key(factor)
+        return replace(loss, product=Product(key, frame.place(node)))
+
+    def _divide(
+        self, node: ast.expr | ast.stmt, loss: Loss, divisor: ast.expr, value: Value, frame: Frame
+    ) -> Value:
+        self._emit(Division(frame, node, loss, divisor, value))
+        if loss.reduced and loss.product and loss.product.summed and loss.reduction is None:
+            return replace(loss, reduction="mean", uneven=True, product=None)
+        return loss if not isinstance(value, Mask) else UNKNOWN
+
+    def torch_function(
+        self, name: str, node: ast.Call, positional: list[Value], frame: Frame
+    ) -> Value:
+        """torch.sum(x) is x.sum(), and so on."""
+        if not node.args:
+            return UNKNOWN
+        first = positional[0]
+        if name in {"mul", "multiply", "div", "divide", "true_divide"} and len(node.args) == 2:
+            left, right = node.args
+            op: ast.operator = ast.Mult() if name in {"mul", "multiply"} else ast.Div()
+            return self.operate(node, op, left, right, first, positional[1], frame)
+        if name in _LIKE:
+            return Mask(ast.unparse(node)) if names.is_labels(node.args[0]) else UNKNOWN
+        if name in {"tensor", "as_tensor", "scalar_tensor", "zeros", "ones"}:
+            number = isinstance(node.args[0], ast.Constant) and name in {"tensor", "as_tensor"}
+            return NUMBER if number or name == "scalar_tensor" else UNKNOWN
+        if name in _COMPARISONS and names.is_labels(node.args[0]) and first == UNKNOWN:
+            return Mask(ast.unparse(node))
+        unreduced = len(node.args) == 1 and not node.keywords
+        return self.tensor_method(name, node, node.args[0], first, unreduced, frame) or UNKNOWN
+
+    def tensor_method(
+        self,
+        name: str,
+        node: ast.Call,
+        owner: ast.expr,
+        receiver: Value,
+        whole: bool,
+        frame: Frame,
+    ) -> Value | None:
+        """`owner.name(...)` or `torch.name(owner, ...)` on a tensor; `whole`: no other argument."""
+        if isinstance(receiver, Loss):
+            return self._loss_method(name, node, receiver, whole, frame)
+        if name in _REDUCTIONS and whole:
+            key = receiver.key if isinstance(receiver, (Mask, Count)) else names.key(owner)
+            return Count(key) if name == "sum" else NUMBER
+        if isinstance(receiver, Count):
+            return receiver if name in names.VIEWS or name == "item" else NUMBER
+        if is_number(receiver):
+            return NUMBER
+        if isinstance(receiver, Mask):
+            if name in names.VIEWS:
+                return receiver
+            return NUMBER if whole and name not in {"size"} else UNKNOWN
+        if name in {"item", "numel", "dim", "any", "all", "size", "nelement"}:
+            return NUMBER if whole else UNKNOWN
+        if isinstance(receiver, Sliced):
+            if name == "contiguous" and not receiver.tail:
+                return replace(receiver, copied=frame.place(node))
+            return receiver if name in names.VIEWS else UNKNOWN
+        if name in _COMPARISONS and names.is_labels(owner) and receiver == UNKNOWN:
+            return Mask(ast.unparse(node))
+        return UNKNOWN if receiver != UNKNOWN or name in names.VIEWS else None
+
+    def _loss_method(
+        self, name: str, node: ast.Call, loss: Loss, whole: bool, frame: Frame
+    ) -> Value:
+        if name in _REDUCTIONS:
+            if loss.reduced or whole:
+                self._emit(Reduction(frame, node, loss))
+            if loss.reduced:
+                product = loss.product and replace(loss.product, summed=name == "sum")
+                return replace(loss, product=product)
+            if not whole:
+                return loss
+            if loss.product:  # Σ w·loss becomes a mean when it is divided by Σ w
+                return replace(
+                    loss, reduced=True, reduction=None, product=replace(loss.product, summed=True)
+                )
+            return replace(
+                loss, reduced=True, reduction=name[-4:].lstrip("n"), origin=frame.place(node)
+            )
+        if name == "view" and loss.reduced and not whole:
+            argument = node.args[-1]
+            return loss if ast.unparse(argument) in {"-1", "1", "()", "(1,)"} else UNKNOWN
+        if name in {"expand", "expand_as", "repeat", "view_as", "reshape"} and loss.reduced:
+            return UNKNOWN
+        if name in {"item", "tolist", "numpy"}:
+            return NUMBER if loss.reduced else UNKNOWN
+        return loss if name in names.VIEWS or name in _SCALING else UNKNOWN
+
+
+def add(left: Value, right: Value) -> Value:
+    if isinstance(left, Loss) and isinstance(right, Loss):
+        if left.reduced == right.reduced:
+            return replace(join(left, right), product=None) if left != right else left  # type: ignore[type-var]
+        return right if left.reduced else left
+    if isinstance(left, Loss) and is_number(right):
+        return left
+    if isinstance(right, Loss) and is_number(left):
+        return right
+    if isinstance(left, Mask) and is_number(right):
+        return left  # 1 - mask
+    if isinstance(right, Mask) and is_number(left):
+        return right
+    return NUMBER if is_number(left) and is_number(right) else UNKNOWN
+
+
+def slice_of(index: ast.expr) -> Value:
+    """Sliced for x[..., :-1, :], x[:, :-1] and x[..., 1:], x[:, 1:]."""
+    parts = index.elts if isinstance(index, ast.Tuple) else []
+    for part in parts:
+        if not isinstance(part, ast.Slice) or part.step is not None:
+            continue
+        lower = ast.unparse(part.lower) if part.lower else ""
+        upper = ast.unparse(part.upper) if part.upper else ""
+        if (lower, upper) == ("", "-1"):
+            return Sliced(False)
+        if (lower, upper) == ("1", ""):
+            return Sliced(True)
+    return UNKNOWN
