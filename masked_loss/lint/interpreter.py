@@ -31,7 +31,6 @@ from masked_loss.lint.values import (
     UNKNOWN,
     Class,
     Const,
-    Count,
     External,
     Function,
     Instance,
@@ -249,6 +248,8 @@ class Interpreter:
     def _do_assign(self, node: ast.Assign, frame: Frame) -> None:
         value = self.value(node.value, frame)
         for target in node.targets:
+            if value == UNKNOWN and names.is_mask(target) and names.is_scalar(node.value):
+                value = NUMBER
             self._assign(target, value, frame)
 
     def _do_annassign(self, node: ast.AnnAssign, frame: Frame) -> None:
@@ -454,8 +455,9 @@ class Interpreter:
                 break
             unwrapped = unwrapped.args[0]
         self._assign(target, UNKNOWN, frame)
-        if isinstance(unwrapped, ast.Call) and ast.unparse(unwrapped.func) == "zip":
-            loaders = any("load" in ast.unparse(a).lower() for a in unwrapped.args)
+        zipped = isinstance(unwrapped, ast.Call) and ast.unparse(unwrapped.func) == "zip"
+        if zipped or names.is_mask(unwrapped):
+            loaders = "load" in ast.unparse(unwrapped).lower()
             for node in () if loaders else ast.walk(target):
                 if isinstance(node, ast.Name):
                     frame.scope.names[node.id] = NUMBER
@@ -554,8 +556,17 @@ class Interpreter:
             selects = isinstance(self.value(index, frame), Mask) or names.is_mask(index)
             return replace(owner, uneven=owner.uneven or selects)
         if owner == UNKNOWN or isinstance(owner, (External, Sliced)):
-            return slice_of(index)
+            return NUMBER if self._is_element(node, frame) else slice_of(index)
         return UNKNOWN
+
+    def _is_element(self, node: ast.Subscript, frame: Frame) -> bool:
+        """True for mask[i]: one number, if the mask has one dimension."""
+        index = node.slice
+        if names.slices_time(index) or isinstance(self.value(index, frame), Mask):
+            return False
+        if isinstance(index, ast.Constant) and isinstance(index.value, str):
+            return False
+        return names.is_mask(node.value) or names.is_weights(node.value)
 
     def _any_of(self, values: list[Value]) -> Value:
         result: Value | None = None
@@ -622,20 +633,17 @@ class Interpreter:
         value = self.value(node.operand, frame)
         if isinstance(node.op, ast.Not):
             return NUMBER
+        if isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+            number = node.operand.value
+            return Const(-number) if isinstance(number, (int, float)) else UNKNOWN
         return NUMBER if is_number(value) else value
 
     def _of_compare(self, node: ast.Compare, frame: Frame) -> Value:
         operands = [node.left, *node.comparators]
         values = [self.value(operand, frame) for operand in operands]
-        if any(isinstance(value, (Count, Number)) for value in values):
-            return NUMBER
-        if any(isinstance(value, Mask) for value in values):
-            return Mask(ast.unparse(node))
-        pairs = zip(operands, values, strict=True)
-        labels = any(names.is_labels(o) and v == UNKNOWN for o, v in pairs)
-        if labels and all(isinstance(op, _TENSOR_COMPARISONS) for op in node.ops):
-            return Mask(ast.unparse(node))
-        return UNKNOWN
+        if not all(isinstance(op, _TENSOR_COMPARISONS) for op in node.ops):
+            return NUMBER  # is, in
+        return self.tensors.compare(node, operands, values)
 
     def _of_boolop(self, node: ast.BoolOp, frame: Frame) -> Value:
         values = [self.value(operand, frame) for operand in node.values]
@@ -748,7 +756,7 @@ class Interpreter:
         first = positional[0] if positional else UNKNOWN
         if last == "partial" and node.args:
             return Partial(first, tuple(node.args[1:]), tuple(node.keywords))
-        if last in {"vmap", "vmap_"}:
+        if last in {"vmap", "vmap_"} or path in {"builtins.map", "itertools.starmap"}:
             self._mark_per_sample(node, frame)
             return UNKNOWN
         if last in _WRAPPERS and isinstance(first, (Instance, LossModule, Function)):

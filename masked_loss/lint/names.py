@@ -25,8 +25,16 @@ _NUMBERS_AND_FLAGS = (
 )
 _NOT_A_MASK = set(_NUMBERS_AND_FLAGS.split())
 _SAMPLES = {"sample", "samples", "token", "tokens", "example", "instance", "pixel", "importance"}
-_LABEL_WORDS = "label labels target targets tgt trg ids tokens y gt inputs"
-_LABELS = set(_LABEL_WORDS.split())
+_MANY_LABELS = {"labels", "targets", "ids", "tokens", "inputs"}
+_LABELS = {"label", "target", "tgt", "trg", "y", "gt"}  # of a batch, or of one sample
+_PADDING = {"pad", "padding", "ignore", "ignored", "eos", "bos"}
+# A name with one of these is one number: of a step, of a size, in a configuration.
+_SCALAR_WORDS = (
+    "step steps epoch epochs iter iters iteration iterations progress warmup phase stage rank "
+    "world max min num n len length size count coef coeff lr temperature threshold"
+)
+_SCALARS = set(_SCALAR_WORDS.split())
+_NOT_LABELS = _SCALARS | {"domain", "name", "type", "kind", "class", "path", "weight", "smoothing"}
 _ACCUMULATION = ("accum", "micro", "iter_size", "grad_acc", "gradient_acc")
 
 # Methods and functions that leave a tensor the same for our purpose.
@@ -89,7 +97,31 @@ def is_weights(node: ast.expr) -> bool:
 
 
 def is_labels(node: ast.expr) -> bool:
-    return bool(set(words(last_name(node))) & _LABELS)
+    found = set(words(last_name(node)))
+    return bool(found & (_MANY_LABELS | _LABELS)) and not found & _NOT_LABELS
+
+
+def compares_labels(left: ast.expr, right: ast.expr) -> bool:
+    """True for labels > 0 and target != pad; `target == 1` may be the label of one sample."""
+    return any(
+        is_labels(labels) and (_MANY_LABELS & set(words(last_name(labels))) or _is_padding(other))
+        for labels, other in ((left, right), (right, left))
+    )
+
+
+def _is_padding(node: ast.expr) -> bool:
+    """True for pad_id, self.ignore_index, -100."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return isinstance(node.operand, ast.Constant)
+    return bool(set(words(last_name(node))) & _PADDING)
+
+
+def is_scalar(node: ast.expr) -> bool:
+    """True for epoch, cfg.warmup, and for what is called after a mask but is a number about it."""
+    if not isinstance(node, (ast.Name, ast.Attribute)):
+        return False
+    found = set(words(last_name(node)))
+    return bool(found & _SCALARS) or bool(found & _MASK and not is_mask(node))
 
 
 def is_accumulation(node: ast.expr) -> bool:

@@ -6,15 +6,18 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 from masked_loss.lint import names
 from masked_loss.lint.events import Division, Event, Frame, Multiplication, Reduction
 from masked_loss.lint.values import (
     NUMBER,
     UNKNOWN,
+    Const,
     Count,
     Loss,
     Mask,
+    Number,
     Product,
     Sliced,
     Value,
@@ -60,6 +63,20 @@ class Tensors:
             return Mask(ast.unparse(node)) if isinstance(node, ast.expr) else masks[0]
         return UNKNOWN
 
+    def compare(self, node: ast.expr, operands: list[ast.expr], values: list[Value]) -> Value:
+        """Whether a comparison makes a mask or, of numbers and strings, only True or False."""
+        if any(isinstance(value, (Count, Number)) for value in values):
+            return NUMBER
+        if any(isinstance(value, Const) and isinstance(value.value, str) for value in values):
+            return NUMBER
+        if any(isinstance(value, Mask) for value in values):
+            return Mask(ast.unparse(node))
+        pairs = zip(pairwise(operands), pairwise(values), strict=True)
+        if any(UNKNOWN in known and names.compares_labels(*pair) for pair, known in pairs):
+            return Mask(ast.unparse(node))
+        tensors = any(isinstance(operand, (ast.Call, ast.Subscript)) for operand in operands)
+        return NUMBER if not tensors and any(map(names.is_scalar, operands)) else UNKNOWN
+
     def _multiply(
         self, node: ast.expr | ast.stmt, loss: Loss, factor: ast.expr, value: Value, frame: Frame
     ) -> Value:
@@ -93,10 +110,8 @@ class Tensors:
         if name in _LIKE:
             return Mask(ast.unparse(node)) if names.is_labels(node.args[0]) else UNKNOWN
         if name in {"tensor", "as_tensor", "scalar_tensor", "zeros", "ones"}:
-            number = isinstance(node.args[0], ast.Constant) and name in {"tensor", "as_tensor"}
+            number = is_number(first) and name in {"tensor", "as_tensor"}
             return NUMBER if number or name == "scalar_tensor" else UNKNOWN
-        if name in _COMPARISONS and names.is_labels(node.args[0]) and first == UNKNOWN:
-            return Mask(ast.unparse(node))
         unreduced = len(node.args) == 1 and not node.keywords
         return self.tensor_method(name, node, node.args[0], first, unreduced, frame) or UNKNOWN
 
@@ -129,8 +144,8 @@ class Tensors:
             if name == "contiguous" and not receiver.tail:
                 return replace(receiver, copied=frame.place(node))
             return receiver if name in names.VIEWS else UNKNOWN
-        if name in _COMPARISONS and names.is_labels(owner) and receiver == UNKNOWN:
-            return Mask(ast.unparse(node))
+        if name in _COMPARISONS and receiver == UNKNOWN and node.args:
+            return self.compare(node, [owner, node.args[-1]], [receiver, UNKNOWN])
         return UNKNOWN if receiver != UNKNOWN or name in names.VIEWS else None
 
     def _loss_method(
