@@ -767,6 +767,8 @@ class Interpreter:
             return self._record(keywords)
         if path.startswith("builtins."):
             return NUMBER if last in _NUMERIC_CALLS and not isinstance(first, Loss) else UNKNOWN
+        if path.startswith(("random.", "math.")) or (path == "numpy.random.rand" and not node.args):
+            return NUMBER
         if path.startswith("torch."):
             return self.tensors.torch_function(last, node, positional, frame)
         return UNKNOWN

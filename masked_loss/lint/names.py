@@ -34,6 +34,7 @@ _SCALAR_WORDS = (
     "world max min num n len length size count coef coeff lr temperature threshold"
 )
 _SCALARS = set(_SCALAR_WORDS.split())
+_CONFIGURATION = {"cfg", "config", "conf", "args", "opt", "opts", "options", "hparams", "settings"}
 _NOT_LABELS = _SCALARS | {"domain", "name", "type", "kind", "class", "path", "weight", "smoothing"}
 _ACCUMULATION = ("accum", "micro", "iter_size", "grad_acc", "gradient_acc")
 
@@ -63,6 +64,9 @@ def last_name(node: ast.expr) -> str:
         if isinstance(index, ast.Constant) and isinstance(index.value, str):
             return index.value
         return last_name(node.value) if slices_time(index) else ""
+    if isinstance(node, ast.Call) and _is_getattr(node):
+        name = node.args[1]
+        return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else ""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         return last_name(node.func.value) if node.func.attr in VIEWS else ""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
@@ -117,11 +121,22 @@ def _is_padding(node: ast.expr) -> bool:
 
 
 def is_scalar(node: ast.expr) -> bool:
-    """True for epoch, cfg.warmup, and for what is called after a mask but is a number about it."""
-    if not isinstance(node, (ast.Name, ast.Attribute)):
-        return False
+    """True for epoch, cfg.mask, step / 100, and for mask_coef: a number about a mask."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, (int, float))
+    if isinstance(node, (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare)):
+        operands = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)]
+        return all(map(is_scalar, operands))
     found = set(words(last_name(node)))
+    if isinstance(node, ast.Call) and not _is_getattr(node):
+        return False
+    if isinstance(node, ast.Attribute) and set(words(last_name(node.value))) & _CONFIGURATION:
+        return True
     return bool(found & _SCALARS) or bool(found & _MASK and not is_mask(node))
+
+
+def _is_getattr(node: ast.Call) -> bool:
+    return isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1
 
 
 def is_accumulation(node: ast.expr) -> bool:

@@ -29,6 +29,7 @@ _REDUCTIONS = {"sum", "mean", "nansum", "nanmean"}
 _LIKE = {"ones_like", "zeros_like", "full_like"}
 _COMPARISONS = {"ne", "eq", "gt", "ge", "lt", "le", "logical_not"}
 _SCALING = {"abs", "neg", "nan_to_num", "clamp", "clamp_min", "clamp_max"}
+_ONE = {"1", "()", "(1,)", "[]", "[1]"}  # the sizes of a tensor of one element
 
 
 class Tensors:
@@ -74,8 +75,9 @@ class Tensors:
         pairs = zip(pairwise(operands), pairwise(values), strict=True)
         if any(UNKNOWN in known and names.compares_labels(*pair) for pair, known in pairs):
             return Mask(ast.unparse(node))
-        tensors = any(isinstance(operand, (ast.Call, ast.Subscript)) for operand in operands)
-        return NUMBER if not tensors and any(map(names.is_scalar, operands)) else UNKNOWN
+        variables = [o for o in operands if not isinstance(o, ast.Constant)]
+        tensors = any(isinstance(operand, (ast.Call, ast.Subscript)) for operand in variables)
+        return NUMBER if not tensors and any(map(names.is_scalar, variables)) else UNKNOWN
 
     def _multiply(
         self, node: ast.expr | ast.stmt, loss: Loss, factor: ast.expr, value: Value, frame: Frame
@@ -109,9 +111,10 @@ class Tensors:
             return self.operate(node, op, left, right, first, positional[1], frame)
         if name in _LIKE:
             return Mask(ast.unparse(node)) if names.is_labels(node.args[0]) else UNKNOWN
-        if name in {"tensor", "as_tensor", "scalar_tensor", "zeros", "ones"}:
-            number = is_number(first) and name in {"tensor", "as_tensor"}
-            return NUMBER if number or name == "scalar_tensor" else UNKNOWN
+        if name in {"tensor", "as_tensor", "scalar_tensor"}:
+            return _made_of(node.args[0], first)
+        if name in {"zeros", "ones", "full", "rand", "randn", "empty"}:
+            return NUMBER if ast.unparse(node.args[0]) in _ONE else UNKNOWN
         unreduced = len(node.args) == 1 and not node.keywords
         return self.tensor_method(name, node, node.args[0], first, unreduced, frame) or UNKNOWN
 
@@ -144,6 +147,8 @@ class Tensors:
             if name == "contiguous" and not receiver.tail:
                 return replace(receiver, copied=frame.place(node))
             return receiver if name in names.VIEWS else UNKNOWN
+        if name == "new_tensor" and len(node.args) == 1 and receiver == UNKNOWN:
+            return _made_of(node.args[0], UNKNOWN)
         if name in _COMPARISONS and receiver == UNKNOWN and node.args:
             return self.compare(node, [owner, node.args[-1]], [receiver, UNKNOWN])
         return UNKNOWN if receiver != UNKNOWN or name in names.VIEWS else None
@@ -174,6 +179,12 @@ class Tensors:
         if name in {"item", "tolist", "numpy"}:
             return NUMBER if loss.reduced else UNKNOWN
         return loss if name in names.VIEWS or name in _SCALING else UNKNOWN
+
+
+def _made_of(node: ast.expr, value: Value) -> Value:
+    """torch.tensor(...) of a number, or of a list of one, is a number."""
+    alone = isinstance(node, ast.List) and len(node.elts) == 1 and names.is_scalar(node.elts[0])
+    return NUMBER if alone or is_number(value) or names.is_scalar(node) else UNKNOWN
 
 
 def add(left: Value, right: Value) -> Value:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Comparisons that switch a whole loss on or off: strings, epochs, the label of one sample."""
 
+import random
+
 import torch
 import torch.nn.functional as F
 
@@ -27,3 +29,19 @@ def configured(logits, labels, cfg):
     loss = F.cross_entropy(logits, labels)
     mask = cfg.mask_coef
     return loss * mask
+
+
+def switched(logits, labels, args, epoch, epochs):
+    loss = F.cross_entropy(logits, labels)
+    mask = torch.ones(1)
+    total = loss * mask
+    mask = getattr(args, "mask_coef", 1.0)
+    total = total + loss * mask
+    mask = torch.tensor(args.train_on_masked, dtype=torch.float)
+    total = total + loss * mask
+    mask = (torch.rand(()) < 0.1).float()
+    total = total + loss * mask
+    mask = random.random() > 0.5
+    total = total + loss * mask
+    mask = 1 - epoch / epochs
+    return total + loss * mask
