@@ -31,6 +31,7 @@ from masked_loss.lint.values import (
     UNKNOWN,
     Class,
     Const,
+    Count,
     External,
     Function,
     Instance,
@@ -427,6 +428,14 @@ class Interpreter:
             self.project.remember_attribute(target.attr, value)
         self._assign_path(target, value, frame)
 
+    def _set_attribute(self, node: ast.Call, value: Value, frame: Frame) -> None:
+        """setattr(owner, name, value); a name that is not known may be that of the reduction."""
+        owner, name, _ = node.args
+        known = isinstance(name, ast.Constant) and isinstance(name.value, str)
+        attribute = str(name.value) if isinstance(name, ast.Constant) and known else "reduction"
+        target = ast.copy_location(ast.Attribute(owner, attribute, ast.Store()), node)
+        self._assign_attribute(target, value if known else UNKNOWN, frame)
+
     def _assign_path(self, target: ast.expr, value: Value, frame: Frame) -> None:
         """Remembers what `out.loss` or `out["loss"]` is for the rest of this function."""
         path = names.path(target)
@@ -765,6 +774,8 @@ class Interpreter:
             return self._record(keywords)
         if last[:1].isupper() and any("loss" in name.lower() for name in keywords):
             return self._record(keywords)
+        if path == "builtins.setattr" and len(node.args) == 3:
+            self._set_attribute(node, positional[2], frame)
         if path.startswith("builtins."):
             return NUMBER if last in _NUMERIC_CALLS and not isinstance(first, Loss) else UNKNOWN
         if path.startswith(("random.", "math.")) or (path == "numpy.random.rand" and not node.args):
@@ -814,8 +825,11 @@ class Interpreter:
             return result
         if name in {"add", "sub"} and len(node.args) == 1 and not node.keywords:
             return add(receiver, positional[0])
-        unreduced = not node.args and not node.keywords
-        return self.tensors.tensor_method(name, node, function.value, receiver, unreduced, frame)
+        whole = not node.args and not node.keywords
+        outcome = self.tensors.tensor_method(name, node, function.value, receiver, whole, frame)
+        if name.endswith("_") and isinstance(receiver, Count):  # n.clamp_(min=1)
+            self._assign(function.value, outcome or UNKNOWN, frame)
+        return outcome
 
     def _record_method(
         self, node: ast.Call, name: str, receiver: Record, frame: Frame
@@ -868,6 +882,10 @@ class Interpreter:
         names_of_inputs = ("input", "target") if module else spec.parameters[:2]
         inputs = [*positional, *(keywords[n] for n in names_of_inputs if n in keywords)]
         self._emit(LossCall(frame, node, spec, tuple(inputs[:2]), False))
+        if spec.path.startswith("masked_loss."):
+            uneven = (uneven or _is_masked(spec, positional, keywords)) and (
+                keywords.get("normalizer", NONE) == NONE  # else: the count of the whole batch
+            )
         if reduction not in {"none", "mean", "sum", "elementwise_mean", "batchmean"}:
             return UNKNOWN
         reduced = reduction != "none"
@@ -924,6 +942,16 @@ class Interpreter:
 _CARRIERS = (Loss, LossModule, Partial, Tuple, Record)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _TENSOR_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+
+
+def _is_masked(spec: LossSpec, positional: list[Value], keywords: dict[str, Value]) -> bool:
+    """True when a loss of masked_loss is given a mask."""
+    parameters = spec.parameters
+    if spec.is_module:
+        first = ["hidden", "weight"] if spec.function == "linear_cross_entropy" else ["logits"]
+        parameters = (*first, "target", "mask")
+    given = dict(zip(parameters, positional, strict=False)) | keywords
+    return given.get("mask", NONE) != NONE
 
 
 def _compare(op: ast.cmpop, left: Value, right: Value) -> bool | None:

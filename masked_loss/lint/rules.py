@@ -192,9 +192,11 @@ def copied_logits(event: Event) -> Finding | None:
         return None
     if event.spec.function not in {"cross_entropy", "nll_loss", "masked_cross_entropy"}:
         return None
+    if logits.second and event.spec.function != "masked_cross_entropy":
+        return None
     given = [*event.node.args, *(k.value for k in event.node.keywords)]
     root = _root(given[0])
-    if root and _is_read_elsewhere(event.frame.node, root, event.node):
+    if root is None or (root and _is_read_elsewhere(event.frame.node, root, event.node)):
         return None
     message = (
         "shifting the logits with .contiguous() copies the largest tensor of the step; "
@@ -233,6 +235,8 @@ def _guards(node: ast.AST) -> _Guards:
             repairs |= name in {"nan_to_num", "nan_to_num_", "isnan", "isfinite", "isinf"}
             if name == "where" and inner.args:
                 _note_test(inner.args[0], tested, counted)
+        if isinstance(inner, ast.Compare):  # loss != loss
+            repairs |= ast.unparse(inner.left) == ast.unparse(inner.comparators[0])
         if isinstance(inner, (ast.If, ast.While, ast.IfExp, ast.Assert)):
             _note_test(inner.test, tested, counted)
     return _Guards(frozenset(tested), frozenset(counted), repairs)
@@ -274,10 +278,17 @@ def _is_guarded(frame: Frame, key: str, divisor: ast.expr) -> bool:
     return False
 
 
-def _root(node: ast.expr) -> str:
-    """x of x.view(-1, V).float()."""
-    while isinstance(node, (ast.Call, ast.Attribute, ast.Subscript)):
-        node = node.func if isinstance(node, ast.Call) else node.value
+def _root(node: ast.expr) -> str | None:
+    """x of x.view(-1, V).float(), "" where there is no name, None where an object keeps it."""
+    while isinstance(node, (ast.Call, ast.Subscript)):
+        if isinstance(node, ast.Subscript):
+            node = node.value
+        elif isinstance(node.func, ast.Attribute):
+            node = node.func.value
+        else:
+            return ""
+    if isinstance(node, ast.Attribute):
+        return None
     return node.id if isinstance(node, ast.Name) else ""
 
 
@@ -291,6 +302,8 @@ def _is_read_elsewhere(body: ast.AST, name: str, call: ast.Call) -> bool:
     for node in ast.walk(body):
         if isinstance(node, ast.Assign) and any(ast.unparse(t) == name for t in node.targets):
             assigned = True
+            if len(node.targets) > 1:
+                return True
             excused |= set(ast.walk(node.value))
         if isinstance(node, ast.Attribute) and node.attr in _METADATA:
             excused |= set(ast.walk(node.value))

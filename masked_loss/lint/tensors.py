@@ -7,6 +7,7 @@ import ast
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import TypeGuard
 
 from masked_loss.lint import names
 from masked_loss.lint.events import Division, Event, Frame, Multiplication, Reduction
@@ -29,6 +30,7 @@ _REDUCTIONS = {"sum", "mean", "nansum", "nanmean"}
 _LIKE = {"ones_like", "zeros_like", "full_like"}
 _COMPARISONS = {"ne", "eq", "gt", "ge", "lt", "le", "logical_not"}
 _SCALING = {"abs", "neg", "nan_to_num", "clamp", "clamp_min", "clamp_max"}
+_CREATION = {"arange", "linspace", "randint", "randperm", "eye"}
 _ONE = {"1", "()", "(1,)", "[]", "[1]"}  # the sizes of a tensor of one element
 
 
@@ -49,6 +51,9 @@ class Tensors:
         frame: Frame,
     ) -> Value:
         if isinstance(op, ast.Mult):
+            for loss, factor in ((left, right_node), (right, left_node)):
+                if isinstance(loss, Loss) and _is_inverse(factor):
+                    return self._divide(node, loss, factor.right, UNKNOWN, frame)
             if isinstance(left, Loss):
                 return self._multiply(node, left, right_node, right, frame)
             if isinstance(right, Loss):
@@ -113,6 +118,8 @@ class Tensors:
             return Mask(ast.unparse(node)) if names.is_labels(node.args[0]) else UNKNOWN
         if name in {"tensor", "as_tensor", "scalar_tensor"}:
             return _made_of(node.args[0], first)
+        if name in _CREATION:
+            return UNKNOWN
         if name in {"zeros", "ones", "full", "rand", "randn", "empty"}:
             return NUMBER if ast.unparse(node.args[0]) in _ONE else UNKNOWN
         unreduced = len(node.args) == 1 and not node.keywords
@@ -146,7 +153,7 @@ class Tensors:
         if isinstance(receiver, Sliced):
             if name == "contiguous" and not receiver.tail:
                 return replace(receiver, copied=frame.place(node))
-            return receiver if name in names.VIEWS else UNKNOWN
+            return replace(receiver, second=False) if name in names.VIEWS else UNKNOWN
         if name == "new_tensor" and len(node.args) == 1 and receiver == UNKNOWN:
             return _made_of(node.args[0], UNKNOWN)
         if name in _COMPARISONS and receiver == UNKNOWN and node.args:
@@ -181,6 +188,16 @@ class Tensors:
         return loss if name in names.VIEWS or name in _SCALING else UNKNOWN
 
 
+def _is_inverse(node: ast.expr) -> TypeGuard[ast.BinOp]:
+    """True for 1 / steps."""
+    return (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Div)
+        and isinstance(node.left, ast.Constant)
+        and node.left.value == 1
+    )
+
+
 def _made_of(node: ast.expr, value: Value) -> Value:
     """torch.tensor(...) of a number, or of a list of one, is a number."""
     alone = isinstance(node, ast.List) and len(node.elts) == 1 and names.is_scalar(node.elts[0])
@@ -212,7 +229,7 @@ def slice_of(index: ast.expr) -> Value:
         lower = ast.unparse(part.lower) if part.lower else ""
         upper = ast.unparse(part.upper) if part.upper else ""
         if (lower, upper) == ("", "-1"):
-            return Sliced(False)
+            return Sliced(False, second=part is parts[1])
         if (lower, upper) == ("1", ""):
             return Sliced(True)
     return UNKNOWN

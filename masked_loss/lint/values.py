@@ -153,6 +153,7 @@ class Sliced(Value):
 
     tail: bool
     copied: Place | None = None
+    second: bool = False  # it is dimension 1 still, which cross_entropy takes for the classes
 
 
 @dataclass(frozen=True)
