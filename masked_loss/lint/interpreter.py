@@ -781,6 +781,8 @@ class Interpreter:
         if path.startswith(("random.", "math.")) or (path == "numpy.random.rand" and not node.args):
             return NUMBER
         if path.startswith("torch."):
+            if last.endswith("_") and isinstance(first, Count):
+                self._assign(node.args[0], NUMBER, frame)
             return self.tensors.torch_function(last, node, positional, frame)
         return UNKNOWN
 
@@ -882,7 +884,7 @@ class Interpreter:
         names_of_inputs = ("input", "target") if module else spec.parameters[:2]
         inputs = [*positional, *(keywords[n] for n in names_of_inputs if n in keywords)]
         self._emit(LossCall(frame, node, spec, tuple(inputs[:2]), False))
-        if spec.path.startswith("masked_loss."):
+        if spec.is_ours:
             uneven = (uneven or _is_masked(spec, positional, keywords)) and (
                 keywords.get("normalizer", NONE) == NONE  # else: the count of the whole batch
             )

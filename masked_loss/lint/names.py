@@ -46,6 +46,8 @@ _VIEW_NAMES = (
     "repeat"
 )
 VIEWS = frozenset(_VIEW_NAMES.split())
+_SHAPE_NAMES = "view reshape flatten squeeze unsqueeze view_as ravel transpose permute t"
+SHAPES = frozenset(_SHAPE_NAMES.split())
 
 
 def words(name: str) -> list[str]:

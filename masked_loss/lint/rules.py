@@ -235,8 +235,10 @@ def _guards(node: ast.AST) -> _Guards:
             repairs |= name in {"nan_to_num", "nan_to_num_", "isnan", "isfinite", "isinf"}
             if name == "where" and inner.args:
                 _note_test(inner.args[0], tested, counted)
-        if isinstance(inner, ast.Compare):  # loss != loss
-            repairs |= ast.unparse(inner.left) == ast.unparse(inner.comparators[0])
+        if isinstance(inner, ast.Compare):
+            repairs |= ast.unparse(inner.left) == ast.unparse(inner.comparators[0])  # loss != loss
+            if not all(isinstance(op, (ast.Is, ast.IsNot)) for op in inner.ops):
+                tested |= {ast.unparse(inner.left)}  # count[count == 0] = 1
         if isinstance(inner, (ast.If, ast.While, ast.IfExp, ast.Assert)):
             _note_test(inner.test, tested, counted)
     return _Guards(frozenset(tested), frozenset(counted), repairs)
@@ -282,6 +284,8 @@ def _root(node: ast.expr) -> str | None:
     """x of x.view(-1, V).float(), "" where there is no name, None where an object keeps it."""
     while isinstance(node, (ast.Call, ast.Subscript)):
         if isinstance(node, ast.Subscript):
+            if names.path(node):
+                return None
             node = node.value
         elif isinstance(node.func, ast.Attribute):
             node = node.func.value

@@ -153,7 +153,8 @@ class Tensors:
         if isinstance(receiver, Sliced):
             if name == "contiguous" and not receiver.tail:
                 return replace(receiver, copied=frame.place(node))
-            return replace(receiver, second=False) if name in names.VIEWS else UNKNOWN
+            second = receiver.second and name not in names.SHAPES
+            return replace(receiver, second=second) if name in names.VIEWS else UNKNOWN
         if name == "new_tensor" and len(node.args) == 1 and receiver == UNKNOWN:
             return _made_of(node.args[0], UNKNOWN)
         if name in _COMPARISONS and receiver == UNKNOWN and node.args:

@@ -60,6 +60,10 @@ _OURS = {
     "masked_reduce": "values mask reduction normalizer",
     "masked_mean": "values mask",
 }
+_OUR_OPERATORS = {
+    "cross_entropy": _OURS["masked_cross_entropy"],
+    "masked_reduce": _OURS["masked_reduce"],
+}
 _OUR_MODULES = {
     "CrossEntropyLoss": ("cross_entropy", f"{_CLASS} label_smoothing"),
     "MaskedCrossEntropyLoss": ("masked_cross_entropy", _MASKED),
@@ -75,6 +79,10 @@ class LossSpec:
     function: str  # the function behind it: cross_entropy
     parameters: tuple[str, ...]  # in positional order
     is_module: bool
+
+    @property
+    def is_ours(self) -> bool:
+        return "masked_loss." in self.path
 
     @property
     def name(self) -> str:
@@ -94,6 +102,8 @@ def _specs() -> dict[str, LossSpec]:
         add(f"torch.nn.modules.loss.{name}", function, parameters, True)
     for name, parameters in _OURS.items():
         add(f"masked_loss.{name}", name, parameters, False)
+    for name, parameters in _OUR_OPERATORS.items():
+        add(f"torch.ops.masked_loss.{name}", name, parameters, False)
     for name, (function, parameters) in _OUR_MODULES.items():
         add(f"masked_loss.{name}", function, parameters, True)
     return specs

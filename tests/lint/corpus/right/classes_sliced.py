@@ -8,6 +8,12 @@ def without_the_last_class(x, y):
     return F.cross_entropy(x[:, :-1].contiguous(), y[:, 1:].contiguous())
 
 
+def cast(x, y, out):
+    out["shifted"] = x[..., :-1, :].contiguous()
+    loss = F.cross_entropy(out["shifted"].view(-1, 100), y[..., 1:].reshape(-1))
+    return loss + F.cross_entropy(x[:, :-1].contiguous().float(), y[:, 1:].contiguous())
+
+
 class Model:
     def forward(self, logits, labels):
         self.shift_logits = logits[..., :-1, :].contiguous()

@@ -10,6 +10,14 @@ def clamped(logits, labels, mask):
     return (losses * mask).sum() / n
 
 
+def filled(logits, labels, mask):
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    n, m = mask.sum(), mask.sum()
+    n[n == 0] = 1
+    torch.clamp_(m, min=1)
+    return (losses * mask).sum() / n + (losses * mask).sum() / m
+
+
 def tested(logits, labels, mask):
     losses = F.cross_entropy(logits, labels, reduction="none")
     loss = (losses * mask).sum() / mask.sum()
