@@ -64,6 +64,7 @@ _WRAPPERS = {
     "DDP",
 }
 _WRAPPERS |= {"FSDP", "script", "deepcopy", "prepare", "unwrap_model", "convert_sync_batchnorm"}
+_MODELS = {"model", "module", "net", "network", "engine", "self"}
 _SELF_METHODS = names.VIEWS | {"train", "eval", "apply", "compile", "share_memory"}
 _NUMERIC_CALLS = {"float", "int", "len", "bool", "round", "max", "min"}
 
@@ -364,9 +365,10 @@ class Interpreter:
 
     def _do_with(self, node: ast.With | ast.AsyncWith, frame: Frame) -> bool:
         for item in node.items:
-            self.value(item.context_expr, frame)
+            value = self.value(item.context_expr, frame)
             if item.optional_vars is not None:
-                self._assign(item.optional_vars, UNKNOWN, frame)
+                known = value if isinstance(value, External) else UNKNOWN
+                self._assign(item.optional_vars, known, frame)
         return self._block(node.body, frame)
 
     _do_asyncwith = _do_with
@@ -501,8 +503,8 @@ class Interpreter:
         owner = self.value(node.value, frame)
         name = node.attr
         if isinstance(owner, External):
-            if owner.path.startswith("builtins."):
-                return self.project.attribute_by_name(name)
+            if owner.path.startswith("builtins."):  # a name that nothing in the file binds
+                return self.project.attribute_by_name(name, frame.module)
             return External(f"{owner.path}.{name}")
         if isinstance(owner, Module):
             return self._member(owner.info, name)
@@ -514,7 +516,7 @@ class Interpreter:
             return owner
         if name in {"ndim"}:
             return NUMBER
-        return self.project.attribute_by_name(name)
+        return self.project.attribute_by_name(name, frame.module)
 
     def _instance_attribute(self, owner: Instance | Class, name: str, frame: Frame) -> Value:
         info = owner.info
@@ -784,7 +786,7 @@ class Interpreter:
             if last.endswith("_") and isinstance(first, Count):
                 self._assign(node.args[0], NUMBER, frame)
             return self.tensors.torch_function(last, node, positional, frame)
-        return UNKNOWN
+        return External(f"{path}()") if _makes_foreign(path, node, positional) else UNKNOWN
 
     def _method(
         self, node: ast.Call, function: ast.Attribute, receiver: Value, frame: Frame
@@ -792,7 +794,7 @@ class Interpreter:
         """A method call on a value that is no object of the analysed files; None: not handled."""
         name = function.attr
         if isinstance(receiver, (Module, Class, External)):
-            if not isinstance(receiver, External) or not receiver.path.startswith("builtins."):
+            if not isinstance(receiver, External) or not receiver.is_object:
                 return None
             receiver = UNKNOWN
         if isinstance(receiver, Instance):
@@ -972,6 +974,17 @@ def _compare(op: ast.cmpop, left: Value, right: Value) -> bool | None:
 def _merged(partial: Partial, node: ast.Call) -> list[ast.keyword]:
     later = {keyword.arg for keyword in node.keywords}
     return [*(k for k in partial.keywords if k.arg not in later), *node.keywords]
+
+
+def _makes_foreign(path: str, node: ast.Call, positional: list[Value]) -> bool:
+    """True where code outside the analysed files makes an object without one of theirs inside."""
+    given = [*node.args, *(keyword.value for keyword in node.keywords)]
+    inside = any(_MODELS & set(names.words(names.last_name(argument))) for argument in given)
+    if inside or any(isinstance(value, (Instance, Class, Function)) for value in positional):
+        return False
+    if "()" in path or any(part[:1].isupper() for part in path.split(".")):
+        return True
+    return len(positional) == len(given) and all(isinstance(v, Const) for v in positional)
 
 
 def _is_super(node: ast.expr) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
 
 from masked_loss.lint.source import Source
 from masked_loss.lint.values import (
@@ -129,6 +130,7 @@ class ModuleInfo:
     scope: Scope = field(default_factory=Scope)
     functions: list[FunctionInfo] = field(default_factory=list)
     classes: dict[ast.ClassDef, ClassInfo] = field(default_factory=dict)
+    imports: list[ast.Import | ast.ImportFrom] = field(default_factory=list)
     by_node: dict[ast.AST, FunctionInfo] = field(default_factory=dict)
     relevant: bool = True
     done: int = 0  # the last pass that evaluated it
@@ -176,6 +178,8 @@ class Project:
                 if owner is not None:
                     owner.methods[statement.name] = function
                 owner = None
+            elif isinstance(statement, (ast.Import, ast.ImportFrom)):
+                module.imports.append(statement)
             else:
                 match statement:
                     case ast.AnnAssign(target=ast.Name(id=name)) if owner is not None:
@@ -219,14 +223,48 @@ class Project:
             known[name] = joined
             self.changes += 1
 
-    def attribute_by_name(self, name: str) -> Value:
+    def attribute_by_name(self, name: str, reader: ModuleInfo) -> Value:
         """What `x.name` must be when nothing is known of x.
 
-        Only a loss is believed, only under a name that says so, and only if every object in the
-        analysed files that has this attribute agrees.
+        Only a loss is believed, only under a name that says so, only if every object in the
+        analysed files that has this attribute agrees, and only if one can get here.
         """
         value = self._attributes.get(name, UNKNOWN)
-        return value if "loss" in name.lower() and isinstance(value, Loss) else UNKNOWN
+        if "loss" not in name.lower() or not isinstance(value, Loss):
+            return UNKNOWN
+        return value if self._meet(reader, value.origin.source) else UNKNOWN
+
+    def _meet(self, reader: ModuleInfo, source: Source) -> bool:
+        """True for files of one folder, and for two of which one, or a third, imports the other."""
+        if reader.source.path.parent == source.path.parent:
+            return True
+        return any(
+            {reader.source.path, source.path} <= imported for imported in self._imported.values()
+        )
+
+    @cached_property
+    def _imported(self) -> dict[Path, set[Path]]:
+        """The files that each file imports, directly or not, and itself."""
+        direct = {module.source.path: set(self._imports(module)) for module in self.modules}
+        found: dict[Path, set[Path]] = {}
+        for start in direct:
+            seen, pending = {start}, [start]
+            while pending:
+                new = direct[pending.pop()] - seen
+                seen |= new
+                pending += new
+            found[start] = seen
+        return found
+
+    def _imports(self, module: ModuleInfo) -> Iterator[Path]:
+        for statement in module.imports:
+            level = statement.level if isinstance(statement, ast.ImportFrom) else 0
+            inside = statement.module or "" if isinstance(statement, ast.ImportFrom) else ""
+            for alias in statement.names:
+                for dotted in {inside, f"{inside}.{alias.name}".strip(".")}:
+                    found = self.resolve(dotted, module, level)
+                    if found is not None:
+                        yield found.source.path
 
 
 def _blocks(statement: ast.stmt) -> Iterator[ast.stmt]:

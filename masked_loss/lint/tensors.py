@@ -77,8 +77,7 @@ class Tensors:
             return NUMBER
         if any(isinstance(value, Mask) for value in values):
             return Mask(ast.unparse(node))
-        pairs = zip(pairwise(operands), pairwise(values), strict=True)
-        if any(UNKNOWN in known and names.compares_labels(*pair) for pair, known in pairs):
+        if any(names.compares_labels(*pair) for pair in pairwise(operands)):
             return Mask(ast.unparse(node))
         variables = [o for o in operands if not isinstance(o, ast.Constant)]
         tensors = any(isinstance(operand, (ast.Call, ast.Subscript)) for operand in variables)

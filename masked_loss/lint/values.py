@@ -63,9 +63,17 @@ class Number(Value):
 
 @dataclass(frozen=True)
 class External(Value):
-    """Something outside the analysed files, by its canonical name: torch.nn.functional."""
+    """Something outside the analysed files, by its canonical name: torch.nn.functional.
+
+    What it returns has () in its name: an object of which only this is known.
+    """
 
     path: str
+
+    @property
+    def is_object(self) -> bool:
+        """False for what is called by its name: a module, a class, a function."""
+        return "()" in self.path or self.path.startswith("builtins.")
 
 
 @dataclass(frozen=True)
