@@ -36,6 +36,7 @@ from masked_loss.lint.values import (
     Function,
     Instance,
     Loss,
+    Losses,
     LossModule,
     Mask,
     Module,
@@ -128,6 +129,8 @@ class Interpreter:
 
     def _standalone(self, function: FunctionInfo) -> None:
         """Evaluates a function of which no call is known: its arguments are unknown."""
+        if function.given_away:
+            return
         owner = function.owner
         if owner is not None and function.name == "__init__" and owner.constructed:
             return  # judged by the calls that construct it
@@ -590,6 +593,9 @@ class Interpreter:
     def _of_tuple(self, node: ast.Tuple, frame: Frame) -> Value:
         return Tuple(tuple(self.value(element, frame) for element in node.elts))
 
+    def _of_list(self, node: ast.List, frame: Frame) -> Value:
+        return _losses([self.value(element, frame) for element in node.elts])
+
     def _of_dict(self, node: ast.Dict, frame: Frame) -> Value:
         fields: dict[str, Value] = {}
         for key, item in zip(node.keys, node.values, strict=False):
@@ -615,6 +621,8 @@ class Interpreter:
         if not isinstance(info, FunctionInfo):
             info = FunctionInfo(node, frame.module)
             frame.module.by_node[node] = info
+            frame.module.functions.append(info)
+        self._closures[info] = frame.scope
         return Function(info, frame.scope)
 
     def _of_await(self, node: ast.Await, frame: Frame) -> Value:
@@ -634,9 +642,8 @@ class Interpreter:
             for condition in generator.ifs:
                 self.value(condition, inner)
         parts = (node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,)
-        for part in parts:
-            self.value(part, inner)
-        return UNKNOWN
+        values = [self.value(part, inner) for part in parts]
+        return UNKNOWN if isinstance(node, ast.DictComp) else _losses(values)
 
     _of_listcomp = _of_setcomp = _of_generatorexp = _of_dictcomp = _comprehension
 
@@ -698,6 +705,9 @@ class Interpreter:
     def _arguments(self, node: ast.Call, frame: Frame) -> tuple[list[Value], dict[str, Value]]:
         positional = [self.value(argument, frame) for argument in node.args]
         keywords = {k.arg or "**": self.value(k.value, frame) for k in node.keywords}
+        for value in (*positional, *keywords.values()):
+            if isinstance(value, Function) and isinstance(value.info.node, ast.Lambda):
+                value.info.given_away = True
         return positional, keywords
 
     def _call_function(self, callee: Function, node: ast.Call, frame: Frame) -> Value:
@@ -776,6 +786,10 @@ class Interpreter:
             return self._record(keywords)
         if last[:1].isupper() and any("loss" in name.lower() for name in keywords):
             return self._record(keywords)
+        if path == "torch.nn.ModuleDict" and isinstance(first, Record):
+            return first
+        if path == "builtins.sum" and isinstance(first, Losses):
+            return first.each
         if path == "builtins.setattr" and len(node.args) == 3:
             self._set_attribute(node, positional[2], frame)
         if path.startswith("builtins."):
@@ -809,6 +823,9 @@ class Interpreter:
         if isinstance(receiver, Record):
             return self._record_method(node, name, receiver, frame)
         positional, _ = self._arguments(node, frame)
+        if isinstance(receiver, Losses):  # append() of who knows what
+            self._assign(function.value, UNKNOWN, frame)
+            return UNKNOWN
         if name == "prepare" and positional:
             return positional[0] if len(positional) == 1 else Tuple(tuple(positional))
         if name in {"unwrap_model"} and positional:
@@ -985,6 +1002,13 @@ def _makes_foreign(path: str, node: ast.Call, positional: list[Value]) -> bool:
     if "()" in path or any(part[:1].isupper() for part in path.split(".")):
         return True
     return len(positional) == len(given) and all(isinstance(v, Const) for v in positional)
+
+
+def _losses(values: list[Value]) -> Value:
+    each: Value | None = None
+    for value in values:
+        each = join(each, value)
+    return Losses(replace(each, product=None)) if isinstance(each, Loss) else UNKNOWN
 
 
 def _is_super(node: ast.expr) -> bool:

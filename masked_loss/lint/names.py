@@ -36,6 +36,17 @@ _SCALAR_WORDS = (
 _SCALARS = set(_SCALAR_WORDS.split())
 _CONFIGURATION = {"cfg", "config", "conf", "args", "opt", "opts", "options", "hparams", "settings"}
 _NOT_LABELS = _SCALARS | {"domain", "name", "type", "kind", "class", "path", "weight", "smoothing"}
+_AUXILIARY = {
+    "aux",
+    "auxiliary",
+    "balance",
+    "balancing",
+    "router",
+    "moe",
+    "reg",
+    "vq",
+    "commitment",
+}
 _ACCUMULATION = ("accum", "micro", "iter_size", "grad_acc", "gradient_acc")
 
 # Methods and functions that leave a tensor the same for our purpose.
@@ -139,6 +150,15 @@ def is_scalar(node: ast.expr) -> bool:
 
 def _is_getattr(node: ast.Call) -> bool:
     return isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1
+
+
+def is_auxiliary(node: ast.expr) -> bool:
+    """True for aux_loss, 0.01 * out.router_loss: losses that are one number for the whole model."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
+        operands = node.left, node.right
+        return any(map(is_auxiliary, operands)) and not any(map(is_mask, operands))
+    found = set(words(last_name(node)))
+    return bool(found & {"loss", "losses"} and found & _AUXILIARY)
 
 
 def is_accumulation(node: ast.expr) -> bool:

@@ -25,6 +25,22 @@ from masked_loss.lint.values import (
 # A file without any of these words has nothing to report; it is looked into only when imported.
 _RELEVANT = re.compile(r"loss|entropy|criterion|nll|mask|kl_div", re.IGNORECASE)
 
+_LOSS = re.compile(r"loss|entropy|criterion|nll|kl_div", re.IGNORECASE)
+# What a line binds: ce of `self.ce = ...`, of `import cross_entropy as ce`.
+_BINDING = re.compile(r"^\s*(?:self\.)?(\w+)(?:\s*:[^=]+)?\s*=(?!=)|\bimport\b.*\bas\s+(\w+)\s*$")
+_NAME = re.compile(r"[^\W\d]\w*")
+_COMMON_NAMES = {
+    "forward",
+    "main",
+    "model",
+    "out",
+    "output",
+    "outputs",
+    "result",
+    "logits",
+    "labels",
+}
+
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
@@ -50,6 +66,7 @@ class FunctionInfo:
     node: FunctionNode
     module: ModuleInfo
     owner: ClassInfo | None = None
+    given_away: bool = False  # a lambda that is an argument: who takes it may give it one sample
     per_sample: bool = False  # given to vmap: sees one sample, for which the loss is per token
 
     @property
@@ -63,7 +80,9 @@ class FunctionInfo:
     @cached_property
     def relevant(self) -> bool:
         """False for a function in which no loss and no mask is named: it has nothing to report."""
-        return self.name == "__init__" or _RELEVANT.search(self.text) is not None
+        if self.name == "__init__" or _RELEVANT.search(self.text):
+            return True
+        return not self.module.aliases.isdisjoint(_NAME.findall(self.text))
 
     @cached_property
     def is_generator(self) -> bool:
@@ -131,6 +150,7 @@ class ModuleInfo:
     functions: list[FunctionInfo] = field(default_factory=list)
     classes: dict[ast.ClassDef, ClassInfo] = field(default_factory=dict)
     imports: list[ast.Import | ast.ImportFrom] = field(default_factory=list)
+    imported_losses: set[str] = field(default_factory=set)  # functions that name a loss
     by_node: dict[ast.AST, FunctionInfo] = field(default_factory=dict)
     relevant: bool = True
     done: int = 0  # the last pass that evaluated it
@@ -140,6 +160,16 @@ class ModuleInfo:
         """The path as an importer sees it: a/b/__init__.py and a/b.py both end in a, b."""
         parts = self.source.path.absolute().with_suffix("").parts
         return parts[:-1] if parts[-1] == "__init__" else parts
+
+    @cached_property
+    def aliases(self) -> set[str]:
+        """Other names of losses: ce of `cross_entropy as ce`, of functions that compute one."""
+        found = {f.name for f in self.functions if _LOSS.search(f.text)} | self.imported_losses
+        for line in self.source.lines:
+            match = _BINDING.search(line) if _LOSS.search(line) else None
+            if match:
+                found.add(match[1] or match[2])
+        return found - _COMMON_NAMES
 
     @property
     def package(self) -> tuple[str, ...]:
@@ -160,8 +190,23 @@ class Project:
             if module.source.path.suffix == ".py":
                 self._by_parts[module.parts] = module
                 self._by_last_name[module.parts[-1]].append(module)
-            module.relevant = _RELEVANT.search(module.source.text) is not None
             self._collect(module)
+        self._note_imported_losses()
+
+    def _note_imported_losses(self) -> None:
+        losses = {
+            f.name
+            for m in self.modules
+            for f in m.functions
+            if not f.owner and _LOSS.search(f.text)
+        }
+        for module in self.modules:
+            for statement in module.imports:
+                if isinstance(statement, ast.ImportFrom):
+                    names = {a.asname or a.name for a in statement.names if a.name in losses}
+                    module.imported_losses |= names - _COMMON_NAMES
+            if not module.imported_losses:
+                module.relevant = _RELEVANT.search(module.source.text) is not None
 
     def _collect(self, module: ModuleInfo) -> None:
         """Records the classes and functions of a module, also those inside others."""

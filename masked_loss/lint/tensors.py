@@ -61,6 +61,10 @@ class Tensors:
         if isinstance(op, ast.Div) and isinstance(left, Loss):
             return self._divide(node, left, right_node, right, frame)
         if isinstance(op, (ast.Add, ast.Sub)):
+            left, right = (
+                NUMBER if value == UNKNOWN and names.is_auxiliary(operand) else value
+                for value, operand in ((left, left_node), (right, right_node))
+            )
             return add(left, right)
         if is_number(left) and is_number(right):
             return NUMBER

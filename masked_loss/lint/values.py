@@ -170,6 +170,13 @@ class Tuple(Value):
 
 
 @dataclass(frozen=True)
+class Losses(Value):
+    """A list or a generator of losses that are all like this one."""
+
+    each: Loss
+
+
+@dataclass(frozen=True)
 class Record(Value):
     """A dict, a dataclass or a model's output: values by name."""
 
