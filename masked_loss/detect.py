@@ -24,17 +24,22 @@ _HERE = os.path.dirname(__file__) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 # Losses announce themselves to __torch_function__ under these modules.
 _LOSSES = ("torch.nn.functional", "masked_loss.functional", "masked_loss.linear")
+_OPERATORS = frozenset({"cross_entropy", "cross_entropy_stats", "masked_reduce"})
 _MULTIPLY = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
-# A result of these is still the reduced loss, as long as it has one element.
+_CHOOSE = frozenset({"where", "masked_fill"})
+_SPREAD = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
+_COLLECT = frozenset({"stack", "cat", "concat", "hstack"})
+# A result of these is still the reduced loss, as long as no operand had one value per token.
 _PRESERVING = (
     "div div_ divide divide_ true_divide true_divide_ __truediv__ __itruediv__ __div__ "
     "__idiv__ add add_ __add__ __radd__ __iadd__ sub sub_ subtract subtract_ __sub__ "
     "__rsub__ __isub__ rsub neg neg_ negative __neg__ abs __abs__ clone detach detach_ to "
     "type float double half bfloat16 cpu cuda contiguous requires_grad_ alias view reshape "
     "squeeze unsqueeze flatten ravel sum mean nan_to_num nan_to_num_ clamp clamp_ clamp_min "
-    "clamp_max copy_"
+    "clamp_max copy_ data T mT __getitem__ select"
 )
-_PRESERVE = _MULTIPLY | frozenset(_PRESERVING.split())
+_PRESERVE = _MULTIPLY | _CHOOSE | _SPREAD | frozenset(_PRESERVING.split())
+_WATCHED = _PRESERVE | _COLLECT | {"einsum"}
 
 
 class _Place(NamedTuple):
@@ -55,6 +60,8 @@ class _Reduced(NamedTuple):
 
     place: _Place
     how: str  # cross_entropy, reduction="mean"
+    collected: bool = False  # with others in one tensor, each its own: a mask may choose among them
+    version: int = 0  # of the tensor that holds it: another one, and it holds something else
 
 
 class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.autograd.detect_anomaly
@@ -64,9 +71,10 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
     :math:`\sum_n m_n \bar\ell / \sum_n m_n = \bar\ell`: the mask changes nothing, and no
     error tells. While this context is active, every loss that ``torch.nn.functional`` (directly or
     in a ``torch.nn`` module) or masked_loss reduces to a scalar is remembered, also when it is then
-    scaled, cast, moved, detached, cloned or added to another scalar. Where such a loss is
-    multiplied with a tensor of more than one element, :class:`ReducedLossError` is raised; the
-    message shows the line that reduced the loss and the line that applied the mask.
+    scaled, cast, moved, viewed, expanded, detached, cloned or added to another scalar, until its
+    tensor is overwritten. Where such a loss is multiplied with a tensor of more than one element,
+    or one chooses between it and a number (``torch.where``), :class:`ReducedLossError` is raised;
+    the message shows the line that reduced the loss and the line that applied the mask.
 
     It is a debugging aid in the manner of ``torch.autograd.detect_anomaly``: run one training step
     under it. It costs nothing when it is not active, and keeps no tensor alive. It sees eager
@@ -112,39 +120,65 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        signature = _loss_signature(func)
-        if signature is None and name not in _PRESERVE and name != "einsum":
+        name = _name(func)
+        reduction = _reduction_of(func, args, kwargs)
+        if reduction is None and name not in _WATCHED:
             return func(*args, **kwargs)
 
-        tensors = [t for t in _flat((*args, *kwargs.values())) if isinstance(t, torch.Tensor)]
-        known = next((r for t in tensors if (r := self._reduced.get(t)) is not None), None)
-        if known is not None and (name in _MULTIPLY or name == "einsum"):
-            self._check(tensors, known)
+        read = (*args[name == "copy_" :], *(v for k, v in kwargs.items() if k != "out"))
+        tensors = [t for t in _flat(read) if isinstance(t, torch.Tensor)]
+        losses = [(t, r) for t in tensors if (r := self._recall(t)) is not None]
+        if losses and name not in _COLLECT:
+            self._check(name, tensors, losses)
 
         result = func(*args, **kwargs)
-        loss = result[0] if isinstance(result, tuple) and signature is not None else result
-        if not isinstance(loss, torch.Tensor):
-            return result
-        if signature is not None:
-            reduction = _reduction(signature, args, kwargs)
+        if reduction is not None:
+            loss = result[0] if isinstance(result, tuple) else result
             if reduction != "none" and loss.dim() == 0:
-                self._reduced[loss] = _Reduced(_caller(), f'{name}, reduction="{reduction}"')
-        elif known is not None and name in _PRESERVE and result.numel() == 1:
-            self._reduced[result] = known
+                how = f'{name}, reduction="{reduction}"'
+                self._remember(loss, _Reduced(_caller(), how))
+        elif losses and isinstance(result, torch.Tensor):
+            others = [t for t in tensors if all(t is not loss for loss, _ in losses)]
+            alone = all(t.numel() == 1 for t in others) or name in _SPREAD
+            if result.numel() == 1 or (alone and name in _PRESERVE):
+                self._remember(result, losses[0][1])
+            elif name in _COLLECT and not others:
+                self._remember(result, losses[0][1]._replace(collected=True))
         return result
 
-    def _check(self, tensors: list[torch.Tensor], known: _Reduced) -> None:
-        losses = [t for t in tensors if t in self._reduced]
-        attached = any(loss.requires_grad for loss in losses)
-        for tensor in tensors:
-            if tensor.numel() == 1 or tensor in self._reduced:
-                continue
+    def _remember(self, tensor: torch.Tensor, loss: _Reduced) -> None:
+        collected = loss.collected and tensor.numel() > 1
+        self._reduced[tensor] = loss._replace(collected=collected, version=_version(tensor))
+
+    def _recall(self, tensor: torch.Tensor) -> _Reduced | None:
+        known = self._reduced.get(tensor)
+        if known is not None and known.version != _version(tensor):
+            del self._reduced[tensor]
+            return None
+        return known
+
+    def _check(
+        self, name: str, tensors: list[torch.Tensor], losses: list[tuple[torch.Tensor, _Reduced]]
+    ) -> None:
+        """Raises or warns if `name` applies one of the tensors, as a mask, to one of the losses."""
+        alone = [(loss, known) for loss, known in losses if not known.collected]
+        per_token = [t for t in tensors if t.numel() > 1 and self._recall(t) is None]
+        if not alone or not per_token:
+            return
+        known = alone[0][1]
+        attached = any(loss.requires_grad for loss, _ in losses)
+        if name in _CHOOSE:
+            if not all(tensor.dtype == torch.bool for tensor in per_token):
+                return  # a loss that takes the place of some values per token
+        elif name not in _MULTIPLY and name != "einsum":
+            return
+        for tensor in per_token:
             if tensor.requires_grad and not attached:
                 continue  # a detached loss as a coefficient
             place = _caller()
+            verb = "chooses from" if name in _CHOOSE else "multiplies"
             message = (
-                f"detect_reduced_loss: a tensor of shape {list(tensor.shape)} multiplies a loss "
+                f"detect_reduced_loss: a tensor of shape {list(tensor.shape)} {verb} a loss "
                 "that is already a scalar, so as a mask it has no effect\n"
                 f"  reduced ({known.how}): {known.place}\n"
                 f"  masked: {place}\n"
@@ -173,6 +207,29 @@ def _caller() -> _Place:
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
         frame = frame.f_back
     return _Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+
+def _name(func: Callable[..., Any]) -> str:
+    """mul of Tensor.mul and torch.ops.aten.mul.Tensor; data of the attribute's getter."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "")
+    return name.split(".")[0]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to, if that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _reduction_of(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """The reduction that a call of a loss asks for, None for any other function."""
+    if getattr(func, "__module__", None) == "torch._ops.masked_loss":
+        return str(kwargs.get("reduction", "mean")) if _name(func) in _OPERATORS else None
+    signature = _loss_signature(func)
+    return None if signature is None else _reduction(signature, args, kwargs)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import importlib
 import inspect
+import operator
 import re
 import sys
 import threading
@@ -54,6 +55,11 @@ MULTIPLICATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "torch.multiply": lambda loss, mask: torch.multiply(mask, loss),
     "mask *= loss": lambda loss, mask: mask.clone().mul_(loss.detach()),
     "einsum": lambda loss, mask: torch.einsum(",n->n", loss, mask),
+    "aten": lambda loss, mask: torch.ops.aten.mul(loss, mask),
+    "torch.where": lambda loss, mask: torch.where(mask.bool(), loss, 0),
+    "torch.where, tensors": lambda loss, mask: torch.where(mask > 0, loss, torch.zeros(())),
+    "loss.where": lambda loss, mask: loss.where(mask > 0, torch.zeros(())),
+    "masked_fill": lambda loss, mask: loss.masked_fill(mask == 0, 0.0),
 }
 
 
@@ -84,6 +90,20 @@ DERIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "averaged again": lambda loss: loss.mean(),
     "two losses": lambda loss: loss + loss,
     "times a weight": lambda loss: loss * torch.tensor(0.1),
+    "indexed": lambda loss: loss[None],
+    "data": lambda loss: loss.data,
+    "expanded": lambda loss: loss.expand(TOKENS),
+    "expanded like the mask": lambda loss: loss.expand_as(MASK) / 2,
+    "broadcast": lambda loss: torch.broadcast_to(loss, (TOKENS,)),
+    "repeated": lambda loss: loss.repeat(TOKENS),
+    "one of several": lambda loss: torch.stack([loss, loss])[0],
+    "the mean of several": lambda loss: torch.stack([loss, loss]).mean(),
+    "the weighted sum of several": lambda loss: (torch.stack([loss, loss]) * 0.5).sum(),
+    "concatenated": lambda loss: torch.cat([loss[None], 2 * loss[None]]).sum(),
+    "stacked alone": lambda loss: torch.stack([loss]),
+    "switched": lambda loss: torch.where(torch.tensor(True), loss, 0.0),
+    "copied": lambda loss: torch.zeros(()).copy_(loss),
+    "added in place": lambda loss: torch.ones(()).add_(loss.detach()),
 }
 
 
@@ -176,6 +196,10 @@ OURS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "masked_reduce": lambda x, t: masked_loss.masked_reduce(x[:, 0], MASK, reduction="sum"),
     "masked_mean": lambda x, t: masked_loss.masked_mean(x[:, 0], MASK),
     "module": lambda x, t: masked_loss.MaskedCrossEntropyLoss()(x, t, MASK),
+    "operator": lambda x, t: torch.ops.masked_loss.cross_entropy(x, t, MASK),
+    "overload": lambda x, t: torch.ops.masked_loss.cross_entropy.default(x, t, reduction="sum"),
+    "operator with stats": lambda x, t: torch.ops.masked_loss.cross_entropy_stats(x, t)[0],
+    "reduce operator": lambda x, t: torch.ops.masked_loss.masked_reduce(x[:, 0]),
 }
 
 
@@ -232,6 +256,13 @@ CORRECT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "two scalar losses": lambda x, t: F.cross_entropy(x, t) * F.mse_loss(x[:, 0], t.float()),
     "stacked task losses": lambda x, t: torch.stack([F.cross_entropy(x, t)] * 6) * MASK,
     "a detached loss as reward": lambda x, t: F.cross_entropy(x, t).detach() * x[:, 0],
+    "operator, unreduced": lambda x, t: torch.ops.masked_loss.cross_entropy(x, t, reduction="none")
+    * MASK,
+    "a loss for what has none": lambda x, t: torch.where(MASK > 0, x[:, 0], F.cross_entropy(x, t)),
+    "a switch": lambda x, t: torch.where(MASK.any(), F.cross_entropy(x, t), 0.0),
+    "a mask of task losses": lambda x, t: (
+        torch.stack([F.cross_entropy(x, t), F.mse_loss(x[:, 0], t.float())]) / 2
+    ).where(torch.tensor([True, False]), torch.zeros(())),
     "one sample, not reduced": lambda x, t: F.cross_entropy(x[0], t[0], reduction="none") * MASK,
 }
 
@@ -294,6 +325,55 @@ def test_it_ends_after_an_error(logits: Tensor, target: Tensor) -> None:
     with pytest.raises(KeyError), detect_reduced_loss():
         raise KeyError
     assert (F.cross_entropy(logits, target) * MASK).shape == MASK.shape
+
+
+WRITTEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "zeroed": lambda buffer, loss: buffer.add_(loss).zero_(),
+    "zeroed and counted": lambda buffer, loss: buffer.add_(loss).zero_().add_(1),
+    "copied and zeroed": lambda buffer, loss: buffer.copy_(loss).zero_(),
+    "copied over": lambda buffer, loss: buffer.copy_(loss).copy_(torch.ones(())),
+    "filled": lambda buffer, loss: buffer.copy_(loss).fill_(2),
+    "set": lambda buffer, loss: (operator.setitem(buffer.copy_(loss), ..., 3), buffer)[1],
+    "out": lambda buffer, loss: torch.add(torch.ones(()), 1, out=buffer.copy_(loss)),
+    "through a view": lambda buffer, loss: buffer.copy_(loss).view(1).zero_() * 0 + buffer,
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_a_tensor_that_was_written_to_is_no_loss_any_more(
+    how: str, logits: Tensor, target: Tensor
+) -> None:
+    with detect_reduced_loss():
+        loss = reduced(logits, target).detach()
+        buffer = torch.zeros(())
+        assert (WRITTEN[how](buffer, loss) * MASK).shape == MASK.shape
+        assert (buffer * MASK).shape == MASK.shape
+        with pytest.raises(ReducedLossError):
+            buffer.copy_(loss) * MASK
+
+
+def test_tensors_whose_writes_are_not_counted(logits: Tensor, target: Tensor) -> None:
+    with torch.inference_mode(), detect_reduced_loss(), pytest.raises(ReducedLossError):
+        reduced(logits, target) / 2 * MASK
+
+
+def test_outside_nothing_is_installed() -> None:
+    def installed() -> list[object]:
+        """Modes, hooks, and the functions that a detector could have replaced."""
+        hooks = [v for k, v in vars(torch.nn.modules.module).items() if k.endswith("_hooks")]
+        return [
+            torch._C._len_torch_function_stack(),
+            torch._C._len_torch_dispatch_stack(),
+            torch._C._autograd._top_saved_tensors_default_hooks(True),
+            *map(len, hooks),
+            *map(id, (vars(F) | vars(torch.Tensor) | vars(masked_loss)).values()),
+        ]
+
+    before = installed()
+    assert before[:3] == [0, 0, None]
+    with detect_reduced_loss():
+        assert installed() == [1, *before[1:]]
+    assert installed() == before
 
 
 def test_nested_detectors(logits: Tensor, target: Tensor) -> None:
