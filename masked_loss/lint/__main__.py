@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The command line: ``python -m masked_loss.lint PATH ...``.
 
-Exit status: 0 nothing found, 1 something found, 2 wrong use or a file that could not be read.
+Exit status: 0 nothing found, 1 something found, 2 wrong use, or something could not be read.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from masked_loss.lint.__main__ import main
 from masked_loss.lint.torch_losses import SPECS, legacy_reduction
 
 CORPUS = Path(__file__).parent / "corpus"
+ROOT = Path(__file__).parents[2]
+HOOKS, DOCUMENTATION = ROOT / ".pre-commit-hooks.yaml", ROOT / "docs" / "lint.md"
 
 BUGGY = """\
 import torch.nn.functional as F
@@ -180,6 +184,24 @@ def test_it_runs_as_a_module(buggy: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "ML001" in done.stdout
+
+
+def test_the_pre_commit_hook_reads_the_whole_tree(buggy: Path) -> None:
+    hook = dict(re.findall(r"^[- ] (\w+): (.+)$", HOOKS.read_text(), re.MULTILINE))
+    assert hook["id"] in DOCUMENTATION.read_text()
+    assert hook["pass_filenames"] == "false"
+    command = [*hook["entry"].split(), *json.loads(hook["args"])]
+    assert command[0] == "python"
+    done = subprocess.run(
+        [sys.executable, *command[1:]],
+        cwd=buggy.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("buggy.py:5:12: ML002")
 
 
 def test_notebooks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
