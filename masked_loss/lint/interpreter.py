@@ -145,11 +145,13 @@ class Interpreter:
         info, arguments = callee.info, callee.info.node.args
         positional = [*arguments.posonlyargs, *arguments.args]
         bound: dict[str, Value] = {a.arg: UNKNOWN for a in [*positional, *arguments.kwonlyargs]}
+        pairs = list(zip(reversed(positional), reversed(arguments.defaults), strict=False))
         if defaults:
-            pairs = zip(reversed(positional), reversed(arguments.defaults), strict=False)
             bound |= {a.arg: self._constant(d) for a, d in pairs}
             keyword = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=False)
             bound |= {a.arg: self._constant(d) for a, d in keyword if d is not None}
+        else:
+            bound |= {a.arg: NUMBER for a, d in pairs if _is_number_constant(d)}
         if not info.relevant and not any(isinstance(v, _CARRIERS) for v in given.values()):
             bound, given = dict.fromkeys(bound, UNKNOWN), {}  # one evaluation is enough
         bound |= {name: value for name, value in given.items() if name in bound}
@@ -1019,6 +1021,10 @@ def _is_super(node: ast.expr) -> bool:
 
 def _is_number_annotation(annotation: ast.expr | None) -> bool:
     return isinstance(annotation, ast.Name) and annotation.id in {"float", "int", "bool"}
+
+
+def _is_number_constant(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
 
 
 def _raises_only(node: FunctionNode) -> bool:

@@ -29,11 +29,12 @@ _MANY_LABELS = {"labels", "targets", "ids", "tokens", "inputs"}
 _LABELS = {"label", "target", "tgt", "trg", "y", "gt"}  # of a batch, or of one sample
 _PADDING = {"pad", "padding", "ignore", "ignored", "eos", "bos"}
 # A name with one of these is one number: of a step, of a size, in a configuration.
+_TIMES = {"step", "epoch", "iter", "iteration", "progress", "warmup", "phase", "stage"}
 _SCALAR_WORDS = (
-    "step steps epoch epochs iter iters iteration iterations progress warmup phase stage rank "
-    "world max min num n len length size count coef coeff lr temperature threshold"
+    "steps epochs iters iterations rank world max min num n len length size count coef coeff lr "
+    "temperature threshold"
 )
-_SCALARS = set(_SCALAR_WORDS.split())
+_SCALARS = _TIMES | set(_SCALAR_WORDS.split())
 _CONFIGURATION = {"cfg", "config", "conf", "args", "opt", "opts", "options", "hparams", "settings"}
 _NOT_LABELS = _SCALARS | {"domain", "name", "type", "kind", "class", "path", "weight", "smoothing"}
 _AUXILIARY = {
@@ -118,12 +119,10 @@ def is_labels(node: ast.expr) -> bool:
     return bool(found & (_MANY_LABELS | _LABELS)) and not found & _NOT_LABELS
 
 
-def compares_labels(left: ast.expr, right: ast.expr) -> bool:
+def compares_labels(labels: ast.expr, other: ast.expr) -> bool:
     """True for labels > 0 and target != pad; `target == 1` may be the label of one sample."""
-    return any(
-        is_labels(labels) and (_MANY_LABELS & set(words(last_name(labels))) or _is_padding(other))
-        for labels, other in ((left, right), (right, left))
-    )
+    many = _MANY_LABELS & set(words(last_name(labels)))
+    return is_labels(labels) and (bool(many) or _is_padding(other))
 
 
 def _is_padding(node: ast.expr) -> bool:
@@ -141,11 +140,19 @@ def is_scalar(node: ast.expr) -> bool:
         operands = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)]
         return all(map(is_scalar, operands))
     found = set(words(last_name(node)))
-    if isinstance(node, ast.Call) and not _is_getattr(node):
-        return False
+    if isinstance(node, ast.Call) and not _is_getattr(node):  # a schedule, np.exp(-step)
+        return bool(node.args) and all(map(_is_time, node.args))
     if isinstance(node, ast.Attribute) and set(words(last_name(node.value))) & _CONFIGURATION:
         return True
     return bool(found & _SCALARS) or bool(found & _MASK and not is_mask(node))
+
+
+def _is_time(node: ast.expr) -> bool:
+    if isinstance(node, ast.UnaryOp):
+        return _is_time(node.operand)
+    if isinstance(node, ast.BinOp):
+        return is_scalar(node) and (_is_time(node.left) or _is_time(node.right))
+    return bool(set(words(last_name(node))) & _TIMES)
 
 
 def _is_getattr(node: ast.Call) -> bool:

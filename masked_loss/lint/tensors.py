@@ -75,14 +75,17 @@ class Tensors:
 
     def compare(self, node: ast.expr, operands: list[ast.expr], values: list[Value]) -> Value:
         """Whether a comparison makes a mask or, of numbers and strings, only True or False."""
-        if any(isinstance(value, (Count, Number)) for value in values):
-            return NUMBER
         if any(isinstance(value, Const) and isinstance(value.value, str) for value in values):
             return NUMBER
-        if any(isinstance(value, Mask) for value in values):
+        known = list(zip(operands, values, strict=True))
+        pairs = [pair for a, b in pairwise(known) for pair in ((a, b), (b, a))]
+        if any(isinstance(value, Mask) for value in values) or any(
+            not is_number(value) and names.compares_labels(labels, other)
+            for (labels, value), (other, _) in pairs
+        ):
             return Mask(ast.unparse(node))
-        if any(names.compares_labels(*pair) for pair in pairwise(operands)):
-            return Mask(ast.unparse(node))
+        if any(isinstance(value, (Count, Number)) for value in values):
+            return NUMBER
         variables = [o for o in operands if not isinstance(o, ast.Constant)]
         tensors = any(isinstance(operand, (ast.Call, ast.Subscript)) for operand in variables)
         return NUMBER if not tensors and any(map(names.is_scalar, variables)) else UNKNOWN

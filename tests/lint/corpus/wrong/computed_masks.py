@@ -15,6 +15,11 @@ def by_padding(logits, ids, tgt, pad_idx, lengths):
     return first + second + third + fourth
 
 
+def by_default(logits, labels, tgt, pad=0, ignore_index=-100):
+    loss = F.cross_entropy(logits, labels)
+    return loss * (labels != pad) + loss * (ignore_index != tgt)  # expect: ML001
+
+
 def by_name(logits, labels, batch, x):
     loss = F.cross_entropy(logits, labels)
     mask = batch[2]
