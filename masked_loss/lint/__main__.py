@@ -46,17 +46,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _apply_fixes(sources: list[Source], findings: list[Finding]) -> list[Finding]:
+def _apply_fixes(
+    sources: list[Source], findings: list[Finding], errors: list[str]
+) -> list[Finding]:
     """Writes the repaired files; returns the findings that remain."""
     remaining = [f for f in findings if f.fix is None]
     for source in sources:
         own = [f for f in findings if f.place.source is source]
         fixes = [f.fix for f in own if f.fix is not None]
         repaired = fix.apply(source, fixes) if fixes else None
-        if repaired is None:
-            remaining += [replace(f, fix=None) for f in own if f.fix is not None]
-        else:
-            source.path.write_bytes(repaired.encode(source.encoding))
+        try:
+            if repaired is not None:
+                source.path.write_bytes(repaired.encode(source.encoding))
+                continue
+        except OSError as error:
+            errors.append(f"{source.path}: cannot write: {error}")
+        remaining += [replace(f, fix=None) for f in own if f.fix is not None]
     return sorted(remaining)
 
 
@@ -88,14 +93,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
     codes = [code for code in arguments.select if code not in arguments.ignore]
     findings = check(sources, codes, errors.append)
-    for text in errors:
-        print(f"error: {text}", file=sys.stderr)
     fixed = 0
     if arguments.fix:
         found = len(findings)
-        findings = _apply_fixes(sources, findings)
+        findings = _apply_fixes(sources, findings, errors)
         fixed = found - len(findings)
 
+    for text in errors:
+        print(f"error: {text}", file=sys.stderr)
     report = FORMATS[arguments.format](findings)
     if report:
         print(report)

@@ -136,7 +136,10 @@ class Interpreter:
             return  # judged by the calls that construct it
         receiver = Instance(owner) if owner is not None else None
         scope = self._closures.get(function, function.module.scope)
-        self._invoke(Function(function, scope, receiver), {}, None, defaults=False)
+        try:
+            self._invoke(Function(function, scope, receiver), {}, None, defaults=False)
+        except RecursionError:  # in a lambda, which has no statement to leave out
+            self._too_deep(Frame(function.module, scope, function.node).place(function.node))
 
     def _invoke(
         self, callee: Function, given: dict[str, Value], caller: Frame | None, defaults: bool = True

@@ -155,13 +155,14 @@ def test_what_is_nested_too_deeply_is_named_and_the_rest_is_checked(
     deep = buggy.parent / "deep.py"
     sum_of_500 = " + ".join(["x"] * 500)
     chain_of_2000 = "".join(f"    elif x == {n}:\n        pass\n" for n in range(2000))
+    a_lambda = f"lambda_loss = lambda x: {sum_of_500}"
     many = f"def loss_by_name(x):\n    if x:\n        pass\n{chain_of_2000}"
-    deep.write_text(f"{BUGGY}\n\nloss = {sum_of_500}\n\n\n{many}")
+    deep.write_text(f"{BUGGY}\n\nloss = {sum_of_500}\n{a_lambda}\n\n\n{many}")
     assert main([str(buggy.parent)]) == 2
     out, err = capsys.readouterr()
     assert out.count("ML001") == 2
     assert f"error: {deep}:9: cannot check: nested too deeply" in err
-    assert err.count("nested too deeply") == 2
+    assert err.count("nested too deeply") == 3
 
 
 def test_a_loss_nested_too_deeply_for_a_message(
@@ -287,6 +288,19 @@ def test_fix_over_several_lines(tmp_path: Path) -> None:
     assert main([str(path), "--fix"]) == 0
     compile(path.read_text(), "old.py", "exec")
     assert path.read_text().endswith('(\n    x,\n    y,\n    reduction="sum",  # old\n)\n')
+
+
+def test_fix_of_a_file_that_cannot_be_written(
+    buggy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert main([str(buggy), "--fix"]) == 2
+    out, err = capsys.readouterr()
+    assert "ML002" in out
+    assert f"error: {buggy}: cannot write: read-only" in err
 
 
 def test_fix_leaves_alone_what_is_written_elsewhere(tmp_path: Path) -> None:
