@@ -785,7 +785,7 @@ class Interpreter:
         if last in {"vmap", "vmap_"} or path in {"builtins.map", "itertools.starmap"}:
             self._mark_per_sample(node, frame)
             return UNKNOWN
-        if last in _WRAPPERS and isinstance(first, (Instance, LossModule, Function)):
+        if last in _WRAPPERS and isinstance(first, (Instance, LossModule, Function, External)):
             return first
         if path in {"builtins.dict", "types.SimpleNamespace"} and "**" not in keywords:
             return self._record(keywords)
@@ -805,7 +805,9 @@ class Interpreter:
             if last.endswith("_") and isinstance(first, Count):
                 self._assign(node.args[0], NUMBER, frame)
             return self.tensors.torch_function(last, node, positional, frame)
-        return External(f"{path}()") if _makes_foreign(path, node, positional) else UNKNOWN
+        values = [*positional, *(keywords[keyword.arg or "**"] for keyword in node.keywords)]
+        foreign = _makes_foreign(path, node, values)
+        return External(f"{path}()") if foreign else UNKNOWN
 
     def _method(
         self, node: ast.Call, function: ast.Attribute, receiver: Value, frame: Frame
@@ -815,7 +817,8 @@ class Interpreter:
         if isinstance(receiver, (Module, Class, External)):
             if not isinstance(receiver, External) or not receiver.is_object:
                 return None
-            receiver = UNKNOWN
+            result = self._method(node, function, UNKNOWN, frame)
+            return receiver if result == UNKNOWN and "()" in receiver.path else result
         if isinstance(receiver, Instance):
             known = receiver.info.method(name) or receiver.info.attribute(name)
             if known is None and name in _SELF_METHODS:
@@ -998,15 +1001,17 @@ def _merged(partial: Partial, node: ast.Call) -> list[ast.keyword]:
     return [*(k for k in partial.keywords if k.arg not in later), *node.keywords]
 
 
-def _makes_foreign(path: str, node: ast.Call, positional: list[Value]) -> bool:
+def _makes_foreign(path: str, node: ast.Call, values: list[Value]) -> bool:
     """True where code outside the analysed files makes an object without one of theirs inside."""
     given = [*node.args, *(keyword.value for keyword in node.keywords)]
-    inside = any(_MODELS & set(names.words(names.last_name(argument))) for argument in given)
-    if inside or any(isinstance(value, (Instance, Class, Function)) for value in positional):
-        return False
+    for argument, value in zip(given, values, strict=True):
+        if isinstance(value, (Instance, Class, Function)):
+            return False
+        if value == UNKNOWN and _MODELS & set(names.words(names.last_name(argument))):
+            return False
     if "()" in path or any(part[:1].isupper() for part in path.split(".")):
         return True
-    return len(positional) == len(given) and all(isinstance(v, Const) for v in positional)
+    return all(isinstance(value, (Const, External)) for value in values)
 
 
 def _losses(values: list[Value]) -> Value:

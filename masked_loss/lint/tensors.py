@@ -16,6 +16,7 @@ from masked_loss.lint.values import (
     UNKNOWN,
     Const,
     Count,
+    External,
     Loss,
     Mask,
     Number,
@@ -62,7 +63,7 @@ class Tensors:
             return self._divide(node, left, right_node, right, frame)
         if isinstance(op, (ast.Add, ast.Sub)):
             left, right = (
-                NUMBER if value == UNKNOWN and names.is_auxiliary(operand) else value
+                NUMBER if _is_unknown(value) and names.is_auxiliary(operand) else value
                 for value, operand in ((left, left_node), (right, right_node))
             )
             return add(left, right)
@@ -193,6 +194,10 @@ class Tensors:
         if name in {"item", "tolist", "numpy"}:
             return NUMBER if loss.reduced else UNKNOWN
         return loss if name in names.VIEWS or name in _SCALING else UNKNOWN
+
+
+def _is_unknown(value: Value) -> bool:
+    return value == UNKNOWN or isinstance(value, External)
 
 
 def _is_inverse(node: ast.expr) -> TypeGuard[ast.BinOp]:

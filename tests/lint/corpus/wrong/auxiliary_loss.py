@@ -9,4 +9,5 @@ def loss_of(model, logits, labels, mask, out):
     first = (loss * mask).sum()  # expect: ML001
     loss = F.cross_entropy(logits, labels)
     loss += 0.01 * out["router_aux_loss"]
+    loss = loss + aux_loss  # noqa: F821
     return first + (loss * mask).sum()  # expect: ML001

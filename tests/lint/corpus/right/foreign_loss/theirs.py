@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Objects of other libraries, whose .loss holds what they like."""
 
+import torch
 import trackers
 from diffusion import Scheduler, load_scheduler
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
 
@@ -13,6 +15,12 @@ def step(batch, mask):
     b = (load_scheduler("ddpm").loss * mask).sum()
     with trackers.Tracker() as tracker:
         return a + b + (tracker.loss * mask).sum()
+
+
+def adapted(batch, options, mask):
+    model = AutoModel.from_pretrained("small", **options, **batch).to("cuda")
+    model = torch.compile(get_peft_model(model, LoraConfig()))
+    return (model(**batch).loss * mask).sum()
 
 
 class Trainer:
