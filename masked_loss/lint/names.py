@@ -37,6 +37,7 @@ _SCALAR_WORDS = (
 _SCALARS = _TIMES | set(_SCALAR_WORDS.split())
 _CONFIGURATION = {"cfg", "config", "conf", "args", "opt", "opts", "options", "hparams", "settings"}
 _NOT_LABELS = _SCALARS | {"domain", "name", "type", "kind", "class", "path", "weight", "smoothing"}
+_NOT_LABELS |= {"seen", "processed", "consumed", "total", "limit", "budget"}
 _AUXILIARY = {
     "aux",
     "auxiliary",
