@@ -154,7 +154,7 @@ class Interpreter:
             keyword = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=False)
             bound |= {a.arg: self._constant(d) for a, d in keyword if d is not None}
         else:
-            bound |= {a.arg: NUMBER for a, d in pairs if _is_number_constant(d)}
+            bound |= {a.arg: NUMBER for a, d in pairs if _is_switch(a, d)}
         if not info.relevant and not any(isinstance(v, _CARRIERS) for v in given.values()):
             bound, given = dict.fromkeys(bound, UNKNOWN), {}  # one evaluation is enough
         bound |= {name: value for name, value in given.items() if name in bound}
@@ -582,6 +582,8 @@ class Interpreter:
         """True for mask[i]: one number, if the mask has one dimension."""
         index = node.slice
         if names.slices_time(index) or isinstance(self.value(index, frame), Mask):
+            return False
+        if names.is_labels(index):  # weights[labels]: one for each of them
             return False
         if isinstance(index, ast.Constant) and isinstance(index.value, str):
             return False
@@ -1031,8 +1033,10 @@ def _is_number_annotation(annotation: ast.expr | None) -> bool:
     return isinstance(annotation, ast.Name) and annotation.id in {"float", "int", "bool"}
 
 
-def _is_number_constant(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
+def _is_switch(argument: ast.arg, default: ast.expr) -> bool:
+    """True for mask=1.0: one number is enough for what is called a mask here."""
+    number = isinstance(default, ast.Constant) and type(default.value) in (int, float)
+    return number and names.is_mask(ast.Name(argument.arg))
 
 
 def _raises_only(node: FunctionNode) -> bool:

@@ -15,6 +15,8 @@ def adapt(logits, labels, target_domain, epoch, target_epoch):
 
 def contrast(logits, label, max_tokens, tgt_len):
     ce = F.cross_entropy(logits, label)
+    tokens_seen = max_tokens * 2
+    ce = ce * (tokens_seen > 10)
     return ce * (label == 1) + ce * (max_tokens > 5) + ce * label.eq(1) + ce * (tgt_len > 0)
 
 
