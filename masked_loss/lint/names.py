@@ -38,17 +38,8 @@ _SCALARS = _TIMES | set(_SCALAR_WORDS.split())
 _CONFIGURATION = {"cfg", "config", "conf", "args", "opt", "opts", "options", "hparams", "settings"}
 _NOT_LABELS = _SCALARS | {"domain", "name", "type", "kind", "class", "path", "weight", "smoothing"}
 _NOT_LABELS |= {"seen", "processed", "consumed", "total", "limit", "budget"}
-_AUXILIARY = {
-    "aux",
-    "auxiliary",
-    "balance",
-    "balancing",
-    "router",
-    "moe",
-    "reg",
-    "vq",
-    "commitment",
-}
+_AUXILIARY_WORDS = "aux auxiliary balance balancing router moe reg vq commitment"
+_AUXILIARY = set(_AUXILIARY_WORDS.split())
 _ACCUMULATION = ("accum", "micro", "iter_size", "grad_acc", "gradient_acc")
 
 # Methods and functions that leave a tensor the same for our purpose.

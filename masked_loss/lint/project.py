@@ -29,17 +29,9 @@ _LOSS = re.compile(r"loss|entropy|criterion|nll|kl_div", re.IGNORECASE)
 # What a line binds: ce of `self.ce = ...`, of `import cross_entropy as ce`.
 _BINDING = re.compile(r"^\s*(?:self\.)?(\w+)(?:\s*:[^=]+)?\s*=(?!=)|\bimport\b.*\bas\s+(\w+)\s*$")
 _NAME = re.compile(r"[^\W\d]\w*")
-_COMMON_NAMES = {
-    "forward",
-    "main",
-    "model",
-    "out",
-    "output",
-    "outputs",
-    "result",
-    "logits",
-    "labels",
-}
+# Too many functions have these for them to tell anything.
+_COMMON = "forward main model out output outputs result logits labels"
+_COMMON_NAMES = set(_COMMON.split())
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
