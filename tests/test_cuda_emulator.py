@@ -151,6 +151,19 @@ def test_rows_that_shared_memory_cannot_hold(
             check(Case(f"shared-{classes}", (9,), classes, layout), dtype)
 
 
+@pytest.mark.parametrize("shared", [99 << 10, 227 << 10])
+def test_shared_memory_beyond_48_kilobytes(
+    shared: int, module: ModuleType, configure: Configure
+) -> None:
+    """What must be asked for begins below: a kernel's own variables count, too."""
+    configure(shared_per_block=shared)
+    for classes in (12_160, 12_288, 20_000):
+        check(Case(f"shared-{classes}", (3,), classes), torch.float32)
+        check(Case(f"shared-{classes}", (3,), 2 * classes), torch.bfloat16)
+    # As much as there is, whatever a launch takes: another thread may be about to launch.
+    assert module.least_shared_allowed() > shared - (1 << 10)
+
+
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("layout", ["contiguous", "odd"])

@@ -48,7 +48,14 @@ struct Settings {
 extern Settings settings;
 extern int64_t launches;
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+// Stands for what a kernel declares: here nobody knows.
+constexpr int kStaticShared = 512;
+// Dynamic shared memory that a kernel was allowed to take.
+void allow_shared(const void* kernel, int bytes);
+int least_shared_allowed();  // to any kernel, on this device
+
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+         const std::function<void()>& body);
 void block_barrier();
 void warp_barrier();
 // The word that another lane of the warp brought to the same shuffle.
@@ -106,7 +113,7 @@ constexpr auto min(A a, B b) {
   return a < b ? a : b;
 }
 
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -114,6 +121,9 @@ enum cudaDeviceAttr {
   cudaDevAttrL2CacheSize
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
 using cudaStream_t = void*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -122,8 +132,9 @@ struct cudaLaunchConfig_t {
 };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// Another amount of shared memory is another device.
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = ::emulator::settings.shared_per_block;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
@@ -133,14 +144,21 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
                                                   : settings.shared_per_block;
   return cudaSuccess;
 }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->sharedSizeBytes = ::emulator::kStaticShared;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes + ::emulator::kStaticShared > ::emulator::settings.shared_per_block) {
+    return cudaErrorInvalidValue;
+  }
+  ::emulator::allow_shared(kernel, bytes);
   return cudaSuccess;
 }
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                const Args&... args) {
-  ::emulator::run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                  [&] { kernel(args...); });
+  ::emulator::run(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
+                  config->dynamicSmemBytes, [&] { kernel(args...); });
   return cudaSuccess;
 }

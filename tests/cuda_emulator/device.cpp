@@ -60,4 +60,5 @@ PYBIND11_MODULE(emulated_cuda, m) {
       .def_readwrite("max_blocks", &Settings::max_blocks);
   m.def("configure", [](const Settings& settings) { emulator::settings = settings; });
   m.def("launches", [] { return emulator::launches; });
+  m.def("least_shared_allowed", [] { return emulator::least_shared_allowed(); });
 }

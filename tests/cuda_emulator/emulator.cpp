@@ -7,7 +7,9 @@
 #endif
 
 #include <algorithm>
+#include <climits>
 #include <exception>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -106,6 +108,7 @@ Context scheduler;
 const std::function<void()>* running = nullptr;
 std::exception_ptr error;
 std::mt19937_64 random;
+std::map<std::pair<const void*, int>, int> allowed_shared;  // by kernel and device
 std::vector<uint64_t> priority;  // of the block's warps, where some run ahead of others
 
 char* make_stack() {
@@ -186,17 +189,43 @@ void run_block(int threads, size_t shared_bytes) {
 
 }  // namespace
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+namespace {
+
+int device() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return device;
+}
+
+// What every kernel may take without being allowed to.
+int unasked() { return std::min(settings.shared_per_block, 48 << 10) - kStaticShared; }
+
+}  // namespace
+
+void allow_shared(const void* kernel, int bytes) { allowed_shared[{kernel, device()}] = bytes; }
+
+int least_shared_allowed() {
+  int least = INT_MAX;
+  for (const auto& [key, bytes] : allowed_shared) {
+    if (key.second == device()) least = std::min(least, bytes);
+  }
+  return least;
+}
+
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+         const std::function<void()>& body) {
   ++launches;
   if (block.x == 0 || block.x > 1024 || grid.x == 0) fail("a launch of no or too many threads");
-  if (shared_bytes > static_cast<size_t>(settings.shared_per_block)) {
-    fail("a launch with more shared memory than a block may have");
+  const auto allowed = allowed_shared.find({kernel, device()});
+  const int most = allowed == allowed_shared.end() ? unasked() : allowed->second;
+  if (static_cast<int64_t>(shared_bytes) > std::max(0, most)) {
+    fail("a launch with more shared memory than the kernel was allowed to take");
   }
   grid.x = static_cast<unsigned>(std::min<int64_t>(grid.x, settings.max_blocks));
   gridDim = grid;
   blockDim = block;
   fibers.resize(std::max<size_t>(fibers.size(), block.x));
-  running = &kernel;
+  running = &body;
   error = nullptr;
   random.seed(settings.seed);
   std::vector<unsigned> order(grid.x);
