@@ -7,6 +7,10 @@
 // Number types are told apart at run time: next to the logits these arrays are small.
 #include "cuda/block.cuh"
 
+// The assertion of check_target() must hold in every build.
+#undef NDEBUG
+#include <cassert>
+
 namespace masked_loss::cuda {
 namespace {
 

@@ -6,5 +6,9 @@ namespace emulator {
 }
 
 #undef assert
+#if defined(NDEBUG)
+#define assert(condition) void()
+#else
 #define assert(condition) \
   ((condition) ? void() : ::emulator::fail("device-side assert triggered: " #condition))
+#endif

@@ -27,7 +27,7 @@ MODULE = "emulated_cuda"
 NAMESPACE = "masked_loss_emulated"
 
 CXX = shlex.split(os.environ.get("CXX", "c++"))
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS = ["-std=c++17", "-O1", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += [f"-Dmasked_loss={NAMESPACE}", "-Wno-attributes", "-Wno-unknown-pragmas"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
