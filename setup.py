@@ -35,7 +35,10 @@ CXX_FLAGS = [
     *("-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
     "-ffp-contract=off",  # a * b + c is fused where the source says fma, and nowhere else
 ]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all"]
+NVCC_FLAGS = [
+    *("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all"),
+    "-fmad=false",  # as on the CPU
+]
 DEFAULT_ARCHS = "8.0 9.0+PTX"
 RELEASE_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 

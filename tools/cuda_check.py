@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCH = "sm_90"
-FLAGS = ["-O3", "-std=c++17", "-cubin", f"-arch={ARCH}", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
+FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-cubin", f"-arch={ARCH}", "-Xptxas=-v"]
+FLAGS += [f"-I{ROOT / 'csrc'}"]
 
 # Registers of a multiprocessor, and the threads that a kernel's team size is planned for
 # (csrc/cuda/cross_entropy.cu): 1024, or 512 in general and for float64.
