@@ -89,21 +89,23 @@ def cuda_to_build_with() -> Path | None:
 
 
 def arch_flags() -> list[str]:
-    """-gencode for each architecture of a list such as "8.0 9.0+PTX"."""
+    """-gencode for each architecture of a list such as "8.0 9.0a 12.0+PTX"."""
     release = os.environ.get("MASKED_LOSS_CUDA_RELEASE", "0") == "1"
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or (RELEASE_ARCHS if release else DEFAULT_ARCHS)
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    archs = archs or (RELEASE_ARCHS if release else DEFAULT_ARCHS)
     flags = []
-    for arch in re.split(r"[\s;,]+", archs.strip()):
+    for arch in re.findall(r"[^\s;,]+", archs):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
         if match is None:
             raise SystemExit(
-                f'setup.py: TORCH_CUDA_ARCH_LIST must look like "8.0 9.0+PTX", got {archs!r}'
+                'setup.py: TORCH_CUDA_ARCH_LIST must hold numbers, such as "8.0 9.0+PTX", and no '
+                f"names; got {arch!r}"
             )
         number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    return list(dict.fromkeys(flags))
 
 
 def cuda_library_dir(home: Path) -> str:

@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +75,66 @@ def foreign_symbols(library: Path) -> list[str]:
     """Symbols that would tie the library to one torch or one Python."""
     foreign = re.compile(r"(^|[^\w])(at|c10)::|^_?Py")
     return [name for _, name in dynamic_symbols(library) if foreign.search(name)]
+
+
+@pytest.fixture
+def setup_py(monkeypatch) -> dict[str, Any]:
+    """What setup.py defines; no setting is in the environment."""
+    for name in list(os.environ):
+        if name.startswith(("MASKED_LOSS_CUDA", "TORCH_CUDA", "CUDA_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path("setup.py")
+
+
+@pytest.mark.parametrize(
+    ("archs", "expected"),
+    [
+        ("8.0", ["80,code=sm_80"]),
+        ("8.0;9.0+PTX", ["80,code=sm_80", "90,code=sm_90", "90,code=compute_90"]),
+        (" 9.0a, 10.0f 12.0 9.0a ", ["90a,code=sm_90a", "100f,code=sm_100f", "120,code=sm_120"]),
+        ("", ["80,code=sm_80", "90,code=sm_90", "90,code=compute_90"]),
+    ],
+)
+def test_architectures(archs, expected, setup_py, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    assert setup_py["arch_flags"]() == [f"-gencode=arch=compute_{flag}" for flag in expected]
+
+
+def test_architectures_of_a_release(setup_py, monkeypatch):
+    monkeypatch.setenv("MASKED_LOSS_CUDA_RELEASE", "1")
+    found = re.findall(r",code=(\w+)", " ".join(setup_py["arch_flags"]()))
+    assert found == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize("archs", ["Hopper", "8.0 90", "8.0+ptx"])
+def test_architectures_that_are_no_numbers(archs, setup_py, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    with pytest.raises(SystemExit, match="must hold numbers, such as"):
+        setup_py["arch_flags"]()
+
+
+@pytest.mark.parametrize("wanted", ["auto", "1", "0"])
+@pytest.mark.parametrize("there", [True, False])
+def test_cuda_is_built_where_it_is_wanted(wanted, there, setup_py, monkeypatch, tmp_path):
+    if there:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("MASKED_LOSS_CUDA", wanted)
+    if wanted == "1" and not there:
+        with pytest.raises(SystemExit, match="MASKED_LOSS_CUDA=1 needs nvcc"):
+            setup_py["cuda_to_build_with"]()
+    else:
+        expected = tmp_path if there and wanted != "0" else None
+        assert setup_py["cuda_to_build_with"]() == expected
+
+
+def test_cuda_is_wanted_or_not(setup_py, monkeypatch):
+    monkeypatch.setenv("MASKED_LOSS_CUDA", "yes")
+    with pytest.raises(SystemExit, match="must be auto, 1 or 0, got 'yes'"):
+        setup_py["cuda_to_build_with"]()
 
 
 def test_library_is_tied_to_no_torch_and_no_python():
