@@ -6,6 +6,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +23,14 @@ from masked_loss import reference
 
 (OPINFO,) = [op for op in op_db if op.name == "nn.functional.cross_entropy"]
 NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(device: str) -> Iterator[None]:
+    """What a test makes without naming a device lies on this one."""
+    with nullcontext() if device == "cpu" else torch.device(device):
+        yield
+
 
 # An input, and the shape of the indices that go with it. Classes are in dimension 1.
 SHAPES = [(7,), (4, 7), (4, 7, 3), (2, 7, 3, 5), (2, 7, 1, 2, 3), (1, 1), (5, 1, 2)]
