@@ -53,7 +53,7 @@ struct LogSumExp {
   ML_FN V value() const { return top + log(sum); }
 };
 
-// y = cap tanh(x / cap), and dy/dx from y.
+// y = cap tanh(x / cap), and dy/dx from t = tanh(x / cap).
 template <class V>
 ML_FN V softcap(V x, V cap, V inverse) {
   return cap * tanh(x * inverse);
@@ -61,10 +61,6 @@ ML_FN V softcap(V x, V cap, V inverse) {
 template <class V>
 ML_FN V tanh_slope(V t) {
   return V(1) - t * t;
-}
-template <class V>
-ML_FN V softcap_slope(V y, V inverse) {
-  return tanh_slope(y * inverse);
 }
 
 // The soft part of q_j.

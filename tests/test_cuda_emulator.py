@@ -179,6 +179,13 @@ def test_rows_shared_by_several_blocks(
         check(case, dtype, return_stats=bool(options))
 
 
+@pytest.mark.parametrize("classes", [1, 3, 40])
+def test_slope_of_a_softcap_far_out(classes: int, dtype: torch.dtype) -> None:
+    """1 - tanh^2 near 1: a rounding of tanh more is many of the slope."""
+    options = {"reduction": "none", "z_loss": 1e-4, "softcap": 30.0}
+    check(Case(f"slope-{classes}", (30,), classes, mask="none", options=options, scale=50.0), dtype)
+
+
 def test_a_grid_smaller_than_the_work(dtype: torch.dtype, configure: Configure) -> None:
     """More rows, tokens and groups than blocks: each block goes on to the next."""
     configure(max_blocks=2)

@@ -236,8 +236,8 @@ struct Rows {
     A d[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      x[i] = logit(x[i]);
-      d[i] = softmax_grad(x[i], g.top, g.softmax);
+      if (capped) x[i] = tanh(x[i] * inverse_cap);  // what the slope needs, to its last digit
+      d[i] = softmax_grad(capped ? cap * x[i] : x[i], g.top, g.softmax);
     }
     if (soft) {
 #pragma unroll
@@ -250,7 +250,7 @@ struct Rows {
       }
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = capped ? d[i] * softcap_slope(x[i], inverse_cap) : d[i];
+    for (int i = 0; i < N; ++i) x[i] = capped ? d[i] * tanh_slope(x[i]) : d[i];
   }
 
   ML_FN void store(uint4* p, const uint4& piece) const {
