@@ -147,7 +147,7 @@ struct Rows {
 
   ML_FN Sums look(const Row& r, uint4* cache) const {
     const Span<T> span(r.x, r.n);
-    const bool again = r.dx != nullptr && span.pieces > plan.cached;
+    const int read_again = r.dx ? plan.cached : INT_MAX;  // from here on, out of L2
     Sums sums;
     for (int i = rank(); i < span.pieces; i += kAhead * kThreads) {
       uint4 pieces[kAhead];
@@ -155,7 +155,9 @@ struct Rows {
       for (int u = 0; u < kAhead; ++u) {
         const int k = i + u * kThreads;
         pieces[u] = minus_infinities<T>();
-        if (k < span.pieces) pieces[u] = again ? span.first[k] : __ldcs(span.first + k);
+        if (k < span.pieces) {
+          pieces[u] = k < read_again ? __ldcs(span.first + k) : span.first[k];
+        }
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
