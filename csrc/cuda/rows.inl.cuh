@@ -67,10 +67,10 @@ struct Rows {
     const T* probs;
     const A* class_weight;
     int64_t token;
-    int n;       // columns
-    int target;  // its column; -1 or INT_MAX where it lies in a part before or
-                 // after this one
-    A own;       // its logit, wherever it lies
+    int64_t label;  // its target; of a masked token anything
+    int n;          // columns
+    int target;     // its column; -1 or INT_MAX where it lies in a part before or after this one
+    A own;          // its logit, wherever it lies
     A hard;
     A weight;
   };
@@ -105,18 +105,20 @@ struct Rows {
     r.class_weight = weights ? weights + begin : nullptr;
     r.target = -1;
     r.own = r.hard = A(0);
+    // Together: the target's logit must not wait for one after the other, and the row's first loads
+    // come after it.
+    r.label = args.probs ? 0 : index_at(args.target, args.target_type, r.token);
     r.weight = *field(TokenField::kWeight, r.token);
     return r;
   }
 
-  // Of an active row: the target of a masked one may be anything.
+  // Of an active row.
   ML_FN void find_target(Row* r, int64_t part, bool with_logit) const {
     if (args.probs) return;
-    const int64_t target = index_at(args.target, args.target_type, r->token);
-    const int64_t at = target - part * plan.width;
+    const int64_t at = r->label - part * plan.width;
     r->target = at < 0 ? -1 : at < r->n ? static_cast<int>(at) : INT_MAX;
     const A* const weights = static_cast<const A*>(args.class_weight);
-    r->hard = hard_scale * (weights ? weights[target] : A(1));
+    r->hard = hard_scale * (weights ? weights[r->label] : A(1));
     if (with_logit) r->own = A(widen(r->x[at]));
   }
 
