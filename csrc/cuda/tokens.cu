@@ -3,7 +3,8 @@
 // logits are read, reductions and the gradients of masks and values after.
 //
 // Every sum is over fixed pieces of a group, a block each, in double precision, and then over the
-// pieces: no atomics, the same bits in every run. Up to 16384 tokens are one piece and one launch.
+// pieces: no atomics, the same bits in every run. Up to 2048 tokens are one piece and one launch;
+// more in one block would wait for memory time and again, and longer than a second launch takes.
 // Number types are told apart at run time: next to the logits these arrays are small.
 #include "cuda/block.cuh"
 
@@ -19,7 +20,7 @@ namespace {
 
 constexpr int kThreads = 1024;  // of a block that sums, or fewer
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kPiece = 16384;
+constexpr int64_t kPiece = 2048;
 
 // Groups of tokens, each cut into pieces, as on the CPU.
 struct Pieces {
