@@ -164,6 +164,18 @@ def test_shared_memory_beyond_48_kilobytes(
     assert module.least_shared_allowed() > shared - (1 << 10)
 
 
+@pytest.mark.parametrize(
+    ("rows", "classes", "parts"),
+    [(1, 151_936, 37), (4, 151_936, 37), (32, 151_936, 8), (264, 151_936, 1), (1, 32_000, 1)],
+)
+def test_parts_of_a_row_fill_the_chip(
+    rows: int, classes: int, parts: int, module: ModuleType, configure: Configure
+) -> None:
+    """bfloat16 rows on an H100, which holds 264 blocks of 512 threads."""
+    configure(multiprocessors=132)
+    assert module.parts_of_a_row(rows, classes) == parts
+
+
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("layout", ["contiguous", "odd"])
@@ -306,10 +318,10 @@ def test_rows_that_are_not_finite(classes: int) -> None:
 
 
 def test_upstream_gradient_other_than_one() -> None:
-    """The operator itself asks whether dloss is 1, on the device."""
+    """The operator itself asks whether dloss is 1: on the device, in a grid that fits there."""
     ops = getattr(torch.ops, NAMESPACE)
-    logits = torch.randn(4, 1000)
-    target = torch.randint(1000, (4,))
+    logits = torch.randn(40, 1000)
+    target = torch.randint(1000, (40,))
     options = ("mean", -100, 0.0, 0.0, None, False)
     gradient = torch.empty_like(logits)
     _, _, tokens, groups = ops.cross_entropy_fused(

@@ -21,8 +21,10 @@ struct Team {
 constexpr Team kTeams[] = {{128, 1, 4, 8}, {2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
 constexpr Team kDoubleTeam = {INT64_MAX, 4, 1, 8};
 
-// A part of a row keeps a block busy for a while, and an index into it is an int.
-constexpr int64_t kPartPieces = 2048;
+// A row is shared by several blocks where it is long enough to be worth another launch. A part
+// gives each thread of a block something to load, and an index into it is an int.
+constexpr int64_t kSharedPieces = 4096;
+constexpr int64_t kPartPieces = 512;
 constexpr int64_t kMaxWidth = 1 << 29;
 
 // Shared memory that the kernels and the system want for themselves.
@@ -55,11 +57,10 @@ Plan plan_rows(const CrossEntropyArgs& args) {
     team = *entry;
   }
   if (general) team.blocks /= 2;
-  Plan plan{general, team.warps, team.teams, 1, args.cols, 0, false, Phase::kRows};
-  // Fewer rows than blocks that fit on the chip: a row is shared.
+  const int64_t blocks = int64_t{team.blocks} * attribute(cudaDevAttrMultiProcessorCount);
+  Plan plan{general, team.warps, team.teams, blocks, 1, args.cols, 0, false, Phase::kRows};
   int64_t parts = ceil_div(args.cols, kMaxWidth);
-  if (pieces >= 2 * kPartPieces) {
-    const int64_t blocks = int64_t{team.blocks} * attribute(cudaDevAttrMultiProcessorCount);
+  if (pieces >= kSharedPieces) {
     parts = std::max(parts, std::min(blocks / args.rows, pieces / kPartPieces));
   }
   if (parts > 1) {

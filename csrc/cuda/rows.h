@@ -12,14 +12,14 @@ namespace masked_loss::cuda {
 enum class Phase : int8_t {
   kRows,     // rows from beginning to end
   kPartial,  // of every part of a row: what one look at it tells, into scratch
-  kFinish,   // from all the parts of a row to its loss, and the gradient of each
-             // part
+  kFinish,   // from all the parts of a row to its loss, and the gradient of each part
 };
 
 struct Plan {
   bool general;     // a softcap, a soft target distribution, or statistics
   int warps;        // the warps of a team; a team works on a row
   int teams;        // teams in a block
+  int64_t blocks;   // meant to be on the chip at a time
   int64_t parts;    // a row is shared by so many teams
   int64_t width;    // columns of a part
   int cached;       // pieces of a row that a team keeps in shared memory

@@ -406,7 +406,9 @@ __global__ void __launch_bounds__(kWarps == 16 ? 512 : 128, kGeneral || sizeof(T
 
 template <class T, bool kGeneral>
 void launch_team(const CrossEntropyArgs& args, const Plan& plan, Stream stream) {
-  const int64_t items = args.rows * plan.parts, blocks = (items + plan.teams - 1) / plan.teams;
+  const int64_t items = args.rows * plan.parts;
+  int64_t blocks = (items + plan.teams - 1) / plan.teams;
+  if (plan.unless_one) blocks = std::min(blocks, plan.blocks);  // there is hardly ever work
   const int threads = plan.warps * plan.teams * kWarp;
   const int64_t shared = int64_t{plan.cached} * plan.teams * 16;
   auto kernel = rows_kernel<T, kGeneral, 4>;

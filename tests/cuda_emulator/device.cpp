@@ -10,6 +10,7 @@
 
 #include "cpu/backend.h"
 #include "cuda/backend.h"
+#include "cuda/rows.h"
 
 namespace masked_loss {
 
@@ -60,5 +61,12 @@ PYBIND11_MODULE(emulated_cuda, m) {
       .def_readwrite("max_blocks", &Settings::max_blocks);
   m.def("configure", [](const Settings& settings) { emulator::settings = settings; });
   m.def("launches", [] { return emulator::launches; });
+  m.def("parts_of_a_row", [](int64_t rows, int64_t cols) {
+    masked_loss::CrossEntropyArgs args{};
+    args.dtype = masked_loss::DType::kBFloat16;
+    args.rows = rows;
+    args.cols = cols;
+    return masked_loss::cuda::plan_rows(args).parts;
+  });
   m.def("least_shared_allowed", [] { return emulator::least_shared_allowed(); });
 }
