@@ -16,6 +16,7 @@ struct Rows {
   // full speed is some 32 KB on a multiprocessor: 512 threads with four each.
   static constexpr int kAhead = kGeneral || sizeof(T) == 8 ? 2 : 4;
   static constexpr int kGradAhead = sizeof(T) == 4 ? 2 : kAhead;  // expf wants the registers
+  static constexpr int kShiftedAhead = sizeof(T) == 2 ? 1 : 2;    // two pieces for each
 
   // What a look at a row tells: its logsumexp; in general also the sums over a soft target
   // distribution, the entropy, and whether another logit wins against the target's.
@@ -309,8 +310,8 @@ struct Rows {
     if (shift == 0) {
       differentiate_pieces<false, kGradAhead>(r, g, in, out, 0, end, 0, 0, cache);
     } else {
-      differentiate_pieces<true, 1>(r, g, in, out, begin, end, apart,
-                                    shift * static_cast<int>(sizeof(T)), cache);
+      differentiate_pieces<true, kShiftedAhead>(r, g, in, out, begin, end, apart,
+                                                shift * static_cast<int>(sizeof(T)), cache);
     }
     const int head = out.head + begin * kVector, tail = out.head + end * kVector;
     for (int j = rank(); j < head + r.n - tail; j += kThreads) {
