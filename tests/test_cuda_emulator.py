@@ -366,67 +366,140 @@ def test_linear_cross_entropy(bias: bool) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
-# What a test of barriers is worth: a kernel that lacks one must not pass.
+# What these tests are worth: a kernel that lacks a barrier, or does what a device forbids, must not
+# pass. Each mutant is a file, a text in it, and what stands there instead.
 
-MUTANTS = {
+Mutant = tuple[str, str, str]
+
+MISSING_BARRIERS: dict[str, Mutant] = {
     "block.cuh: between the warps' states and their sum": (
         "cuda/block.cuh",
         "states[threadIdx.x / kWarp] = s;\n    __syncthreads();",
         "states[threadIdx.x / kWarp] = s;",
     ),
-    "rows: before the next row's states": (
+    "block.cuh: of a block, before the next row's states and pieces": (
+        "cuda/block.cuh",
+        "if constexpr (kWarps > 1) {\n    __syncthreads();",
+        "if constexpr (kWarps > 1) {",
+    ),
+    "block.cuh: of a warp, before the next row's pieces": (
+        "cuda/block.cuh",
+        "else {\n    __syncwarp();\n",
+        "else {\n",
+    ),
+    "tokens.cu: before the next piece's weights": (
+        "cuda/tokens.cu",
+        "static_cast<WeightSums*>(args.scratch)[p] = sums;\n      }\n    }\n    __syncthreads();",
+        "static_cast<WeightSums*>(args.scratch)[p] = sums;\n      }\n    }",
+    ),
+    "tokens.cu: before the next piece's losses": (
+        "cuda/tokens.cu",
+        "static_cast<LossSums*>(args.scratch)[p] = sums;\n      }\n    }\n    __syncthreads();",
+        "static_cast<LossSums*>(args.scratch)[p] = sums;\n      }\n    }",
+    ),
+}
+# The barrier of a merge within a warp orders what its lanes wrote to shared memory. On the emulator
+# the shuffles around it do so already.
+UNNOTICED = ["__syncwarp();  // orders"]
+
+FORBIDDEN: dict[str, Mutant] = {
+    "a block wrote beyond its shared memory": (
         "cuda/rows.inl.cuh",
-        "    team_barrier<kWarps>();\n  }\n};",
-        "  }\n};",
+        "if (k < plan.cached && k < span.pieces) cache[k]",
+        "if (k <= plan.cached && k < span.pieces) cache[k]",
+    ),
+    "a launch with more shared memory than the kernel was allowed to take": (
+        "cuda/block.cuh",
+        "if (shared > 0) allow_shared",
+        "if (shared > 48 << 10) allow_shared",
+    ),
+    "lanes of a warp wait at different calls": (
+        "cuda/block.cuh",
+        "__syncwarp();  // orders",
+        "if (threadIdx.x % kWarp != 5) __syncwarp();  // orders",
     ),
 }
 
 SEEDS = """
-import importlib.util, json, sys, torch
+import importlib.util, json, sys, torch, zlib
 spec = importlib.util.spec_from_file_location("emulated_cuda", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
+ops = getattr(torch.ops, sys.argv[2])
 torch.manual_seed(0)
-logits, target = torch.randn(9, 3000), torch.randint(3000, (9,))
-losses = []
-for seed in range(8):
+options = ("sum", -100, 0.0, 0.0, None, False, False)
+values, mask = torch.randn(9000), torch.rand(9000)
+
+def bits(*tensors):
+    return [zlib.crc32(tensor.numpy().tobytes()) for tensor in tensors]
+
+def fused(rows, classes, offset):
+    # Neither the logits nor their gradient begin with a piece, so pieces go from thread to thread.
+    logits = torch.randn(rows, classes + 3, generator=torch.Generator().manual_seed(1))
+    target = torch.arange(rows)
+    gradient = torch.empty(rows, classes)
+    args = gradient, logits[:, offset : offset + classes], target, None, None, None
+    return bits(ops.cross_entropy_fused(*args, *options)[0], gradient)
+
+found = []
+for seed in range(int(sys.argv[3])):
     settings = module.Settings()
     settings.seed, settings.max_blocks = seed, 2
     module.configure(settings)
-    options = ("sum", -100, 0.0, 0.0, None, False, False)
-    op = getattr(torch.ops, sys.argv[2]).cross_entropy_forward
-    losses.append(op(logits, target, None, None, None, *options)[0].item())
-truth = torch.nn.functional.cross_entropy(logits.double(), target, reduction="sum").item()
-print(json.dumps({"losses": losses, "truth": truth}))
+    loss, tokens, groups = ops.masked_reduce_forward(values, mask, None, "mean")
+    logits = torch.zeros(3, 12288)
+    ops.cross_entropy_fused(logits.clone(), logits, torch.arange(3), None, None, None, *options)
+    settings.shared_per_block = 64 << 10
+    module.configure(settings)
+    found.append([fused(20, 300, 1), fused(9, 3001, 1), bits(loss, tokens, groups)])
+print(json.dumps(found))
 """
 
 
-def losses_by_seed(path: Path) -> dict[str, Any]:
+def results_by_seed(path: Path, seeds: int = 8) -> list[Any]:
     result = subprocess.run(
-        [sys.executable, "-c", SEEDS, str(path), NAMESPACE],
+        [sys.executable, "-c", SEEDS, str(path), NAMESPACE, str(seeds)],
         capture_output=True,
         text=True,
-        check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    if result.returncode != 0:
+        raise RuntimeError(result.stderr)
     return json.loads(result.stdout)
 
 
-def test_no_barrier_is_missing() -> None:
-    found = losses_by_seed(build())
-    assert len(set(found["losses"])) == 1
-    assert found["losses"][0] == pytest.approx(found["truth"], rel=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_missing_barrier_is_noticed(mutant: str, tmp_path: Path) -> None:
-    name, text, without = MUTANTS[mutant]
-    csrc = tmp_path / "csrc"
+def build_mutant(mutant: Mutant, folder: Path) -> Path:
+    name, text, instead = mutant
+    csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     source = csrc / name
     original = source.read_text()
     assert original.count(text) == 1, f"{name} has changed: adapt this test"
-    source.write_text(original.replace(text, without))
-    found = losses_by_seed(build(csrc))
-    assert len(set(found["losses"])) > 1
+    source.write_text(original.replace(text, instead))
+    return build(csrc)
+
+
+def test_no_barrier_is_missing() -> None:
+    first, *others = results_by_seed(build())
+    assert all(other == first for other in others)
+
+
+def test_every_barrier_has_a_mutant() -> None:
+    sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").iterdir()]
+    barriers = sum(text.count("__syncthreads()") + text.count("__syncwarp()") for text in sources)
+    assert all(sum(text.count(known) for text in sources) == 1 for known in UNNOTICED)
+    assert barriers == len(MISSING_BARRIERS) + len(UNNOTICED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MISSING_BARRIERS)
+def test_a_missing_barrier_is_noticed(mutant: str, tmp_path: Path) -> None:
+    first, *others = results_by_seed(build_mutant(MISSING_BARRIERS[mutant], tmp_path))
+    assert any(other != first for other in others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_what_a_device_forbids_is_noticed(what: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=what):
+        results_by_seed(build_mutant(FORBIDDEN[what], tmp_path), seeds=1)

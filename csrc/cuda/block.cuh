@@ -272,8 +272,7 @@ ML_FN S merge_team(S s, const Align& align = {}) {
     }
     merge_lanes<kWarps>(&s, align);
   } else {
-    __syncwarp();  // orders what the lanes wrote before, as the other barrier
-                   // does
+    __syncwarp();  // orders what the lanes wrote, as the other barrier does
   }
   // Lanes beyond the warps of a block hold less: the first lane's result is everybody's.
   return from_first_lane(s);

@@ -7,7 +7,7 @@
 // depends on a barrier that is not there gives different results for different seeds.
 //
 // Not covered: what needs several blocks at a time, weak memory ordering, the device's own rounding
-// in exp, and speed.
+// in expf, and speed.
 #pragma once
 
 #include <cassert>
@@ -57,9 +57,12 @@ int least_shared_allowed();  // to any kernel, on this device
 void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
          const std::function<void()>& body);
 void block_barrier();
-void warp_barrier();
-// The word that another lane of the warp brought to the same shuffle.
-uint32_t shuffle(uint32_t word, int source_lane);
+
+// Calls that the lanes of a mask make together: each the same call, and none has left the kernel.
+enum class WarpCall { kBarrier, kShuffle, kShuffleXor };
+void meet(WarpCall call, unsigned mask);
+// The word that another lane brought to the same shuffle.
+uint32_t shuffle(WarpCall call, unsigned mask, uint32_t word, int source_lane);
 int lane();
 void check_aligned(const void* p, size_t bytes);
 
@@ -68,25 +71,17 @@ void check_aligned(const void* p, size_t bytes);
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads() { ::emulator::block_barrier(); }
-inline void __syncwarp(unsigned = ~0u) { ::emulator::warp_barrier(); }
+inline void __syncwarp(unsigned mask = ~0u) {
+  ::emulator::meet(::emulator::WarpCall::kBarrier, mask);
+}
 
-inline uint32_t __shfl_sync(unsigned, uint32_t word, int source) {
-  return ::emulator::shuffle(word, source);
+inline uint32_t __shfl_sync(unsigned mask, uint32_t word, int source) {
+  return ::emulator::shuffle(::emulator::WarpCall::kShuffle, mask, word, source);
 }
-inline uint32_t __shfl_xor_sync(unsigned, uint32_t word, int mask) {
-  return ::emulator::shuffle(word, ::emulator::lane() ^ mask);
+inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t word, int lanes) {
+  const int source = ::emulator::lane() ^ lanes;
+  return ::emulator::shuffle(::emulator::WarpCall::kShuffleXor, mask, word, source);
 }
-inline uint32_t __shfl_down_sync(unsigned, uint32_t word, int delta) {
-  const int source = ::emulator::lane() + delta;
-  return ::emulator::shuffle(word, source < 32 ? source : ::emulator::lane());
-}
-inline unsigned __ballot_sync(unsigned, int vote) {
-  unsigned votes = 0;
-  for (int i = 0; i < 32; ++i) votes |= (::emulator::shuffle(vote != 0, i) & 1u) << i;
-  return votes;
-}
-inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
-inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, !vote) == 0; }
 
 template <class T>
 T __ldcs(const T* p) {
@@ -104,6 +99,19 @@ inline float __uint_as_float(uint32_t bits) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
+// ex2.approx.ftz, for which the kernels' host code has exp2f: it is off by up to 2 in the last
+// digit, here by what the argument's bits say.
+inline float approximate_exp2(float x) {
+  float y = exp2f(x);
+  uint32_t bits, seed;
+  memcpy(&bits, &y, sizeof bits);
+  memcpy(&seed, &x, sizeof seed);
+  if (bits < 0x00800000) return 0;
+  if (x != 0 && bits < 0x7f7fffff) bits += (seed * 2654435761u >> 16) % 5 - 2;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+#define exp2f approximate_exp2
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, unsigned bits) {
   return static_cast<uint32_t>(((uint64_t{high} << 32) | low) >> (bits & 31));
 }

@@ -37,6 +37,8 @@ int64_t launches = 0;
 namespace {
 
 constexpr size_t kStack = 64 << 10;
+constexpr char kUnwritten = 0x7f;
+constexpr size_t kBeyond = 1 << 10;  // bytes behind a block's shared memory that are looked at
 constexpr int kWarp = 32;
 
 // Contexts. On x86-64 by hand: swapcontext asks the system for the signal mask at each switch.
@@ -96,7 +98,10 @@ struct Fiber {
 // its next word before a slow one has read the last.
 struct Warp {
   uint32_t words[2][kWarp];
-  int turn = 0, arrived = 0, alive = 0;
+  int turn = 0;
+  unsigned alive = 0, arrived = 0;  // a bit for each lane
+  WarpCall call;                    // that they wait at
+  unsigned mask;
 };
 
 std::vector<Fiber> fibers;
@@ -136,10 +141,14 @@ void enter() {
   } catch (...) {
     error = std::current_exception();
   }
-  const int warp = current / kWarp;
+  Warp& warp = warps[current / kWarp];
+  const unsigned self = 1u << current % kWarp;
   fibers[current].done = true;
   --alive;
-  --warps[warp].alive;
+  warp.alive &= ~self;
+  if (!error && warp.arrived && (warp.mask & self)) {
+    error = std::make_exception_ptr(std::runtime_error("a lane left, and others wait for it"));
+  }
   if (alive && static_cast<int>(at_barrier.size()) == alive) release(&at_barrier);
   yield();
 }
@@ -156,9 +165,10 @@ size_t next_to_run() {
 }
 
 void run_block(int threads, size_t shared_bytes) {
-  // What nobody wrote must not look like anything.
-  memset(static_cast<void*>(masked_loss::cuda::shared_memory), 0x7f,
-         sizeof(uint4) * masked_loss::cuda::kSharedPieces * (shared_bytes ? 1 : 0));
+  // What nobody wrote must not look like anything, and what a block did not ask for stays
+  // unwritten.
+  char* const shared = reinterpret_cast<char*>(masked_loss::cuda::shared_memory);
+  memset(shared, kUnwritten, shared_bytes + kBeyond);
   ready.resize(threads);
   at_barrier.clear();
   warps.assign((threads + kWarp - 1) / kWarp, Warp{});
@@ -166,7 +176,7 @@ void run_block(int threads, size_t shared_bytes) {
   alive = threads;
   for (int i = 0; i < threads; ++i) {
     ready[i] = i;
-    ++warps[i / kWarp].alive;
+    warps[i / kWarp].alive |= 1u << i % kWarp;
     if (!fibers[i].stack) fibers[i].stack = make_stack();
     fibers[i].done = false;
     make_context(&fibers[i].context, fibers[i].stack, enter);
@@ -185,6 +195,9 @@ void run_block(int threads, size_t shared_bytes) {
   }
   if (error) return;
   if (alive) fail("deadlock: some threads wait at a barrier or shuffle that others never reach");
+  for (size_t i = 0; i < kBeyond; ++i) {
+    if (shared[shared_bytes + i] != kUnwritten) fail("a block wrote beyond its shared memory");
+  }
 }
 
 }  // namespace
@@ -244,28 +257,31 @@ void block_barrier() {
   yield();
 }
 
-namespace {
+int lane() { return current % kWarp; }
 
-void wait_for_warp() {
-  const int warp = current / kWarp;
-  at_warp[warp].push_back(current);
-  if (++warps[warp].arrived == warps[warp].alive) release_warp(warp);
+void meet(WarpCall call, unsigned mask) {
+  const int index = current / kWarp;
+  Warp& warp = warps[index];
+  if (!(mask >> lane() & 1)) fail("a lane makes a call whose mask leaves it out");
+  if (mask & ~warp.alive) fail("a mask names a lane that has left, or never was");
+  if (warp.arrived && (warp.call != call || warp.mask != mask)) {
+    fail("lanes of a warp wait at different calls");
+  }
+  warp.call = call;
+  warp.mask = mask;
+  warp.arrived |= 1u << lane();
+  at_warp[index].push_back(current);
+  if (warp.arrived == mask) release_warp(index);
   yield();
 }
 
-}  // namespace
-
-void warp_barrier() { wait_for_warp(); }
-
-int lane() { return current % kWarp; }
-
-uint32_t shuffle(uint32_t word, int source) {
+uint32_t shuffle(WarpCall call, unsigned mask, uint32_t word, int source) {
   Warp& warp = warps[current / kWarp];
   const int turn = warp.turn;
   warp.words[turn][lane()] = word;
-  const int self = lane();
-  wait_for_warp();
-  return source >= 0 && source < kWarp ? warp.words[turn][source] : warp.words[turn][self];
+  meet(call, mask);
+  if (!(mask >> source & 1)) fail("a lane wants the word of one that the mask leaves out");
+  return warp.words[turn][source];
 }
 
 void fail(const char* what) {
