@@ -19,7 +19,7 @@ formatted := $(shell find csrc tests examples tools benchmarks \
 cmake := $(or $(shell command -v cmake),$(VENV)/bin/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench cpp-test cuda-check build clean
+.PHONY: help demo test lint format bench cpp-test cuda-check cuda-sanitize build clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -54,6 +54,14 @@ cuda-check: $(stamps)/torch  ## registers, spills and 128-bit accesses of the CU
 	@if command -v "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || command -v nvcc; then \
 		$(pip) 'nvidia-cuda-nvdisasm>=13' && $(python) tools/cuda_check.py; \
 	else echo "cuda-check: skipped, no nvcc in CUDA_HOME, /usr/local/cuda or PATH"; fi
+
+# Freed memory goes back to the device: what a cache hands out again would look initialized.
+cuda-sanitize: $(stamps)/test $(library)  ## memory errors and races of the CUDA kernels, on a GPU
+	@if command -v compute-sanitizer; then for tool in memcheck racecheck initcheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+		$(python) -m pytest -q tests/test_cross_entropy.py tests/test_masked_reduce.py \
+		-k 'cuda and (1000-odd or 40000-odd or everything-odd or mask_bool)' || exit 1; done; \
+	else echo "cuda-sanitize: skipped, no compute-sanitizer in PATH"; fi
 
 build: $(library)  ## compile the operators into $(library)
 

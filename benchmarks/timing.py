@@ -67,14 +67,27 @@ wall = _clock(time.perf_counter)
 processor = _clock(time.process_time)  # does not count while others run; in all threads together
 
 
-def cuda(call: Call) -> float:
-    """Device time of everything that ``call`` launches."""
+def cuda(call: Call, queueing: float = 0.0) -> float:
+    """Device time of everything that ``call`` launches.
+
+    The host takes ``queueing`` seconds to launch it. Meanwhile the device sleeps: else it would be
+    the host that is timed where the problem is small.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if queueing:
+        torch.cuda._sleep(int(queueing * _cuda_cycles()))
     start.record()
     call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+@cache
+def _cuda_cycles() -> float:
+    """Cycles that the device sleeps in a second."""
+    cycles = 20_000_000
+    return cycles / cuda(lambda: torch.cuda._sleep(cycles))
 
 
 def repeated(clock: Callable[[Call], float], times: int) -> Callable[[Call], float]:
