@@ -41,15 +41,41 @@ class Kernel:
         return "rows_kernel" in self.name
 
     @property
+    def is_plain(self) -> bool:
+        return "false" in self.name and "double" not in self.name
+
+    @property
     def allowed_registers(self) -> int:
         if not self.is_row_kernel:
             return 64
-        plain = "false" in self.name and "double" not in self.name
-        return REGISTERS // (1024 if plain else 512)
+        return REGISTERS // (1024 if self.is_plain else 512)
 
     def wide_accesses(self, instruction: str) -> int:
         """LDG or STG instructions that move 16 bytes."""
         return len(re.findall(rf"\b{instruction}\.E(?:\.\w+)*\.128\b", self.sass))
+
+    def loops(self) -> list[list[str]]:
+        """The innermost loops: the lines between a label and a jump back to it."""
+        lines = self.sass.splitlines()
+        labels: dict[str, int] = {}
+        found: list[tuple[int, int]] = []
+        for i, line in enumerate(lines):
+            if label := re.match(r"(\.L_x_\d+):", line):
+                labels[label[1]] = i
+            elif (jump := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
+                found.append((labels[jump[1]], i))
+        return [
+            lines[begin:end]
+            for begin, end in found
+            if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in found)
+        ]
+
+    def narrow_loads(self) -> int:
+        """Loads of less than 16 bytes in loops over pieces of 16 bytes."""
+        loads = [[line for line in loop if re.search(r"\bLDG\b", line)] for loop in self.loops()]
+        return sum(
+            ".128" not in line for loop in loads if any(".128" in x for x in loop) for line in loop
+        )
 
     def complaints(self) -> list[str]:
         found = []
@@ -64,6 +90,8 @@ class Kernel:
                 found.append("has no 16-byte store")
             if re.search(r"\b(LDL|STL)\b", self.sass):
                 found.append("reads or writes local memory")
+            if self.is_plain and self.narrow_loads():  # others read class weights there
+                found.append(f"has {self.narrow_loads()} narrow loads in loops over whole pieces")
         return found
 
 
