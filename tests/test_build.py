@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import torch
 
@@ -75,6 +76,20 @@ def foreign_symbols(library: Path) -> list[str]:
     """Symbols that would tie the library to one torch or one Python."""
     foreign = re.compile(r"(^|[^\w])(at|c10)::|^_?Py")
     return [name for _, name in dynamic_symbols(library) if foreign.search(name)]
+
+
+def test_tests_leave_a_device_out_only_where_kernels_are_missing(monkeypatch):
+    def mean(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    monkeypatch.setattr(masked_loss, "masked_mean", mean)
+    message = "masked_loss: this build has no CUDA kernels, and a CUDA tensor came."
+    assert not conftest.has_cuda()
+    message = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal"):
+        conftest.has_cuda()
 
 
 @pytest.fixture

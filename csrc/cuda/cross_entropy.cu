@@ -21,9 +21,9 @@ struct Team {
 constexpr Team kTeams[] = {{128, 1, 4, 8}, {2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
 constexpr Team kDoubleTeam = {INT64_MAX, 4, 1, 8};
 
-// A row is shared by several blocks where it is long enough to be worth another launch. A part
+// A row is split between blocks where it is long enough to be worth another launch. A part
 // gives each thread of a block something to load, and an index into it is an int.
-constexpr int64_t kSharedPieces = 4096;
+constexpr int64_t kSplitPieces = 4096;
 constexpr int64_t kPartPieces = 512;
 constexpr int64_t kMaxWidth = 1 << 29;
 
@@ -60,7 +60,7 @@ Plan plan_rows(const CrossEntropyArgs& args) {
   const int64_t blocks = int64_t{team.blocks} * attribute(cudaDevAttrMultiProcessorCount);
   Plan plan{general, team.warps, team.teams, blocks, 1, args.cols, 0, false, Phase::kRows};
   int64_t parts = ceil_div(args.cols, kMaxWidth);
-  if (pieces >= kSharedPieces) {
+  if (pieces >= kSplitPieces) {
     parts = std::max(parts, std::min(blocks / args.rows, pieces / kPartPieces));
   }
   if (parts > 1) {
