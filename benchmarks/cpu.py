@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import cpu_report
@@ -126,8 +127,9 @@ def candidates(
                 calls[f"{measure}: {name}"] = kind(loss, inputs)
                 before[f"{measure}: {name}"] = timing.evict
             if measure == FORWARD:
-                calls[f"{measure}: read"] = lambda: timing.read_memory(inputs.logits)
-                before[f"{measure}: read"] = timing.evict
+                for name, ahead in (("read", timing.NEAR), ("read far", timing.FAR)):
+                    calls[f"{measure}: {name}"] = partial(timing.read_memory, inputs.logits, ahead)
+                    before[f"{measure}: {name}"] = timing.evict
         elif measure == FIRST:
             calls[f"{measure}: ours"] = step(masked_cross_entropy, inputs)
             before[f"{measure}: ours"] = forget_memory
