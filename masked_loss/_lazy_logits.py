@@ -83,6 +83,12 @@ class _Scaling(NamedTuple):
             return self._replace(cap=self.cap / number)
         return self._replace(denominator=self.denominator * number)
 
+    @property
+    def factor(self) -> float:
+        """What logits are multiplied by; before linear_cross_entropy's softcap, if cap is set."""
+        numerator = self.numerator if self.cap is None else self.numerator * self.cap
+        return numerator / self.denominator
+
 
 class _Head(torch.autograd.Function):
     """The place of the logits in the autograd graph.
@@ -331,11 +337,14 @@ class LazyLogits(Tensor):
         scaling = parts.scaling
         if scaling.cap is not None and scaling.cap <= 0:
             return None
+        factor = scaling.factor
+        if abs(factor) > 1 and parts.hidden.dtype == torch.float16:
+            return None  # factor * hidden may overflow where factor * logits does not
         if func is masked_cross_entropy:
             if not last or not args or (scaling.cap and kwargs.get("softcap") is not None):
                 return None
-            target, mask = args[0], args[1] if len(args) > 1 else kwargs.pop("mask", None)
-            options = {k: v for k, v in kwargs.items() if k != "inplace_backward"}
+            options = {k: v for k, v in kwargs.items() if k not in ("mask", "inplace_backward")}
+            target, mask = args[0], args[1] if len(args) > 1 else kwargs.get("mask")
         else:
             bound = _bind_cross_entropy(func, args, kwargs)
             if bound is None or (parts.class_dim != 1 if len(self.shape) > 2 else not last):
@@ -343,9 +352,7 @@ class LazyLogits(Tensor):
             target, mask, options = bound
             if target.is_floating_point() or target.shape != parts.hidden.shape[:-1]:
                 return None
-        factor = scaling.numerator / scaling.denominator
         if scaling.cap is not None:
-            factor = scaling.numerator * scaling.cap / scaling.denominator
             options["softcap"] = scaling.cap
         hidden, bias = parts.hidden, parts.bias
         for logits in self._line():

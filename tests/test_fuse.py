@@ -7,7 +7,7 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -85,6 +85,17 @@ def assert_same_gradients(stock: nn.Module, fused: nn.Module, **tolerance: float
     assert any(g.abs().max() > 0 for g in expected.values())
     for name, grad in expected.items():
         torch.testing.assert_close(got[name], grad, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+
+
+def assert_no_less_accurate(
+    got: Iterable[Tensor], stock: Iterable[Tensor], truth: Iterable[Tensor], dtype: torch.dtype
+) -> None:
+    """No further from the truth than the stock computation in the same type, and two roundings."""
+    info = torch.finfo(dtype)
+    for ours, theirs, right in zip(got, stock, truth, strict=True):
+        least = right.numel() ** 0.5 * info.smallest_normal
+        rounding = info.eps * max(least, right.norm().item())
+        assert (ours - right).norm() <= (theirs - right).norm() + 2 * rounding
 
 
 def flat(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
@@ -390,17 +401,52 @@ def test_a_target_out_of_range_is_named(batch: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models(dtype: torch.dtype, batch: tuple[Tensor, Tensor]) -> None:
-    stock, fused = both(bias=True)
-    reference = copy.deepcopy(stock).to(dtype).double()
-    expected, _ = reference(*batch)
-    expected.backward()
-    got, logits = fused.to(dtype)(*batch)
-    got.backward()
-    assert (logits.dtype, got.dtype) == (dtype, torch.float32)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-2, atol=1e-2)
-    for name, grad in grads(fused).items():
-        close = {"rtol": 0.1, "atol": 2e-2}
-        torch.testing.assert_close(grad.double(), grads(reference)[name], **close)
+    stock, fused = (model.to(dtype) for model in both(bias=True))
+    wide = copy.deepcopy(stock).double()
+    results = []
+    for model in (fused, stock, wide):
+        loss, logits = model(*batch)
+        loss.backward()
+        results.append([loss.detach().double(), *(g.double() for g in grads(model).values())])
+        if model is fused:
+            assert (type(logits), logits.dtype, loss.dtype) == (LazyLogits, dtype, torch.float32)
+    assert len(results[0]) == 6
+    assert_no_less_accurate(*results, dtype)
+
+
+SCALINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scale": lambda x: x * 100,
+    "negative scale": lambda x: -100 * x,
+    "temperature": lambda x: x / 2.5,
+    "capped, scaled": lambda x: 100 * (x / 30).tanh(),
+    "scaled, capped": lambda x: capped(100 * x, 30),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scaled_logits_of_half_precision(
+    dtype: torch.dtype, scaling: Callable[[Tensor], Tensor], bias: bool
+) -> None:
+    """Logits that float16 can hold when scaled; the hidden states and the bias, scaled, are not."""
+    hidden = (1000 * torch.randn(500, D)).to(dtype).requires_grad_()
+    head = nn.Linear(D, V, bias=bias).to(dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(V, D) / 10_000)
+    target = torch.randint(V, (500,))
+
+    def evaluate(head: nn.Module, hidden: Tensor) -> list[Tensor]:
+        loss = F.cross_entropy(scaling(head(hidden)), target)
+        leaves = [hidden, *head.parameters()]
+        return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, leaves))]
+
+    truth = evaluate(copy.deepcopy(head).double(), hidden.detach().double().requires_grad_())
+    model = nn.Module()
+    model.lm_head = copy.deepcopy(head)
+    stock = evaluate(head, hidden)
+    fused = evaluate(masked_loss.fuse_linear_loss(model).lm_head, hidden)
+    assert_no_less_accurate(fused, stock, truth, dtype)
 
 
 def test_autocast_of_the_head_is_remembered(batch: tuple[Tensor, Tensor], no_logits: None) -> None:
