@@ -242,16 +242,22 @@ def _forward(
     return result
 
 
+def _path_to(x: Tensor | None) -> Tensor | None:
+    """A tensor without x's memory whose gradient is x's: where second derivatives are refused."""
+    with torch.enable_grad():
+        return x[:0].sum() if x is not None and _ops.may_require_grad(x) else None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, mask, _, class_weight, ctx.options, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
     again = ctx.options.reduction == "none"  # or else the gradients are there
-    ctx.inputs = (hidden, weight, bias)  # not saved: they may change before backward
+    ctx.inputs = () if again else tuple(map(_path_to, (hidden, weight, bias)))
     wants_mask = _ops.may_require_grad(mask)
     ctx.save_for_backward(
-        *(ctx.inputs if again else (None, None, None)),
+        *((hidden, weight, bias) if again else (None, None, None)),
         target,
         mask if wants_mask else None,
         class_weight,

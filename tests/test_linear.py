@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -598,6 +599,19 @@ def test_weight_shared_with_the_embedding() -> None:
         return table.grad
 
     torch.testing.assert_close(step(linear_cross_entropy), step(specification))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_hidden_is_not_kept(reduction: str) -> None:
+    """By a loss whose gradients are there, not at all; by "none", until backward."""
+    tensors = problem(*SHAPE)
+    hidden = 2 * tensors["hidden"]  # keeps nothing of its result
+    loss = linear_cross_entropy(hidden, tensors["weight"], tensors["target"], reduction=reduction)
+    kept = weakref.ref(hidden)
+    del hidden
+    assert (kept() is not None) == (reduction == "none")
+    loss.sum().backward()
+    assert kept() is None
 
 
 def test_weight_may_change_before_backward() -> None:
