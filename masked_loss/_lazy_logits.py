@@ -122,7 +122,7 @@ class _Head(torch.autograd.Function):
         flat = dlogits.reshape(-1, weight.shape[0]).to(weight.dtype)
         computed = (
             (flat @ weight).view_as(hidden),
-            flat.t() @ hidden.reshape(-1, weight.shape[1]),
+            flat.t() @ hidden.reshape(flat.shape[0], weight.shape[1]),
             flat.sum(0),
         )
         needed = ctx.needs_input_grad[1:]

@@ -315,7 +315,7 @@ def linear_cross_entropy(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """loss and stats, with autograd and autocast."""
-    if torch.is_autocast_enabled(hidden.device.type):
+    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = _autocast(hidden), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     inputs = (hidden, weight, bias)

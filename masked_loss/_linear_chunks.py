@@ -96,7 +96,7 @@ class _Tokens:
     def __init__(self, hidden: Tensor, weights: Tensor, shift: bool, pack: bool) -> None:
         self.hidden, self.shift = hidden, int(shift)
         try:
-            self.rows: Tensor | None = hidden.view(-1, hidden.shape[-1])
+            self.rows: Tensor | None = hidden.view(weights.numel(), hidden.shape[-1])
         except RuntimeError:  # a layout without rows: chunks are gathered from all its dimensions
             self.rows = None
         self.index: Tensor | None = None
@@ -105,7 +105,7 @@ class _Tokens:
         if not _may_wait(hidden, pack):
             self.weights = weights
             if self.rows is None:
-                self.rows = hidden.reshape(-1, hidden.shape[-1])
+                self.rows = hidden.reshape(weights.numel(), hidden.shape[-1])
             return
         index = weights.nonzero().view(-1)
         self.count = index.numel()
@@ -254,7 +254,7 @@ def run_chunks(
         partial_rows = active.index is not None or active.count < target.numel()
         make = hidden.new_zeros if partial_rows else hidden.new_empty
         dhidden = make(hidden.shape)
-    dhidden_rows = dhidden.view(-1, width) if needs_hidden else dhidden
+    dhidden_rows = dhidden.view(target.numel(), width) if needs_hidden else dhidden
     flat_target = target.reshape(-1)
     by_token = tokens.t()
     if class_weight is not None:

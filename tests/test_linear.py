@@ -311,6 +311,31 @@ def test_shapes(shape: tuple[int, ...], name: str) -> None:
         assert_accurate(make, **options)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_hidden_states_without_width(
+    bias: bool, reduction: str, dtype: torch.dtype, device: str
+) -> None:
+    def make() -> dict[str, Tensor]:
+        tensors = problem(*SHAPE, width=0, dtype=dtype, device=device)
+        return tensors if bias else {n: x for n, x in tensors.items() if n != "bias"}
+
+    assert_accurate(make, reduction=reduction, chunk_tokens=4)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_meta_device(reduction: str, dtype: torch.dtype) -> None:
+    """Shapes and types, of gradients too, as where there are numbers."""
+    tensors = problem(*SHAPE, dtype=dtype)
+    expected = evaluate(linear_cross_entropy, tensors, reduction=reduction)
+    on_meta = {
+        name: x.detach().to("meta").requires_grad_(x.requires_grad) for name, x in tensors.items()
+    }
+    got = evaluate(linear_cross_entropy, on_meta, reduction=reduction)
+    for name, x in expected.items():
+        assert (got[name].shape, got[name].dtype, got[name].is_meta) == (x.shape, x.dtype, True)
+
+
 def test_int32_targets() -> None:
     tensors = problem(*SHAPE)
     expected = evaluate(linear_cross_entropy, tensors)
