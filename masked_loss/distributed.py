@@ -52,7 +52,7 @@ def global_normalizer(
 
     Raises:
         TypeError: target or mask is not a tensor.
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; a group that this rank is not in.
 
     Source: https://github.com/masked-loss/masked_loss/blob/main/masked_loss/distributed.py
 
@@ -75,8 +75,13 @@ def global_normalizer(
     counts = [_count(t, m, ignore_index, shift) for t, m in zip(targets, masks, strict=True)]
     total = torch.stack(counts).sum() if len(counts) > 1 else counts[0]
     if dist.is_available() and dist.is_initialized():
+        ranks = dist.get_world_size(group)
+        if ranks < 1:
+            raise ValueError(
+                f"{_WHO}: group must be one that this rank is in; rank {dist.get_rank()} is not"
+            )
         dist.all_reduce(total, group=group)
-        total = total / dist.get_world_size(group)
+        total = total / ranks
     return total
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Several ranks: averaged gradients are those of one process that has the whole batch.
 
-Real process groups (gloo). The ranks are forked and do all cases of their number in one go.
+Real process groups (gloo). The ranks are spawned and do all cases of their number in one go.
 """
 
 from __future__ import annotations
@@ -158,6 +158,9 @@ def counts(rank: int, ranks: int) -> None:
     group = dist.new_group([0, 1])
     if rank < 2:
         assert global_normalizer(target, group=group).item() == (5 + 8) / 2
+    else:
+        with pytest.raises(ValueError, match=f"global_normalizer: group .*; rank {rank} is not"):
+            global_normalizer(target, group=group)
     everything_masked = global_normalizer(target, torch.zeros_like(target))
     assert everything_masked.item() == 0
     logits = torch.randn(3, rank + 2, V, requires_grad=True)
