@@ -63,6 +63,7 @@ _WIDER = {
     torch.float32: (torch.float64,),
 }
 _LOSSES = frozenset((F.cross_entropy, cross_entropy, masked_cross_entropy))
+_BACKWARDS = frozenset((torch.autograd.grad, torch.autograd.backward))
 _HOOKS = _names("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 
 
@@ -238,6 +239,8 @@ class LazyLogits(Tensor):
             return func(logits, **kwargs)
         if func in _LOSSES:
             func = {F.cross_entropy: cross_entropy}.get(func, func)
+        elif func in _BACKWARDS:
+            tree_map_only(LazyLogits, lambda x: x._require_gradient(func.__name__), (args, kwargs))
         args, kwargs = tree_map_only(LazyLogits, LazyLogits._compute, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -405,14 +408,18 @@ class LazyLogits(Tensor):
 
     def _before(self, func: Callable[..., Any]) -> None:
         name = getattr(func, "__name__", "")
-        if func in _HOOKS and any(x._fused for x in self._line()):
-            raise RuntimeError(
-                f"{_WHO}: {name}: the loss was computed without these logits, so they get no "
-                "gradient. Call it before the loss, or unfuse(model)"
-            )
+        if func in _HOOKS:
+            self._require_gradient(name)
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place or name in ("__setitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__"):
             self._root()._compute()  # whoever shares memory with these logits shall see it
+
+    def _require_gradient(self, name: str) -> None:
+        if any(x._fused for x in self._line()):
+            raise RuntimeError(
+                f"{_WHO}: {name}: the loss was computed without these logits, so they get no "
+                "gradient. Use them before the loss, or unfuse(model)"
+            )
 
     def _line(self) -> list[LazyLogits]:
         return [self] if self._parent is None else [self, *self._parent._line()]

@@ -377,6 +377,26 @@ def test_hooks_on_logits(batch: tuple[Tensor, Tensor]) -> None:
         logits.register_hook(seen.append)
 
 
+def test_gradients_of_logits(batch: tuple[Tensor, Tensor]) -> None:
+    ids, labels = batch
+    stock, fused = both()
+    results = []
+    for model in (stock, fused):
+        logits = model(ids)[1]
+        loss = shifted(logits * logits.sigmoid(), labels)  # a loss of computed logits
+        results.append(torch.autograd.grad(loss, logits))
+    torch.testing.assert_close(results[1], results[0])
+    loss, logits = fused(ids, labels)
+    for differentiate in (
+        lambda: torch.autograd.grad(loss, logits),
+        lambda: torch.autograd.grad(loss, [ids.float(), logits], allow_unused=True),
+        lambda: torch.autograd.backward(loss, inputs=[logits]),
+        lambda: loss.backward(inputs=[logits]),
+    ):
+        with pytest.raises(RuntimeError, match=r"(grad|backward): the loss was computed without"):
+            differentiate()
+
+
 def test_masked_rows_and_empty_batches(batch: tuple[Tensor, Tensor]) -> None:
     ids, labels = batch
     _, fused = both()
