@@ -175,6 +175,21 @@ def test_apply_changes_the_trainers_and_not_their_losses(
     assert not list((checkout / "trainer").glob("*.orig"))
 
 
+def test_revert_leaves_what_was_edited_since(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apply, edited = script("apply"), checkout / "trainer" / "train_lora.py"
+    assert call(apply, monkeypatch, checkout, "--write") == 0
+    source = edited.read_text() + "print('done')\n"
+    edited.write_text(source)
+    assert call(apply, monkeypatch, checkout, "--revert") == 1
+    output = capsys.readouterr()
+    assert output.out.count("as it was") == 3
+    assert "train_lora.py: edited since" in output.err
+    assert edited.read_text() == source
+    assert edited.with_name("train_lora.py.orig").exists()
+
+
 def test_apply_reports_what_it_does_not_know(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

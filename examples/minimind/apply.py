@@ -135,6 +135,20 @@ def masked_product(node: ast.stmt, per_token: str) -> str | None:
     return None
 
 
+def change(name: str, source: str) -> str:
+    return fuse(source) if name in FUSED else mask(source)
+
+
+def revert(path: Path, kept: Path) -> bool:
+    """Puts the original back, unless that would undo what somebody else has changed since."""
+    written = change(path.name, kept.read_text(encoding="utf-8"))
+    if path.exists() and path.read_text(encoding="utf-8") != written:
+        return False
+    kept.replace(path)
+    print(f"{path.name}: as it was")
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkout", type=Path, help="a checkout of MiniMind")
@@ -151,9 +165,9 @@ def main() -> int:
         path = folder / name
         kept = path.with_name(name + ".orig")
         if args.revert:
-            if kept.exists():
-                kept.replace(path)
-                print(f"{name}: as it was")
+            if kept.exists() and not revert(path, kept):
+                print(f"{name}: edited since, left; the original is {kept.name}", file=sys.stderr)
+                status = 1
             continue
         if not path.exists():
             print(f"{name}: not there", file=sys.stderr)
@@ -164,7 +178,7 @@ def main() -> int:
             print(f"{name}: changed already")
             continue
         try:
-            changed = fuse(source) if name in FUSED else mask(source)
+            changed = change(name, source)
         except NotFoundError as error:
             print(f"{name}: not changed, {error}", file=sys.stderr)
             status = 1
