@@ -136,10 +136,11 @@ def fuse_linear_loss(model: _Model) -> _Model:
     that are ignored. Everything else that is done with the logits, ``generate()`` too, gets them.
 
     The model is changed in place: only the head's class changes, not its parameters nor their
-    names. Checkpoints, ``deepcopy``, ``pickle``, DistributedDataParallel, FSDP, autocast and
-    gradient checkpointing work as before. Under ``torch.compile`` the logits are computed, and the
-    loss goes through masked_loss's kernel. So it does if the head is more than a linear module
-    (LoRA on the head, a quantised head), about which a warning tells.
+    names. Checkpoints, ``deepcopy``, DistributedDataParallel, FSDP, autocast and gradient
+    checkpointing work as before; a pickled model stays fused, and needs masked_loss. Under
+    ``torch.compile`` the logits are computed, and the loss goes through masked_loss's kernel. So
+    it does if the head is more than a linear module (LoRA on the head, a quantised head), about
+    which a warning tells.
 
     What differs: the loss is that of :func:`masked_loss.cross_entropy`, so a batch without any
     active token has loss 0 instead of NaN, and half-precision logits have a float32 loss. Logits
