@@ -21,6 +21,8 @@ from masked_loss._ops import ops
 
 # Bytes of a chunk's logits, where the caller does not say chunk_tokens.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# With fewer tokens in a chunk than this, reading the weight takes as long as multiplying by it.
+_FAST_TOKENS = 128
 # Bytes of the pieces in which a large tensor is converted or added to another type's.
 _PIECE_BYTES = 4 << 20
 
@@ -49,8 +51,13 @@ class Options(NamedTuple):
 def _largest_chunk(weight: Tensor, chunk_tokens: int | None, more: int = 0) -> int:
     if chunk_tokens is not None:
         return chunk_tokens
+    token = (weight.shape[0] + more) * weight.element_size()
     limit = _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cuda"])
-    return max(1, limit // ((weight.shape[0] + more) * weight.element_size()))
+    if weight.is_cpu and weight.element_size() >= 4:
+        # MKL packs these types, into 5 to 12 MiB for each thread: the other half is for that, as
+        # far as the tokens are enough for fast products.
+        limit = max(limit // 2, min(limit, _FAST_TOKENS * token))
+    return max(1, limit // token)
 
 
 def dweight_dtype(
@@ -187,7 +194,7 @@ class _WeightGrad:
             # once per chunk; float16 ones, which could overflow, are computed in float32.
             wide = hidden.dtype == torch.float16
             hidden = hidden.float() if wide else hidden
-            for piece in _pieces(total.shape[0], total.element_size() * total.shape[1]):
+            for piece in _pieces(total.shape[0], total.element_size() * max(hidden.shape)):
                 rows = dlogits[piece]
                 part = torch.mm(rows.float() if wide else rows, hidden)
                 if self.empty:

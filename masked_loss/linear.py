@@ -86,7 +86,8 @@ def linear_cross_entropy(
     and every other option of :func:`masked_loss.masked_cross_entropy`, to which this is equal. The
     logits are computed some tokens at a time, and not at all for masked tokens, whose hidden
     states are never read. Peak memory, above the arguments and their gradients, is one chunk of
-    logits: at most 64 MiB on the CPU, whatever the number of tokens and classes.
+    logits, at most 64 MiB on the CPU whatever the number of tokens and classes, and what the
+    products work in; for half types also the sums that accumulation_dtype speaks of.
 
     Scalar reductions compute the gradients in forward, which then takes the time of both passes;
     without grad mode, and for arguments that do not require grad, nothing is computed for them.
@@ -110,7 +111,7 @@ def linear_cross_entropy(
         shift: for causal language models: ``hidden[..., t, :]`` scores ``target[..., t + 1]``.
         return_stats: returns ``(loss, LossStats)``.
         chunk_tokens: how many tokens' logits exist at a time. None: as many as 64 MiB hold (512
-            on CUDA).
+            on CUDA; on the CPU half of it for float32 and float64, if that is 128 tokens).
         accumulation_dtype: what the gradient of a half-precision weight is summed in over several
             chunks. None: float32, a tensor of 4 V D bytes; ``weight.dtype`` saves it, and rounds
             at each chunk.
