@@ -9,6 +9,7 @@ So the memory of the last one is used again as soon as nobody else refers to it.
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 import threading
 from contextlib import suppress
@@ -20,7 +21,10 @@ from torch import Tensor
 _LARGE = 32 << 20
 
 # Without the global interpreter lock a reference count is not exact: nothing is kept then.
-_KEEPS = getattr(sys, "_is_gil_enabled", lambda: True)()
+_KEEPS = (
+    os.environ.get("MASKED_LOSS_KEEP_MEMORY", "1") != "0"
+    and getattr(sys, "_is_gil_enabled", lambda: True)()
+)
 
 
 class Kept:
@@ -40,9 +44,11 @@ class Kept:
 
     def _take(self, size: int) -> mmap.mmap:
         """A block of at least ``size`` bytes that no tensor refers to."""
+        if not _KEEPS:
+            return _allocate(size)
         with self._lock:
             block = self._block
-            if not _KEEPS or block is None or not self._is_idle() or not _fits(size, len(block)):
+            if block is None or not self._is_idle() or not _fits(size, len(block)):
                 del block
                 self._block = None  # an idle block that does not fit goes first
                 self._block = block = _allocate(size)

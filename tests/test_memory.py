@@ -7,6 +7,8 @@ import ctypes
 import errno
 import mmap
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -132,6 +134,24 @@ def test_threads_do_not_share_a_block():
         thread.join()
     for seed in range(3):
         assert torch.equal(results[seed], truth[seed])
+
+
+def test_nothing_is_kept_where_the_environment_says_so():
+    script = """
+import gc, torch, masked_loss
+hidden, weight = torch.randn(300, 64), torch.randn(1 << 15, 64, requires_grad=True)
+masked_loss.linear_cross_entropy(hidden, weight, torch.arange(300)).backward()
+assert weight.grad is not None and weight.grad.any()
+weight.grad = None
+gc.collect()
+print(masked_loss._memory._logits._block is masked_loss._linear_chunks._dweights._block is None)
+"""
+    for keeps in ("0", "1"):
+        environment = {**os.environ, "MASKED_LOSS_KEEP_MEMORY": keeps}
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+        )
+        assert run.stdout.strip() == str(keeps == "0"), run.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
