@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import masked_loss
+from masked_loss import _linear, _ops
 from masked_loss.fuse import DenseLogits, FusedLinear, LazyLogits
 from masked_loss.integrations.transformers import causal_lm_loss
 
@@ -92,10 +93,28 @@ def with_both(model: Any) -> Any:
 WAYS = [fused, with_loss_function, with_both]
 
 
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of masked_loss's losses, as they are computed: stock ones give the same numbers."""
+    computed: list[str] = []
+
+    def count(loss: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        computed.append(loss.__name__)
+        return loss(*args, **options)
+
+    for module, name in ((_ops, "cross_entropy"), (_linear, "linear_cross_entropy")):
+        monkeypatch.setattr(module, name, partial(count, getattr(module, name)))
+    return computed
+
+
+def loss_of(way: Callable[[Any], Any]) -> str:
+    return "cross_entropy" if way is with_loss_function else "linear_cross_entropy"
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_train_as_with_the_stock_loss(
-    family: str, way: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+    family: str, way: Callable[[Any], Any], losses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock, ours = make(family), way(make(family))
     expected = train(stock)
@@ -105,7 +124,9 @@ def test_models_train_as_with_the_stock_loss(
             raise AssertionError("the logits were computed")
 
         monkeypatch.setattr(LazyLogits, "_value", computed)
+    assert not losses
     assert train(ours) == pytest.approx(expected, abs=2e-5)
+    assert losses == [loss_of(way)] * 4
     assert expected[0] != expected[-1]
 
 
@@ -273,7 +294,9 @@ def run_trainer(model: Any, folder: Path, **options: Any) -> tuple[list[float], 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("way", WAYS)
-def test_trainer(way: Callable[[Any], Any], smoothing: float, tmp_path: Path) -> None:
+def test_trainer(
+    way: Callable[[Any], Any], smoothing: float, losses: list[str], tmp_path: Path
+) -> None:
     pytest.importorskip("accelerate")
     options = {"label_smoothing_factor": smoothing}
     expected, evaluated = run_trainer(make("Llama"), tmp_path, **options)
@@ -281,10 +304,12 @@ def test_trainer(way: Callable[[Any], Any], smoothing: float, tmp_path: Path) ->
     assert len(got) == 3
     assert got == pytest.approx(expected, abs=2e-4)  # the log rounds to four digits
     assert metrics["eval_loss"] == pytest.approx(evaluated["eval_loss"], abs=2e-5)
+    # Six micro-batches and one of evaluation; Trainer's own label smoother asks nobody.
+    assert losses == ([] if smoothing else [loss_of(way)] * 7)
 
 
 def test_smoothing_without_logits_in_trainer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, losses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What Trainer's own LabelSmoother does with logits, the loss function does without."""
     pytest.importorskip("accelerate")
@@ -294,6 +319,7 @@ def test_smoothing_without_logits_in_trainer(
     monkeypatch.setattr(LazyLogits, "_value", None)
     got, _ = run_trainer(model, tmp_path)
     assert got == pytest.approx(expected, abs=2e-4)
+    assert losses == ["linear_cross_entropy"] * 7
 
 
 @pytest.mark.parametrize("way", [fused, with_both])
@@ -329,7 +355,7 @@ def test_peft(way: Callable[[Any], Any]) -> None:
     assert train(model) == pytest.approx(expected, abs=2e-5)
 
 
-def test_trl_sft_trainer(tmp_path: Path) -> None:
+def test_trl_sft_trainer(tmp_path: Path, losses: list[str]) -> None:
     """SFTTrainer brings a loss of its own; transformers' compute_loss asks the model for its."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
@@ -357,15 +383,18 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
 
     expected = run(trl.SFTTrainer, make("Llama"))
     assert len(expected) == 3
+    assert run(trl.SFTTrainer, with_both(make("Llama"))) == pytest.approx(expected, abs=2e-4)
+    assert not losses  # it works with either line, and uses none
     for way in WAYS:
         assert run(FusedSFTTrainer, way(make("Llama"))) == pytest.approx(expected, abs=2e-4)
-    assert run(trl.SFTTrainer, with_both(make("Llama"))) == pytest.approx(expected, abs=2e-4)
+        assert losses == [loss_of(way)] * 6
+        losses.clear()
 
 
 def test_compiled_model() -> None:
     model = make("Llama")
     expected = model(**make_batch()).loss
-    ours = torch.compile(with_both(copy.deepcopy(model)), backend="eager")
+    ours = torch.compile(with_both(copy.deepcopy(model)), fullgraph=True, backend="eager")
     output = ours(**make_batch())
     torch.testing.assert_close(output.loss, expected)
     output.loss.backward()
