@@ -127,8 +127,8 @@ def linear_cross_entropy(
         ValueError: shapes that do not fit, an unknown reduction, a number out of its range.
 
     Under autocast hidden, weight and bias are cast as ``F.linear`` casts them. On CUDA the host
-    waits once, for the number of active tokens; under graph capture and torch.compile it does not,
-    and masked tokens are computed with weight 0.
+    waits once, for the number of active tokens (with ``"none"`` once more in backward); under graph
+    capture and torch.compile it does not, and masked tokens are computed with weight 0.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.linear.html,
     and docs/linear_cross_entropy.md, which counts products and bytes.

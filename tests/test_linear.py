@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -489,6 +490,24 @@ def test_without_packing(
     for name in packed:
         scale = max(1.0, packed[name].abs().max().item())
         torch.testing.assert_close(result[name], packed[name], rtol=8 * eps, atol=8 * eps * scale)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_host_waits_once(reduction: str, dtype: torch.dtype) -> None:
+    """For the number of active tokens; "none", whose backward packs again, twice."""
+    tensors = problem(4, 7, dtype=dtype, device="cuda")
+    upstream = torch.ones((4, 7) if reduction == "none" else (), device="cuda")
+    evaluate(linear_cross_entropy, tensors, upstream, reduction=reduction)  # makes cuBLAS's handle
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            evaluate(linear_cross_entropy, tensors, upstream, reduction=reduction, chunk_tokens=5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in said if "synchronizing CUDA operation" in str(w.message)]
+    assert len(waits) == (2 if reduction == "none" else 1)
 
 
 # Autograd
