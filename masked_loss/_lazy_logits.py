@@ -233,10 +233,6 @@ class LazyLogits(Tensor):
                 if result is not None:
                     return result
             self._before(func)
-        elif func in _LOSSES and isinstance(kwargs.get("input", kwargs.get("logits")), LazyLogits):
-            kwargs = dict(kwargs)
-            logits = kwargs.pop("input" if "input" in kwargs else "logits")
-            return func(logits, **kwargs)
         if func in _LOSSES:
             func = {F.cross_entropy: cross_entropy}.get(func, func)
         elif func in _BACKWARDS:
@@ -344,16 +340,16 @@ class LazyLogits(Tensor):
         if abs(factor) > 1 and parts.hidden.dtype == torch.float16:
             return None  # factor * hidden may overflow where factor * logits does not
         if func is masked_cross_entropy:
-            if not last or not args or (scaling.cap and kwargs.get("softcap") is not None):
+            if not last or (scaling.cap and kwargs.get("softcap") is not None):
                 return None
-            options = {k: v for k, v in kwargs.items() if k not in ("mask", "inplace_backward")}
-            target, mask = args[0], args[1] if len(args) > 1 else kwargs.get("mask")
+            target, mask = args  # so it hands them over
+            options = {k: v for k, v in kwargs.items() if k != "inplace_backward"}
         else:
-            bound = _bind_cross_entropy(func, args, kwargs)
+            bound = _bind_cross_entropy(args, kwargs)
             if bound is None or (parts.class_dim != 1 if len(self.shape) > 2 else not last):
                 return None
             target, mask, options = bound
-            if target.is_floating_point() or target.shape != parts.hidden.shape[:-1]:
+            if target.shape != parts.hidden.shape[:-1]:
                 return None
         if scaling.cap is not None:
             options["softcap"] = scaling.cap
@@ -366,9 +362,8 @@ class LazyLogits(Tensor):
             result: Any = linear_cross_entropy(
                 hidden, parts.weight, target, mask, bias=bias, **options
             )
-        wide = parts.dtype == torch.float64
         loss, *stats = result if isinstance(result, tuple) else (result,)
-        loss = loss.double() if wide else loss
+        loss = loss.double() if parts.dtype == torch.float64 else loss
         return (loss, *stats) if stats else loss
 
     def _oldest_dense(self) -> Tensor | None:
@@ -481,7 +476,7 @@ def _versions(parts: Parts) -> tuple[int, ...]:
 
 
 def _bind_cross_entropy(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]] | None:
     """target, mask and the keywords of linear_cross_entropy, from those of F.cross_entropy."""
     names = (

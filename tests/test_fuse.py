@@ -138,6 +138,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "softcap": lambda x, y: flat(capped(x, 0.5), y),
     "scaled softcap": lambda x, y: flat(3 * (2 * x).tanh(), y),
     "masked_loss": lambda x, y: masked_loss.masked_cross_entropy(x, y, y > 5, shift=True),
+    "masked_loss, keywords": lambda x, y: masked_loss.masked_cross_entropy(
+        logits=x, target=y, mask=y > 5, z_loss=0.01
+    ),
+    "drop-in, keywords": lambda x, y: masked_loss.cross_entropy(input=x.mT, target=y),
     "masked_loss, softcap": lambda x, y: masked_loss.masked_cross_entropy(x, y, softcap=0.5),
     "drop-in": lambda x, y: masked_loss.cross_entropy(x.mT, y, mask=y > 5),
     "sequence mean": lambda x, y: masked_loss.masked_cross_entropy(
