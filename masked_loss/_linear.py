@@ -250,7 +250,6 @@ def _path_to(x: Tensor | None) -> Tensor | None:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, mask, _, class_weight, ctx.options, _ = inputs
-    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
     again = ctx.options.reduction == "none"  # or else the gradients are there
