@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import timing
@@ -105,13 +106,13 @@ MEASURED = ("case", "measure", "ours", "GB/s", "of limit", "vs eager", "vs compi
 def steady(results: Part) -> Part:
     """``results`` with the names of those cases marked that were measured on a disturbed machine.
 
-    Memory gave less than 70 % of what it gave at other times: others used it too.
+    Memory gave less than 70 % of what it usually gave: others used it too.
     """
     parts = {p: r for p, r in results.items() if "limit" in next(iter(r.values()), {})}
-    best = max((c["limit"]["read"] for r in parts.values() for c in r.values()), default=0)
+    usual = median(c["limit"]["read"] for r in parts.values() for c in r.values())
     marked = {
         part: {
-            name + (DISTURBED if case["limit"]["read"] < STEADY * best else ""): case
+            name + (DISTURBED if case["limit"]["read"] < STEADY * usual else ""): case
             for name, case in cases.items()
         }
         for part, cases in parts.items()
@@ -232,8 +233,8 @@ def plot(results: Part, path: Path) -> None:
     figure = plt.figure(figsize=(11, 8.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.9))
     _plot_speed_up(results, above)
-    best = max(case["limit"]["read"] for case in results["main"].values())
-    _plot_growth(results["growth"], below, best)
+    usual = median(case["limit"]["read"] for case in results["main"].values())
+    _plot_growth(results["growth"], below, usual)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -262,8 +263,8 @@ def _plot_speed_up(results: Part, figure: Any) -> None:
     axes[0].legend(frameon=False)
 
 
-def _plot_growth(growth: Part, figure: Any, best: float) -> None:
-    note = DISTURBED if growth["limit"]["read"] < STEADY * best else ""
+def _plot_growth(growth: Part, figure: Any, usual: float) -> None:
+    note = DISTURBED if growth["limit"]["read"] < STEADY * usual else ""
     figure.suptitle(f"How the cost grows (fp32){note}", fontweight="bold")
     titles = {
         "tokens": "tokens, V = 32000",
