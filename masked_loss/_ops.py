@@ -158,12 +158,8 @@ def may_require_grad(tensor: Tensor | None) -> bool:
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-        if any(map(may_require_grad, tensors)):
-            return True
+    if torch.is_grad_enabled() and any(map(may_require_grad, tensors)):
+        return True
     return torch.autograd.forward_ad._current_level >= 0
 
 
@@ -328,7 +324,11 @@ into the same memory: scaling it would round half types twice."""
 
 
 def _require_writable(logits: Tensor) -> None:
-    """Every logit has a place of its own, where the kernels find it: [batch, step, class]."""
+    """Every logit has a place of its own, where the kernels find it: [batch, step, class].
+
+    Here and not in csrc/check.h: to write in place is autograd's affair, the forward kernels do not
+    hear of it, and in backward it would be too late to say.
+    """
     if logits.numel() == 0:
         return
     steps = logits.shape[-2] if logits.dim() > 1 else 1

@@ -273,12 +273,12 @@ void check(const cpu::Kernels& table, DType dtype, const char* type, double eps,
                  cols, "loss");
     for (size_t i = 0; i < out.dlogits.size(); ++i) {
       const double d = truth.dlogits[i];
-      expect_close(out.dlogits[i], d, eps * std::abs(d) + 3e-6, table.name, type, o, cols,
+      expect_close(out.dlogits[i], d, eps * std::abs(d) + 3e-7, table.name, type, o, cols,
                    "a gradient");
     }
     for (size_t i = 0; i < out.dmask.size(); ++i) {
       const double d = truth.dmask[i];
-      expect_close(out.dmask[i], d, 1e-5 * (1 + std::abs(d)), table.name, type, o, cols,
+      expect_close(out.dmask[i], d, 4e-6 * (1 + std::abs(d)), table.name, type, o, cols,
                    "a gradient of the mask");
     }
   }
