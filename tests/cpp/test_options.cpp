@@ -331,7 +331,7 @@ int main() {
       const Outputs truth = truth_of(in, o, cols);
       for (const cpu::Kernels* table : cpu::available()) {
         check<double, double>(*table, DType::kFloat64, "fp64", 0, o, cols, in, truth);
-        check<float, float>(*table, DType::kFloat32, "fp32", 0, o, cols, in, truth);
+        check<float, float>(*table, DType::kFloat32, "fp32", 0x1p-21, o, cols, in, truth);
         check<BFloat16, float>(*table, DType::kBFloat16, "bf16", 0x1p-8, o, cols, in, truth);
         check<Float16, float>(*table, DType::kFloat16, "fp16", 0x1p-11, o, cols, in, truth);
       }
