@@ -292,7 +292,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "masked_loss").rglob("*.py")}
-    assert names == modules | {"masked_loss/_C.so", "masked_loss/py.typed"}
+    linter = (ROOT / "lint" / "masked_loss_lint").glob("*.py")
+    modules |= {f"masked_loss_lint/{path.name}" for path in linter}
+    typed = {"masked_loss/py.typed", "masked_loss_lint/py.typed"}
+    assert names == modules | typed | {"masked_loss/_C.so"}
 
 
 @pytest.mark.slow

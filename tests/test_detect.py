@@ -220,7 +220,9 @@ def test_a_trainer_with_the_bug_is_stopped_at_its_first_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The two files of MiniMind's case, which the linter's tests read, are run here."""
-    monkeypatch.syspath_prepend(Path(__file__).parent / "lint" / "corpus" / "wrong" / "minimind")
+    monkeypatch.syspath_prepend(
+        Path(__file__).parents[1] / "lint" / "tests" / "corpus" / "wrong" / "minimind"
+    )
     for name in ("model", "pretrain"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     pretrain = importlib.import_module("pretrain")

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import masked_loss
-from masked_loss.lint import RULES, check
-from masked_loss.lint.source import read
+from masked_loss_lint import RULES, check
+from masked_loss_lint.source import read
 
 DOCS = Path(__file__).parent.parent / "docs"
 NAMES = ("size_average", "reduce", "reduction")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from masked_loss.lint.rules import Finding
+from masked_loss_lint.rules import Finding
 
 
 def text(findings: Sequence[Finding]) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from masked_loss.lint import check
-from masked_loss.lint.source import find, read
+from masked_loss_lint import check
+from masked_loss_lint.source import find, read
 
 CORPUS = Path(__file__).parent / "corpus"
 EXPECT = re.compile(r"# expect: ([A-Z0-9 ]+)$")

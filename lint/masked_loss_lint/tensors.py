@@ -9,9 +9,9 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TypeGuard
 
-from masked_loss.lint import names
-from masked_loss.lint.events import Division, Event, Frame, Multiplication, Reduction
-from masked_loss.lint.values import (
+from masked_loss_lint import names
+from masked_loss_lint.events import Division, Event, Frame, Multiplication, Reduction
+from masked_loss_lint.values import (
     NUMBER,
     UNKNOWN,
     Const,

@@ -13,9 +13,9 @@ import ast
 from collections.abc import Callable
 from dataclasses import replace
 
-from masked_loss.lint import names
-from masked_loss.lint.events import Event, Frame, LossCall, arguments_of
-from masked_loss.lint.project import (
+from masked_loss_lint import names
+from masked_loss_lint.events import Event, Frame, LossCall, arguments_of
+from masked_loss_lint.project import (
     ClassInfo,
     FunctionInfo,
     FunctionNode,
@@ -23,9 +23,9 @@ from masked_loss.lint.project import (
     Project,
     Scope,
 )
-from masked_loss.lint.tensors import Tensors, add, slice_of
-from masked_loss.lint.torch_losses import SPECS, LossSpec, legacy_reduction
-from masked_loss.lint.values import (
+from masked_loss_lint.tensors import Tensors, add, slice_of
+from masked_loss_lint.torch_losses import SPECS, LossSpec, legacy_reduction
+from masked_loss_lint.values import (
     NONE,
     NUMBER,
     UNKNOWN,

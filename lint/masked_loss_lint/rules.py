@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from masked_loss.lint import names
-from masked_loss.lint.events import (
+from masked_loss_lint import names
+from masked_loss_lint.events import (
     Division,
     Event,
     Frame,
@@ -18,9 +18,9 @@ from masked_loss.lint.events import (
     Reduction,
     arguments_of,
 )
-from masked_loss.lint.fix import Fix, rewrite_legacy
-from masked_loss.lint.torch_losses import legacy_reduction
-from masked_loss.lint.values import Count, Loss, Mask, Place, Sliced
+from masked_loss_lint.fix import Fix, rewrite_legacy
+from masked_loss_lint.torch_losses import legacy_reduction
+from masked_loss_lint.values import Count, Loss, Mask, Place, Sliced
 
 SUMMARIES = {
     "ML001": "a mask meets a loss that is already a scalar",

@@ -18,9 +18,9 @@ import pytest
 import torch.nn.functional as F
 from torch import nn
 
-from masked_loss.lint import fix
-from masked_loss.lint.__main__ import main
-from masked_loss.lint.torch_losses import SPECS, legacy_reduction
+from masked_loss_lint import fix
+from masked_loss_lint.__main__ import main
+from masked_loss_lint.torch_losses import SPECS, legacy_reduction
 
 CORPUS = Path(__file__).parent / "corpus"
 ROOT = Path(__file__).parents[2]
@@ -181,10 +181,17 @@ def test_garbage_collection_is_left_as_it_was(buggy: Path) -> None:
 
 
 def test_it_runs_as_a_module(buggy: Path) -> None:
-    command = [sys.executable, "-m", "masked_loss.lint", str(buggy)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "ML001" in done.stdout
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "lint")))}
+    for module in ("masked_loss_lint", "masked_loss.lint"):
+        done = subprocess.run(
+            [sys.executable, "-m", module, str(buggy)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1, done.stderr
+        assert "ML001" in done.stdout
 
 
 def test_the_pre_commit_hook_reads_the_whole_tree(buggy: Path) -> None:
@@ -192,11 +199,11 @@ def test_the_pre_commit_hook_reads_the_whole_tree(buggy: Path) -> None:
     assert hook["id"] in DOCUMENTATION.read_text()
     assert hook["pass_filenames"] == "false"
     command = [*hook["entry"].split(), *json.loads(hook["args"])]
-    assert command[0] == "python"
+    assert hook["language"] == "script"
+    assert os.access(ROOT / command[0], os.X_OK)
     done = subprocess.run(
-        [sys.executable, *command[1:]],
+        [sys.executable, "-S", "-I", ROOT / command[0], *command[1:]],  # nothing that is installed
         cwd=buggy.parent,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from masked_loss.lint.source import Source
-from masked_loss.lint.torch_losses import LossSpec
+from masked_loss_lint.source import Source
+from masked_loss_lint.torch_losses import LossSpec
 
 _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
 

@@ -12,8 +12,8 @@ from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 
-from masked_loss.lint.source import Source
-from masked_loss.lint.values import (
+from masked_loss_lint.source import Source
+from masked_loss_lint.values import (
     UNKNOWN,
     External,
     Loss,

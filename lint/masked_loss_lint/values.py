@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from masked_loss.lint.project import ClassInfo, FunctionInfo, ModuleInfo, Scope
-    from masked_loss.lint.source import Source
-    from masked_loss.lint.torch_losses import LossSpec
+    from masked_loss_lint.project import ClassInfo, FunctionInfo, ModuleInfo, Scope
+    from masked_loss_lint.source import Source
+    from masked_loss_lint.torch_losses import LossSpec
 
 
 @dataclass(frozen=True, order=True)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass, field
 
-from masked_loss.lint.project import ClassInfo, FunctionNode, ModuleInfo, Scope
-from masked_loss.lint.torch_losses import LossSpec
-from masked_loss.lint.values import Loss, Place, Value
+from masked_loss_lint.project import ClassInfo, FunctionNode, ModuleInfo, Scope
+from masked_loss_lint.torch_losses import LossSpec
+from masked_loss_lint.values import Loss, Place, Value
 
 
 @dataclass(frozen=True)
