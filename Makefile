@@ -59,7 +59,7 @@ cuda-check: $(stamps)/torch  ## registers, spills and 128-bit accesses of the CU
 cuda-sanitize: $(stamps)/test $(library)  ## memory errors and races of the CUDA kernels, on a GPU
 	@if command -v compute-sanitizer; then for tool in memcheck racecheck initcheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-		$(python) -m pytest -q tests/test_cross_entropy.py tests/test_masked_reduce.py \
+		$(python) -m pytest -q tests/losses/test_cross_entropy.py tests/losses/test_masked_reduce.py \
 		-k 'cuda and (1000-odd or 40000-odd or everything-odd or mask_bool)' || exit 1; done; \
 	else echo "cuda-sanitize: skipped, no compute-sanitizer in PATH"; fi
 

@@ -77,7 +77,7 @@ def cuda_to_build_with() -> Path | None:
     wanted = os.environ.get("MASKED_LOSS_CUDA", "auto").lower()
     if wanted not in ("auto", "1", "0"):
         raise SystemExit(f"setup.py: MASKED_LOSS_CUDA must be auto, 1 or 0, got {wanted!r}")
-    if wanted == "0" or not files("csrc/cuda/*.cu"):
+    if wanted == "0" or not files("csrc/kernels/cuda/*.cu"):
         return None
     home = cuda_home()
     if home is None and wanted == "1":
@@ -176,7 +176,7 @@ class Build(BuildExtension):
             "  deps = gcc",
         ]
         objects = []
-        for source in files("csrc/cuda/*.cu"):
+        for source in files("csrc/kernels/cuda/*.cu"):
             target = str(directory / (Path(source).stem + ".o"))
             objects.append(target)
             absolute = ninja_escape(os.path.abspath(source))

@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/backend.h"
-#include "half.h"
+#include "kernels/cpu/backend.h"
+#include "kernels/half.h"
 
 using namespace masked_loss;
 

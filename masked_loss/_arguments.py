@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the public functions do to their arguments and errors, beyond the checks in csrc/check.h."""
+"""What the public functions do to their arguments and errors, beyond csrc/ops/check.h."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SCHEMA = re.compile(
 
 
 def typed(who: str, error: RuntimeError, names: dict[str, str] | None = None) -> Exception:
-    """The error that a check in csrc/check.h, or an operator's schema, means.
+    """The error that a check in csrc/ops/check.h, or an operator's schema, means.
 
     C++ can raise a RuntimeError only, and knows the operator that was called, not the function;
     ``names`` are those of the operator's arguments that the function calls otherwise.

@@ -23,7 +23,7 @@ load()
 ops = torch.ops.masked_loss
 _library = torch.library.Library("masked_loss", "IMPL")
 
-# Fields of the tables that forward leaves for backward, see csrc/args.h.
+# Fields of the tables that forward leaves for backward, see csrc/kernels/args.h.
 _TOKEN_FIELDS_SAVED, _TOKEN_FIELDS, _GROUP_FIELDS, _STATS = 5, 7, 4, 4
 
 
@@ -164,7 +164,7 @@ def _differentiated(*tensors: Tensor | None) -> bool:
 
 
 def _require_device(logits: Tensor, **others: Tensor | None) -> None:
-    """csrc/check.h does this where kernels run; a tensor on the meta device never gets there."""
+    """csrc/ops/check.h does this where kernels run; a meta tensor never gets there."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != logits.device:
             raise RuntimeError(
@@ -326,8 +326,8 @@ into the same memory: scaling it would round half types twice."""
 def _require_writable(logits: Tensor) -> None:
     """Every logit has a place of its own, where the kernels find it: [batch, step, class].
 
-    Here and not in csrc/check.h: to write in place is autograd's affair, the forward kernels do not
-    hear of it, and in backward it would be too late to say.
+    Here and not in csrc/ops/check.h: to write in place is autograd's affair, the forward kernels do
+    not hear of it, and in backward it would be too late to say.
     """
     if logits.numel() == 0:
         return

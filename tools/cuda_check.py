@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checks what the CUDA compiler made of the kernels, without a GPU: `make cuda-check`.
 
-Compiles csrc/cuda/*.cu for sm_90 and fails where a kernel spills registers or uses more of them
-than its blocks leave it, or where a row kernel moves its rows by less than 16 bytes at a time. The
+Compiles csrc/kernels/cuda/*.cu for sm_90 and fails where a kernel spills registers or uses more of
+them than its blocks leave it, or where a row kernel moves its rows by less than 16 bytes at a time. The
 machine code is read with nvdisasm: from the toolkit, PATH, or the package nvidia-cuda-nvdisasm.
 """
 
@@ -25,7 +25,7 @@ FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-cubin", f"-arch={ARCH}", "-Xptxas
 FLAGS += [f"-I{ROOT / 'csrc'}"]
 
 # Registers of a multiprocessor, and the threads that a kernel's team size is planned for
-# (csrc/cuda/cross_entropy.cu): 1024, or 512 in general and for float64.
+# (csrc/kernels/cuda/cross_entropy.cu): 1024, or 512 in general and for float64.
 REGISTERS = 65536
 
 
@@ -151,7 +151,7 @@ def kernels_of(source: Path, folder: Path, disassembler: str) -> list[Kernel]:
 
 def main() -> int:
     disassembler = nvdisasm()
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = Path(name)
         found = list(pool.map(lambda source: kernels_of(source, folder, disassembler), sources))

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CPU backend: what ops call, and the table of kernels that each instruction set fills.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "kernels/args.h"
+
+namespace masked_loss::cpu {
+
+// Columns that one step of a row takes. Part of the result: it fixes the order of every sum.
+constexpr int64_t kSegment = 16384;
+
+// Kernels on rows [begin, end), or on one segment of one row.
+struct RowKernels {
+  void (*run)(const CrossEntropyArgs& args, int64_t begin, int64_t end);
+  void (*lse)(const CrossEntropyArgs& args, int64_t row, int64_t segment, void* partial);
+  void (*finish)(const CrossEntropyArgs& args, int64_t row, const void* partial);
+  void (*grad)(const CrossEntropyArgs& args, int64_t row, int64_t segment);
+};
+
+struct Kernels {
+  const char* name;
+  RowKernels rows[4];  // by DType: fp64, fp32, bf16, fp16
+};
+
+// The instruction sets that this machine has, best first.
+std::vector<const Kernels*> available();
+
+// The best of them that ATEN_CPU_CAPABILITY (default, avx2, avx512) allows.
+const Kernels& kernels();
+
+// Threads that somebody else owns: run(worker) calls worker on up to `count` of them.
+struct Threads {
+  int64_t count;
+  std::function<void(const std::function<void()>& worker)> run;
+};
+
+// Weights and scales. Returns the first token whose target is out of range, or -1.
+int64_t weigh(const WeighArgs& args, const Threads& threads);
+void cross_entropy(const CrossEntropyArgs& args, const Threads& threads,
+                   const Kernels& table = kernels());
+// The gradient anew where dloss is not 1, for which args.dlogits holds it already.
+void rescale(const CrossEntropyArgs& args, const Threads& threads);
+void load_values(const ValuesArgs& args, const Threads& threads);
+void reduce(const ReduceArgs& args, const Threads& threads);
+void mask_grad(const MaskGradArgs& args, const Threads& threads);
+void values_grad(const ValuesArgs& args, const Threads& threads);
+
+}  // namespace masked_loss::cpu

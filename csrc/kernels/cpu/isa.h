@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What an instruction set's file needs from outside its target region: baseline code comes first,
+// since it must run on any machine.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "kernels/cpu/backend.h"
+#include "kernels/half.h"
+
+#define ML_FN inline __attribute__((always_inline))
+
+namespace masked_loss::cpu {
+
+// How far ahead of its use a row is fetched, in bytes.
+constexpr int64_t kAhead = 16384;
+
+inline int64_t index_at(const void* target, DType type, int64_t i) {
+  return type == DType::kInt64 ? static_cast<const int64_t*>(target)[i]
+                               : static_cast<const int32_t*>(target)[i];
+}
+
+}  // namespace masked_loss::cpu

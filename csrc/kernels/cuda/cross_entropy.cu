@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which kernel a problem gets: warps for a row, parts of a row, shared memory.
+#include "kernels/cuda/block.cuh"
+#include "kernels/cuda/rows.h"
+
+namespace masked_loss::cuda {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Teams by the pieces of a row: the first entry whose rows are long enough serves it. blocks: how
+// many of them are meant to be on a multiprocessor at a time; half of that in general.
+struct Team {
+  int64_t up_to;
+  int warps, teams, blocks;
+};
+constexpr Team kTeams[] = {{128, 1, 4, 8}, {2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
+constexpr Team kDoubleTeam = {INT64_MAX, 4, 1, 8};
+
+// A row is split between blocks where it is long enough to be worth another launch. A part
+// gives each thread of a block something to load, and an index into it is an int.
+constexpr int64_t kSplitPieces = 4096;
+constexpr int64_t kPartPieces = 512;
+constexpr int64_t kMaxWidth = 1 << 29;
+
+// Shared memory that the kernels and the system want for themselves.
+constexpr int64_t kReservedShared = 2 << 10;
+
+// The gradient's look at a row finds what is kept in shared memory, the rest in L2: all the rows
+// that are worked on at a time must fit there, beside the gradient that is written. Where they do
+// not, one block on a multiprocessor keeps twice as much of its row as two would.
+int64_t shared_bytes(const Team& team, int64_t row_bytes) {
+  const int64_t sms = attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kReservedShared;
+  const int64_t share =
+      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / team.blocks - kReservedShared;
+  const int64_t kept = std::max<int64_t>(0, std::min(std::min(share, block), row_bytes));
+  const int64_t rest = (row_bytes - kept) * team.blocks * sms;
+  if (rest > attribute(cudaDevAttrL2CacheSize) / 2) return std::min(block, row_bytes);
+  return kept;
+}
+
+}  // namespace
+
+Plan plan_rows(const CrossEntropyArgs& args) {
+  const int64_t row_bytes = args.cols * element_size(args.dtype);
+  const int64_t pieces = ceil_div(row_bytes, 16);
+  const bool general = args.softcap != 0 || args.label_smoothing != 0 || args.probs || args.stats;
+  Team team = kDoubleTeam;
+  if (args.dtype != DType::kFloat64) {
+    const Team* entry = kTeams;
+    while (pieces > entry->up_to) ++entry;
+    team = *entry;
+  }
+  if (general) team.blocks /= 2;
+  const int64_t blocks = int64_t{team.blocks} * attribute(cudaDevAttrMultiProcessorCount);
+  Plan plan{general, team.warps, team.teams, blocks, 1, args.cols, 0, false, Phase::kRows};
+  int64_t parts = ceil_div(args.cols, kMaxWidth);
+  if (pieces >= kSplitPieces) {
+    parts = std::max(parts, std::min(blocks / args.rows, pieces / kPartPieces));
+  }
+  if (parts > 1) {
+    plan.width = ceil_div(ceil_div(args.cols, parts), 64) * 64;  // all parts alike aligned
+    plan.parts = ceil_div(args.cols, plan.width);
+  } else if (args.forward && args.dlogits) {
+    const int64_t teams_bytes = row_bytes * team.teams;
+    plan.cached = static_cast<int>(shared_bytes(team, teams_bytes) / team.teams / 16);
+  }
+  return plan;
+}
+
+int64_t scratch_bytes(const CrossEntropyArgs& args) {
+  if (!args.forward || args.rows == 0 || args.cols == 0) return 0;
+  const Plan plan = plan_rows(args);
+  return plan.parts > 1 ? args.rows * plan.parts * kPartialBytes : 0;
+}
+
+namespace {
+
+void run(const CrossEntropyArgs& args, Plan plan, Stream stream) {
+  const auto launch_rows = args.dtype == DType::kFloat64 || args.dtype == DType::kFloat32
+                               ? launch_full_rows
+                               : launch_half_rows;
+  if (args.forward && plan.parts > 1) {
+    plan.phase = Phase::kPartial;
+    launch_rows(args, plan, stream);
+    plan.phase = Phase::kFinish;
+  }
+  launch_rows(args, plan, stream);
+}
+
+}  // namespace
+
+void cross_entropy(const CrossEntropyArgs& args, Stream stream) {
+  if (args.rows == 0 || args.cols == 0) return;
+  run(args, plan_rows(args), stream);
+}
+
+void rescale(const CrossEntropyArgs& args, Stream stream) {
+  if (args.rows == 0 || args.cols == 0) return;
+  Plan plan = plan_rows(args);
+  plan.unless_one = true;
+  run(args, plan, stream);
+}
+
+}  // namespace masked_loss::cuda

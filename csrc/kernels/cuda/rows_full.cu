@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Rows of float and of double.
+#include "kernels/cuda/block.cuh"
+#include "kernels/cuda/rows.h"
+
+namespace masked_loss::cuda {
+namespace {
+
+#include "kernels/cuda/functions.inl.cuh"
+
+// Right to the last bit but one: a float gradient shows it.
+ML_FN float exp(float x) { return ::expf(x); }
+
+// clang-format off
+#include "kernels/math.inl.h"
+#include "kernels/cuda/rows.inl.cuh"
+// clang-format on
+
+}  // namespace
+
+void launch_full_rows(const CrossEntropyArgs& args, const Plan& plan, Stream stream) {
+  if (args.dtype == DType::kFloat64) return launch_rows<double>(args, plan, stream);
+  launch_rows<float>(args, plan, stream);
+}
+
+}  // namespace masked_loss::cuda

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Every argument check of the operators: who, what was expected, what came.
+//
+// The stable ABI carries only a text. It begins with the Python type that the public functions
+// raise it as.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/args.h"
+
+namespace masked_loss::check {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+template <class... Parts>
+[[noreturn]] inline void fail(const char* error, const Parts&... parts) {
+  std::ostringstream text;
+  text << error << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string text(const Shape& shape) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
+  out << ']';
+  return out.str();
+}
+
+inline Shape shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::UInt16:
+      return "uint16";
+    case ScalarType::UInt32:
+      return "uint32";
+    case ScalarType::UInt64:
+      return "uint64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return "an unsupported dtype";
+  }
+}
+
+inline std::optional<DType> dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Long:
+      return DType::kInt64;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::Short:
+      return DType::kInt16;
+    case ScalarType::Char:
+      return DType::kInt8;
+    case ScalarType::Byte:
+      return DType::kUInt8;
+    case ScalarType::Bool:
+      return DType::kBool;
+    default:
+      return std::nullopt;
+  }
+}
+
+// Integers that the kernels do not read themselves.
+inline bool is_wide_unsigned(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::UInt16 || type == ScalarType::UInt32 || type == ScalarType::UInt64;
+}
+
+inline bool is_floating(std::optional<DType> type) { return type && *type <= DType::kFloat16; }
+
+inline DType floating(const char* who, const char* what, const Tensor& t) {
+  const auto type = dtype_of(t);
+  if (!is_floating(type)) {
+    fail("TypeError", who, ": ", what, " must be float64, float32, bfloat16 or float16, got ",
+         name_of(t.scalar_type()));
+  }
+  return *type;
+}
+
+inline void same_device(const char* who, const char* what, const Tensor& t, const char* other,
+                        const Tensor& expected) {
+  if (t.is_cuda() != expected.is_cuda() || t.get_device_index() != expected.get_device_index()) {
+    fail("ValueError", who, ": ", what, " must be on the device of ", other);
+  }
+}
+
+inline void same_dtype(const char* who, const char* what, const Tensor& t, const char* other,
+                       const Tensor& expected) {
+  if (t.scalar_type() != expected.scalar_type()) {
+    fail("TypeError", who, ": ", what, " must be ", name_of(expected.scalar_type()), " like ",
+         other, ", got ", name_of(t.scalar_type()));
+  }
+}
+
+inline void shape(const char* who, const char* what, const Tensor& t, const Shape& expected) {
+  const Shape got = shape_of(t);
+  if (got != expected) {
+    fail("ValueError", who, ": ", what, " must have shape ", text(expected), ", got ", text(got));
+  }
+}
+
+inline DType class_indices(const char* who, const Tensor& target) {
+  const auto type = dtype_of(target);
+  if (type != DType::kInt64 && type != DType::kInt32) {
+    fail("TypeError", who, ": target must be int64 or int32 class indices, got ",
+         name_of(target.scalar_type()));
+  }
+  return *type;
+}
+
+inline void mask(const char* who, const Tensor& mask, const char* other, const Tensor& values,
+                 const Shape& expected) {
+  if (!dtype_of(mask) && !is_wide_unsigned(mask)) {
+    fail("TypeError", who, ": mask must be bool, integer or floating, got ",
+         name_of(mask.scalar_type()));
+  }
+  shape(who, "mask", mask, expected);
+  same_device(who, "mask", mask, other, values);
+}
+
+inline Reduction reduction(const char* who, const std::string& name, int64_t target_dims,
+                           const std::optional<Tensor>& normalizer, const char* other,
+                           const Tensor& values) {
+  const Reduction parsed = name == "none"            ? Reduction::kNone
+                           : name == "sum"           ? Reduction::kSum
+                           : name == "mean"          ? Reduction::kMean
+                           : name == "sequence_mean" ? Reduction::kSequenceMean
+                                                     : Reduction(-1);
+  if (parsed == Reduction(-1)) {
+    fail("ValueError", who,
+         ": reduction must be \"none\", \"sum\", \"mean\" or \"sequence_mean\", got \"", name,
+         "\"");
+  }
+  if (parsed == Reduction::kSequenceMean && target_dims == 0) {
+    fail("ValueError", who, ": reduction=\"sequence_mean\" needs a time dimension, got a scalar");
+  }
+  if (normalizer) {
+    if (parsed != Reduction::kSum && parsed != Reduction::kMean) {
+      fail("ValueError", who,
+           ": normalizer goes with reduction=\"mean\" or \"sum\", got reduction=\"", name, "\"");
+    }
+    if (normalizer->dim() != 0) {
+      fail("ValueError", who, ": normalizer must be a number or a 0-dim tensor, got shape ",
+           text(shape_of(*normalizer)));
+    }
+    same_device(who, "normalizer", *normalizer, other, values);
+  }
+  return parsed;
+}
+
+inline void class_weight(const char* who, const Tensor& weight, const char* other,
+                         const Tensor& expected, int64_t classes) {
+  floating(who, "class_weight", weight);
+  shape(who, "class_weight", weight, {classes});
+  same_device(who, "class_weight", weight, other, expected);
+}
+
+inline void numbers(const char* who, double label_smoothing, double z_loss) {
+  if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
+    fail("ValueError", who, ": label_smoothing must be between 0 and 1, got ", label_smoothing);
+  }
+  if (!(z_loss >= 0 && std::isfinite(z_loss))) {
+    fail("ValueError", who, ": z_loss must be at least 0 and finite, got ", z_loss);
+  }
+}
+
+// As the kernels take it: 0 for none.
+inline double softcap(const char* who, const std::optional<double>& softcap) {
+  if (softcap && !(*softcap > 0 && std::isfinite(*softcap))) {
+    fail("ValueError", who, ": softcap must be greater than 0 and finite, got ", *softcap);
+  }
+  return softcap.value_or(0);
+}
+
+inline void cross_entropy(const char* who, const Tensor& logits, const Tensor& target,
+                          bool probabilities, bool shift) {
+  floating(who, "logits", logits);
+  Shape expected = shape_of(logits);
+  if (expected.empty()) fail("ValueError", who, ": logits must have shape [..., V], got []");
+  if (probabilities) {
+    if (shift) fail("ValueError", who, ": shift needs class indices, got class probabilities");
+    same_dtype(who, "a target of class probabilities", target, "logits", logits);
+  } else {
+    class_indices(who, target);
+    expected.pop_back();
+    if (shift && expected.empty()) {
+      fail("ValueError", who, ": shift needs logits [..., T, V], got ", text(shape_of(logits)));
+    }
+  }
+  shape(who, "target", target, expected);
+  same_device(who, "target", target, "logits", logits);
+}
+
+// The position of a flat index in a shape, as it is written in Python.
+inline std::string position(const char* name, int64_t index, const Shape& shape) {
+  std::string inside;
+  for (size_t d = shape.size(); d-- > 0; index /= shape[d]) {
+    inside = std::to_string(index % shape[d]) + (inside.empty() ? "" : ", ") + inside;
+  }
+  return inside.empty() ? name : std::string(name) + "[" + inside + "]";
+}
+
+[[noreturn]] inline void out_of_range(const char* who, int64_t index, const Shape& shape,
+                                      int64_t value, int64_t classes, int64_t ignore_index) {
+  fail("IndexError", who, ": ", position("target", index, shape), " is ", value,
+       ", expected 0 <= target < ", classes, " (or ignore_index ", ignore_index, ")");
+}
+
+}  // namespace masked_loss::check

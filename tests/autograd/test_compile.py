@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""torch.compile, torch.export, opcheck and AOTInductor: one node in a whole graph, of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import FEW_CASES, OPTIONS, REDUCE_CASES, REDUCTIONS, Case
+from torch import Tensor
+
+import masked_loss
+from masked_loss import cross_entropy, masked_cross_entropy, masked_mean, masked_reduce
+
+EVERYTHING = OPTIONS["everything"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def problem(*shape: int, classes: int = 7, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    logits = torch.randn(*shape, classes, dtype=dtype, requires_grad=True)
+    mask = (torch.rand(shape) * (torch.rand(shape) < 0.7)).requires_grad_()
+    return [logits, torch.randint(classes, shape), mask]
+
+
+def assert_compiles(
+    function: Callable[..., Any], samples: list[list[Tensor]], backend: str = "aot_eager"
+) -> None:
+    """Without a graph break and without a second compilation, the same results as in eager."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    torch._dynamo.utils.counters.clear()
+    for tensors in samples:
+        results = []
+        for call in (compiled, function):
+            loss = call(*tensors)
+            leaves = [t for t in tensors if t.requires_grad]
+            results.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
+        for ours, expected in zip(*results, strict=True):
+            assert ours.dtype == expected.dtype
+            torch.testing.assert_close(ours, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_inductor(reduction: str) -> None:
+    """In the middle of a model, with every option, forward and backward, for several sizes."""
+    class_weight = torch.rand(7)
+    options = {**EVERYTHING, "class_weight": class_weight, "reduction": reduction}
+
+    def model(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return masked_cross_entropy(logits * 2, target, mask + 0.5, **options) * 3
+
+    samples = [problem(3, 5), problem(4, 6), problem(2, 9)]
+    assert_compiles(model, samples, backend="inductor")
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [
+        (name, reduction)
+        for name, options in OPTIONS.items()
+        for reduction in (["sum", "mean"] if "normalizer" in options else REDUCTIONS)
+        if name != "inplace"
+    ],
+)
+def test_every_option(name: str, reduction: str) -> None:
+    options = {"reduction": reduction, **OPTIONS[name]}
+    if "class_weight" in options:
+        options["class_weight"] = torch.rand(7)
+    if options.get("normalizer") == "tensor":
+        options["normalizer"] = torch.tensor(6.5)
+
+    def loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return masked_cross_entropy(logits, target, mask, **options)
+
+    assert_compiles(loss, [problem(3, 5), problem(4, 6)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_every_dtype(dtype: torch.dtype) -> None:
+    assert_compiles(masked_cross_entropy, [problem(3, 5, dtype=dtype), problem(4, 6, dtype=dtype)])
+
+
+def test_without_a_mask_and_with_a_bool_mask() -> None:
+    logits, target, mask = problem(3, 5)
+    assert_compiles(masked_cross_entropy, [[logits, target]])
+    torch._dynamo.reset()
+    assert_compiles(masked_cross_entropy, [[logits, target, mask != 0]])
+
+
+def test_a_normalizer_that_is_computed_in_the_graph() -> None:
+    def loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        count = (mask != 0).sum()
+        return masked_cross_entropy(logits, target, mask, reduction="sum", normalizer=count)
+
+    assert_compiles(loss, [problem(3, 5), problem(4, 6)])
+
+
+def test_masked_reduce_and_masked_mean() -> None:
+    def loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        values = logits.square().sum(-1)
+        parts = [masked_reduce(values, mask, reduction=reduction) for reduction in REDUCTIONS]
+        return parts[0].sum() + sum(parts[1:]) + masked_mean(values, mask)
+
+    assert_compiles(loss, [problem(3, 5), problem(4, 6)])
+
+
+def test_dropin() -> None:
+    def loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return cross_entropy(logits.transpose(1, 2), target, label_smoothing=0.1, mask=mask)
+
+    assert_compiles(loss, [problem(3, 5), problem(4, 6)])
+
+
+def test_dropin_with_probabilities() -> None:
+    def loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        probabilities = torch.nn.functional.one_hot(target, 7).to(logits.dtype)
+        return cross_entropy(logits.transpose(1, 2), probabilities.transpose(1, 2), mask=mask)
+
+    assert_compiles(loss, [problem(3, 5), problem(4, 6)])
+
+
+def test_module() -> None:
+    module = masked_loss.MaskedCrossEntropyLoss(class_weight=torch.rand(7), z_loss=0.1)
+    assert_compiles(module, [problem(3, 5), problem(4, 6)])
+
+
+def test_statistics() -> None:
+    def both(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        loss, stats = masked_cross_entropy(logits, target, mask, z_loss=0.1, return_stats=True)
+        return torch.stack([loss, *stats])
+
+    def loss_only(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return both(logits, target, mask)[0]
+
+    samples = [problem(3, 5), problem(4, 6)]
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sample in samples:
+        torch.testing.assert_close(compiled(*sample), both(*sample))
+    assert_compiles(loss_only, samples)
+
+
+def test_gradient_in_place_of_the_logits() -> None:
+    def loss(weight: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return masked_cross_entropy(weight * 2, target, mask, inplace_backward=True)
+
+    assert_compiles(loss, [problem(3, 5), problem(4, 6)])
+    torch._dynamo.reset()
+    assert_compiles(loss, [problem(3, 5)], backend="inductor")
+
+
+def test_every_token_masked() -> None:
+    """Compiled or not, nobody relies on what a buffer happened to hold."""
+    compiled = torch.compile(masked_cross_entropy, fullgraph=True, backend="inductor")
+    logits, target, _ = problem(3, 5)
+    loss = compiled(logits, target, torch.zeros(3, 5))
+    assert loss == 0
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_one_node_in_the_graph() -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def both(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return masked_cross_entropy(logits, target, mask) + masked_mean(mask, mask)
+
+    torch.compile(both, fullgraph=True, backend=keep)(*problem(3, 5))
+    called = [
+        str(node.target) for node in graphs[0].graph.nodes if "masked_loss" in str(node.target)
+    ]
+    assert sorted(name.split(".")[1] for name in called) == ["cross_entropy", "masked_reduce"]
+
+
+def test_errors_of_a_compiled_graph() -> None:
+    compiled = torch.compile(masked_cross_entropy, fullgraph=True, backend="aot_eager")
+    logits, target, _ = problem(3, 5)
+    target[1, 2] = 7
+    with pytest.raises(
+        (IndexError, RuntimeError), match=r"target\[1, 2\] is 7, expected 0 <= target < 7"
+    ):
+        compiled(logits, target)
+    with pytest.raises(Exception, match=r"target must have shape \[3, 5\], got \[3, 4\]"):
+        compiled(logits, target[:, :4])
+
+
+OPCHECK_CASES = [case for case in FEW_CASES if not case.options.get("inplace_backward")]
+
+
+@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_stats"])
+def test_opcheck(name: str, case: Case) -> None:
+    """The schema tells the truth, and the fake and the autograd formula fit the kernel."""
+    sample = case.sample(torch.float32)
+    if isinstance(sample.options.get("normalizer"), int):
+        sample.options["normalizer"] = torch.tensor(float(sample.options["normalizer"]))
+    operator = getattr(torch.ops.masked_loss, name)
+    torch.library.opcheck(operator.default, sample.args, sample.options)
+
+
+def halves(case: Case) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Calls of the operators that the public ones are made of, each with what the last one left."""
+    ops = torch.ops.masked_loss
+    sample = case.sample(torch.float32)
+    logits, target = sample.values.detach(), sample.target
+    mask = torch.rand(target.shape)
+    weight = torch.rand(logits.shape[-1])
+    reduction = sample.options["reduction"]
+    formula = (0.1, 0.1, 3.0, True)
+    args = (logits, target, mask, None, weight, reduction, -100, *formula, True)
+    loss, _, tokens, groups = ops.cross_entropy_forward(*args)
+    dloss, out = torch.ones_like(loss), torch.empty(logits.shape)
+    backward = (dloss, logits, target, tokens, groups, weight, *formula)
+    yield "cross_entropy_forward", args
+    if reduction != "none":
+        yield "cross_entropy_fused", (out, *args)
+    yield "cross_entropy_backward", backward
+    yield "cross_entropy_backward_out", (out, *backward, False)
+    yield "mask_grad", (dloss, mask, tokens, groups, target, weight, 0.1)
+    values = torch.rand(target.shape)
+    loss, tokens, groups = ops.masked_reduce_forward(values, mask, None, reduction)
+    yield "masked_reduce_forward", (values, mask, None, reduction)
+    yield "masked_reduce_backward", (torch.ones_like(loss), values, tokens, groups)
+
+
+@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+def test_opcheck_of_the_halves(case: Case) -> None:
+    for name, args in halves(case):
+        torch.library.opcheck(getattr(torch.ops.masked_loss, name).default, args)
+
+
+def test_opcheck_is_of_every_operator() -> None:
+    """This file's and test_linear.py's, but the one that takes no tensor."""
+    defined = {
+        name.removeprefix("masked_loss::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("masked_loss::")
+    }
+    checked = {"cross_entropy", "cross_entropy_stats", "masked_reduce"}
+    checked |= {name for case in OPCHECK_CASES for name, _ in halves(case)}
+    linear = {name for name in defined if name.startswith("linear_")}
+    assert defined - checked - linear == {"cpu_capability"}
+    source = (Path(__file__).parents[1] / "losses" / "test_linear.py").read_text()
+    assert all(name in source for name in linear)
+
+
+FEW_REDUCE_CASES = [
+    case for case in REDUCE_CASES if case.name.endswith(("mask_none", "tensor", "padded"))
+]
+
+
+@pytest.mark.parametrize("case", FEW_REDUCE_CASES, ids=str)
+def test_opcheck_of_masked_reduce(case: Case) -> None:
+    sample = case.sample(torch.float32)
+    operator = torch.ops.masked_loss.masked_reduce.default
+    torch.library.opcheck(operator, sample.args, sample.options)
+
+
+class Model(torch.nn.Module):
+    """What an exported training objective looks like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(8, 11)
+
+    def forward(self, hidden: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        loss, stats = masked_cross_entropy(
+            self.head(hidden), target, mask, label_smoothing=0.1, shift=True, return_stats=True
+        )
+        return loss, stats.tokens
+
+
+def exported(model: Model) -> torch.export.ExportedProgram:
+    batch, time = torch.export.Dim("batch", min=2), torch.export.Dim("time", min=2)
+    arguments = (torch.randn(3, 5, 8), torch.randint(11, (3, 5)), torch.rand(3, 5))
+    return torch.export.export(model, arguments, dynamic_shapes=[{0: batch, 1: time}] * 3)
+
+
+def assert_same_as(model: Model, function: Callable[..., Any]) -> None:
+    for shape in [(3, 5), (7, 4)]:
+        arguments = torch.randn(*shape, 8), torch.randint(11, shape), torch.rand(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(tuple(function(*arguments)), model(*arguments))
+
+
+def test_export(tmp_path: Path) -> None:
+    model = Model()
+    program = exported(model)
+    assert_same_as(model, program.module())
+    torch.export.save(program, tmp_path / "loss.pt2")
+    assert_same_as(model, torch.export.load(tmp_path / "loss.pt2").module())
+
+
+@pytest.mark.slow
+def test_aot_inductor(tmp_path: Path) -> None:
+    """Compiled ahead of time, loaded from a file and run, for sizes that were not known then."""
+    model = Model()
+    path = torch._inductor.aoti_compile_and_package(
+        exported(model), package_path=str(tmp_path / "loss.pt2")
+    )
+    assert_same_as(model, torch._inductor.aoti_load_package(path))

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// CUDA on the CPU, as much of it as csrc/kernels/cuda needs: the kernels' own sources compile
+// against this header as C++, and run with their real blocks, barriers, shuffles and shared memory.
+//
+// A thread is a fiber. All threads of a block live on one system thread; which of them runs next is
+// drawn from a seed whenever one waits, and so is the order of the blocks. A kernel whose result
+// depends on a barrier that is not there gives different results for different seeds.
+//
+// Not covered: what needs several blocks at a time, weak memory ordering, the device's own rounding
+// in expf, and speed.
+#pragma once
+
+#include <cassert>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+// Also right for `extern __shared__`: one system thread runs a block, and its fibers share these.
+#define __shared__ thread_local
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+namespace emulator {
+
+struct Settings {
+  uint64_t seed = 0;
+  int multiprocessors = 4;
+  int shared_per_block = 227 << 10;  // bytes, at most
+  int l2_bytes = 50 << 20;
+  int64_t max_blocks = 1 << 30;  // a larger grid is cut: kernels must loop over the rest
+};
+extern Settings settings;
+extern int64_t launches;
+
+// Stands for what a kernel declares: here nobody knows.
+constexpr int kStaticShared = 512;
+// Dynamic shared memory that a kernel was allowed to take.
+void allow_shared(const void* kernel, int bytes);
+int least_shared_allowed();  // to any kernel, on this device
+
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+         const std::function<void()>& body);
+void block_barrier();
+
+// Calls that the lanes of a mask make together: each the same call, and none has left the kernel.
+enum class WarpCall { kBarrier, kShuffle, kShuffleXor };
+void meet(WarpCall call, unsigned mask);
+// The word that another lane brought to the same shuffle.
+uint32_t shuffle(WarpCall call, unsigned mask, uint32_t word, int source_lane);
+int lane();
+void check_aligned(const void* p, size_t bytes);
+
+}  // namespace emulator
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+inline void __syncthreads() { ::emulator::block_barrier(); }
+inline void __syncwarp(unsigned mask = ~0u) {
+  ::emulator::meet(::emulator::WarpCall::kBarrier, mask);
+}
+
+inline uint32_t __shfl_sync(unsigned mask, uint32_t word, int source) {
+  return ::emulator::shuffle(::emulator::WarpCall::kShuffle, mask, word, source);
+}
+inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t word, int lanes) {
+  const int source = ::emulator::lane() ^ lanes;
+  return ::emulator::shuffle(::emulator::WarpCall::kShuffleXor, mask, word, source);
+}
+
+template <class T>
+T __ldcs(const T* p) {
+  ::emulator::check_aligned(p, sizeof(T));
+  return *p;
+}
+template <class T>
+void __stcs(T* p, const T& value) {
+  ::emulator::check_aligned(p, sizeof(T));
+  *p = value;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+// ex2.approx.ftz, for which the kernels' host code has exp2f: it is off by up to 2 in the last
+// digit, here by what the argument's bits say.
+inline float approximate_exp2(float x) {
+  float y = exp2f(x);
+  uint32_t bits, seed;
+  memcpy(&bits, &y, sizeof bits);
+  memcpy(&seed, &x, sizeof seed);
+  if (bits < 0x00800000) return 0;
+  if (x != 0 && bits < 0x7f7fffff) bits += (seed * 2654435761u >> 16) % 5 - 2;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+#define exp2f approximate_exp2
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, unsigned bits) {
+  return static_cast<uint32_t>(((uint64_t{high} << 32) | low) >> (bits & 31));
+}
+
+template <class A, class B>
+constexpr auto min(A a, B b) {
+  return a < b ? a : b;
+}
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrL2CacheSize
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+using cudaStream_t = void*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// Another amount of shared memory is another device.
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = ::emulator::settings.shared_per_block;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  const auto& settings = ::emulator::settings;
+  *value = name == cudaDevAttrMultiProcessorCount ? settings.multiprocessors
+           : name == cudaDevAttrL2CacheSize       ? settings.l2_bytes
+                                                  : settings.shared_per_block;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->sharedSizeBytes = ::emulator::kStaticShared;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes + ::emulator::kStaticShared > ::emulator::settings.shared_per_block) {
+    return cudaErrorInvalidValue;
+  }
+  ::emulator::allow_shared(kernel, bytes);
+  return cudaSuccess;
+}
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               const Args&... args) {
+  ::emulator::run(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
+                  config->dynamicSmemBytes, [&] { kernel(args...); });
+  return cudaSuccess;
+}

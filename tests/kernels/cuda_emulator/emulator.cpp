@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The scheduler: a block's threads as fibers, one at a time, the next one drawn from a seed.
+#include <cuda_runtime.h>
+#include <sys/mman.h>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#include <algorithm>
+#include <climits>
+#include <exception>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace masked_loss::cuda {
+// As csrc/kernels/cuda/block.cuh declares it. Larger than what the settings allow a block to ask
+// for.
+extern thread_local uint4 shared_memory[];
+constexpr size_t kSharedPieces = (256 << 10) / sizeof(uint4);
+thread_local uint4 shared_memory[kSharedPieces];
+}  // namespace masked_loss::cuda
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+#if defined(__x86_64__)
+extern "C" void masked_loss_switch(void** from, void* to);
+#endif
+
+namespace emulator {
+
+Settings settings;
+int64_t launches = 0;
+
+namespace {
+
+constexpr size_t kStack = 64 << 10;
+constexpr char kUnwritten = 0x7f;
+constexpr size_t kBeyond = 1 << 10;  // bytes behind a block's shared memory that are looked at
+constexpr int kWarp = 32;
+
+// Contexts. On x86-64 by hand: swapcontext asks the system for the signal mask at each switch.
+#if defined(__x86_64__)
+using Context = void*;  // the stack pointer
+
+asm(R"(
+.text
+.local masked_loss_switch
+.type masked_loss_switch, @function
+masked_loss_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size masked_loss_switch, .-masked_loss_switch
+)");
+
+void switch_context(Context* from, Context* to) { masked_loss_switch(from, *to); }
+void make_context(Context* context, char* stack, void (*entry)()) {
+  // What the switch pops: six registers, the entry, and an aligned stack with no caller.
+  void** top = reinterpret_cast<void**>(stack + kStack) - 3;
+  *top = nullptr;
+  *--top = reinterpret_cast<void*>(entry);
+  *context = top - 6;
+}
+#else
+using Context = ucontext_t;
+
+void switch_context(Context* from, Context* to) { swapcontext(from, to); }
+void make_context(Context* context, char* stack, void (*entry)()) {
+  getcontext(context);
+  context->uc_stack.ss_sp = stack;
+  context->uc_stack.ss_size = kStack;
+  makecontext(context, entry, 0);
+}
+#endif
+
+struct Fiber {
+  Context context;
+  char* stack = nullptr;
+  bool done = true;
+};
+
+// Lanes that wait for each other, and the words they bring. Two sets in turn: a fast lane may bring
+// its next word before a slow one has read the last.
+struct Warp {
+  uint32_t words[2][kWarp];
+  int turn = 0;
+  unsigned alive = 0, arrived = 0;  // a bit for each lane
+  WarpCall call;                    // that they wait at
+  unsigned mask;
+};
+
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+std::vector<int> ready, at_barrier;
+std::vector<std::vector<int>> at_warp;
+int current = -1, alive = 0;
+Context scheduler;
+const std::function<void()>* running = nullptr;
+std::exception_ptr error;
+std::mt19937_64 random;
+std::map<std::pair<const void*, int>, int> allowed_shared;  // by kernel and device
+std::vector<uint64_t> priority;  // of the block's warps, where some run ahead of others
+
+char* make_stack() {
+  void* p = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<char*>(p);
+}
+
+void yield() { switch_context(&fibers[current].context, &scheduler); }
+
+void release(std::vector<int>* waiting) {
+  ready.insert(ready.end(), waiting->begin(), waiting->end());
+  waiting->clear();
+}
+
+void release_warp(int warp) {
+  warps[warp].turn ^= 1;
+  warps[warp].arrived = 0;
+  release(&at_warp[warp]);
+}
+
+void enter() {
+  try {
+    (*running)();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  Warp& warp = warps[current / kWarp];
+  const unsigned self = 1u << current % kWarp;
+  fibers[current].done = true;
+  --alive;
+  warp.alive &= ~self;
+  if (!error && warp.arrived && (warp.mask & self)) {
+    error = std::make_exception_ptr(std::runtime_error("a lane left, and others wait for it"));
+  }
+  if (alive && static_cast<int>(at_barrier.size()) == alive) release(&at_barrier);
+  yield();
+}
+
+// Even seeds: any thread. Odd ones: a thread of the warp that is ahead, as far as it can get. The
+// first finds what is read too early, the second what is overwritten too early.
+size_t next_to_run() {
+  size_t pick = random() % ready.size();
+  if (settings.seed % 2 == 0) return pick;
+  for (size_t i = 0; i < ready.size(); ++i) {
+    if (priority[ready[i] / kWarp] > priority[ready[pick] / kWarp]) pick = i;
+  }
+  return pick;
+}
+
+void run_block(int threads, size_t shared_bytes) {
+  // What nobody wrote must not look like anything, and what a block did not ask for stays
+  // unwritten.
+  char* const shared = reinterpret_cast<char*>(masked_loss::cuda::shared_memory);
+  memset(shared, kUnwritten, shared_bytes + kBeyond);
+  ready.resize(threads);
+  at_barrier.clear();
+  warps.assign((threads + kWarp - 1) / kWarp, Warp{});
+  at_warp.assign(warps.size(), {});
+  alive = threads;
+  for (int i = 0; i < threads; ++i) {
+    ready[i] = i;
+    warps[i / kWarp].alive |= 1u << i % kWarp;
+    if (!fibers[i].stack) fibers[i].stack = make_stack();
+    fibers[i].done = false;
+    make_context(&fibers[i].context, fibers[i].stack, enter);
+  }
+  priority.assign(warps.size(), 0);
+  if (settings.seed % 2) {
+    for (uint64_t& p : priority) p = random();
+  }
+  while (!ready.empty() && !error) {
+    const size_t pick = next_to_run();
+    current = ready[pick];
+    ready[pick] = ready.back();
+    ready.pop_back();
+    threadIdx = dim3(current, 0, 0);
+    switch_context(&scheduler, &fibers[current].context);
+  }
+  if (error) return;
+  if (alive) fail("deadlock: some threads wait at a barrier or shuffle that others never reach");
+  for (size_t i = 0; i < kBeyond; ++i) {
+    if (shared[shared_bytes + i] != kUnwritten) fail("a block wrote beyond its shared memory");
+  }
+}
+
+}  // namespace
+
+namespace {
+
+int device() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return device;
+}
+
+// What every kernel may take without being allowed to.
+int unasked() { return std::min(settings.shared_per_block, 48 << 10) - kStaticShared; }
+
+}  // namespace
+
+void allow_shared(const void* kernel, int bytes) { allowed_shared[{kernel, device()}] = bytes; }
+
+int least_shared_allowed() {
+  int least = INT_MAX;
+  for (const auto& [key, bytes] : allowed_shared) {
+    if (key.second == device()) least = std::min(least, bytes);
+  }
+  return least;
+}
+
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+         const std::function<void()>& body) {
+  ++launches;
+  if (block.x == 0 || block.x > 1024 || grid.x == 0) fail("a launch of no or too many threads");
+  const auto allowed = allowed_shared.find({kernel, device()});
+  const int most = allowed == allowed_shared.end() ? unasked() : allowed->second;
+  if (static_cast<int64_t>(shared_bytes) > std::max(0, most)) {
+    fail("a launch with more shared memory than the kernel was allowed to take");
+  }
+  grid.x = static_cast<unsigned>(std::min<int64_t>(grid.x, settings.max_blocks));
+  gridDim = grid;
+  blockDim = block;
+  fibers.resize(std::max<size_t>(fibers.size(), block.x));
+  running = &body;
+  error = nullptr;
+  random.seed(settings.seed);
+  std::vector<unsigned> order(grid.x);
+  for (unsigned i = 0; i < grid.x; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), random);
+  for (const unsigned i : order) {
+    blockIdx = dim3(i, 0, 0);
+    run_block(static_cast<int>(block.x), shared_bytes);
+    if (error) std::rethrow_exception(error);
+  }
+}
+
+void block_barrier() {
+  at_barrier.push_back(current);
+  if (static_cast<int>(at_barrier.size()) == alive) release(&at_barrier);
+  yield();
+}
+
+int lane() { return current % kWarp; }
+
+void meet(WarpCall call, unsigned mask) {
+  const int index = current / kWarp;
+  Warp& warp = warps[index];
+  if (!(mask >> lane() & 1)) fail("a lane makes a call whose mask leaves it out");
+  if (mask & ~warp.alive) fail("a mask names a lane that has left, or never was");
+  if (warp.arrived && (warp.call != call || warp.mask != mask)) {
+    fail("lanes of a warp wait at different calls");
+  }
+  warp.call = call;
+  warp.mask = mask;
+  warp.arrived |= 1u << lane();
+  at_warp[index].push_back(current);
+  if (warp.arrived == mask) release_warp(index);
+  yield();
+}
+
+uint32_t shuffle(WarpCall call, unsigned mask, uint32_t word, int source) {
+  Warp& warp = warps[current / kWarp];
+  const int turn = warp.turn;
+  warp.words[turn][lane()] = word;
+  meet(call, mask);
+  if (!(mask >> source & 1)) fail("a lane wants the word of one that the mask leaves out");
+  return warp.words[turn][source];
+}
+
+void fail(const char* what) {
+  fflush(stdout);
+  throw std::runtime_error(what);
+}
+
+void check_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("misaligned address");
+}
+
+}  // namespace emulator

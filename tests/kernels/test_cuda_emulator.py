@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CUDA kernels' own sources, run on the CPU by the emulator, against the specification.
+
+The public functions run as they are; only the operators below them are those of the emulator. See
+docs/cuda.md for what an emulator can and cannot tell.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from accuracy import Results, assert_as_accurate_as_eager, run
+from cuda_emulator.build import NAMESPACE, ROOT, build
+from samples import CASES, FEW_CASES, REDUCE_CASES, REDUCTIONS, Case, Sample
+from torch import Tensor
+
+from masked_loss import (
+    _linear,
+    _linear_chunks,
+    _ops,
+    cross_entropy,
+    masked_cross_entropy,
+    masked_reduce,
+    reference,
+)
+
+EVERYTHING: dict[str, Any] = {
+    "label_smoothing": 0.1,
+    "z_loss": 0.01,
+    "softcap": 5.0,
+    "class_weight": True,
+}
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def module() -> ModuleType:
+    return load(build())
+
+
+Configure = Callable[..., None]
+
+
+@pytest.fixture
+def configure(module: ModuleType) -> Iterator[Configure]:
+    """Sets the emulated device: ``configure(seed=1, multiprocessors=2, ...)``."""
+
+    def set_to(**settings: int) -> None:
+        new = module.Settings()
+        for name, value in settings.items():
+            setattr(new, name, value)
+        module.configure(new)
+
+    set_to()
+    yield set_to
+    set_to()
+
+
+class EmulatedOperators:
+    """The emulator's operators; those that are written in Python, and call others, as they are."""
+
+    def __getattr__(self, name: str) -> Any:
+        emulated = getattr(torch.ops, NAMESPACE)
+        return getattr(emulated if hasattr(emulated, name) else torch.ops.masked_loss, name)
+
+
+@pytest.fixture(autouse=True)
+def emulated(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (_ops, _linear, _linear_chunks):
+        monkeypatch.setattr(module, "ops", EmulatedOperators())
+
+
+def same_bits(a: Results, b: Results, what: str) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f"{what}: {name}"
+
+
+def check(case: Case, dtype: torch.dtype, **more: Any) -> None:
+    assert_as_accurate_as_eager(
+        masked_cross_entropy, reference.masked_cross_entropy, case, dtype, **more
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_option(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_statistics(case: Case) -> None:
+    check(case, torch.float32, return_stats=True)
+
+
+@pytest.mark.parametrize("case", REDUCE_CASES, ids=str)
+def test_every_reduction(case: Case, dtype: torch.dtype) -> None:
+    assert_as_accurate_as_eager(masked_reduce, reference.masked_reduce, case, dtype)
+
+
+# Around the pieces of 16 bytes, the warp's and the block's share of a row, and the teams' limits:
+# 128 and 2048 pieces. A row of `odd` begins at no multiple of 16 bytes, and its gradient elsewhere.
+WIDTHS = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 127, 255, 257, 511, 513, 1023, 1025]
+WIDTHS += [1031, 2049, 4099, 8193]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "padded", "odd"])
+@pytest.mark.parametrize("classes", WIDTHS)
+def test_every_width(classes: int, layout: str, dtype: torch.dtype) -> None:
+    """Both the fused pass (a scalar loss) and the separate ones (a loss for each token)."""
+    for reduction in ("mean", "none"):
+        for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}):
+            more = {"reduction": reduction, **options}
+            check(Case(f"{reduction}-{classes}", (5,), classes, layout, options=more), dtype)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "odd"])
+@pytest.mark.parametrize("classes", [16385, 20001])
+def test_a_block_of_512_threads(classes: int, layout: str, dtype: torch.dtype) -> None:
+    for options in ({}, EVERYTHING):
+        check(Case(f"long-{classes}", (3,), classes, layout, options=options), dtype)
+
+
+@pytest.mark.parametrize("shared", [3 << 10, 8 << 10, 20 << 10])
+@pytest.mark.parametrize("layout", ["contiguous", "odd"])
+def test_rows_that_shared_memory_cannot_hold(
+    layout: str, shared: int, dtype: torch.dtype, configure: Configure
+) -> None:
+    """All of a row's second look comes from memory, or all but the beginning."""
+    for l2_bytes in (1 << 10, 50 << 20):
+        configure(shared_per_block=shared, l2_bytes=l2_bytes)
+        for classes in (700, 3001):
+            check(Case(f"shared-{classes}", (9,), classes, layout), dtype)
+
+
+@pytest.mark.parametrize("shared", [99 << 10, 227 << 10])
+def test_shared_memory_beyond_48_kilobytes(
+    shared: int, module: ModuleType, configure: Configure
+) -> None:
+    """What must be asked for begins below: a kernel's own variables count, too."""
+    configure(shared_per_block=shared)
+    for classes in (12_160, 12_288, 20_000):
+        check(Case(f"shared-{classes}", (3,), classes), torch.float32)
+        check(Case(f"shared-{classes}", (3,), 2 * classes), torch.bfloat16)
+    # As much as there is, whatever a launch takes: another thread may be about to launch.
+    assert module.least_shared_allowed() > shared - (1 << 10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "parts"),
+    [(1, 151_936, 37), (4, 151_936, 37), (32, 151_936, 8), (264, 151_936, 1), (1, 32_000, 1)],
+)
+def test_parts_of_a_row_fill_the_chip(
+    rows: int, classes: int, parts: int, module: ModuleType, configure: Configure
+) -> None:
+    """bfloat16 rows on an H100, which holds 264 blocks of 512 threads."""
+    configure(multiprocessors=132)
+    assert module.parts_of_a_row(rows, classes) == parts
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("layout", ["contiguous", "odd"])
+def test_rows_shared_by_several_blocks(
+    layout: str, reduction: str, inplace: bool, dtype: torch.dtype, configure: Configure
+) -> None:
+    """Few rows and a large vocabulary: a row is cut into parts."""
+    configure(multiprocessors=16)
+    classes = 70_001 if dtype in (torch.bfloat16, torch.float16) else 35_001
+    for options in ({}, EVERYTHING, {"softcap": 8.0}):
+        more = {"reduction": reduction, "inplace_backward": inplace, **options}
+        case = Case(f"parts-{classes}", (2,), classes, layout, options=more)
+        check(case, dtype, return_stats=bool(options))
+
+
+@pytest.mark.parametrize("classes", [1, 3, 40])
+def test_slope_of_a_softcap_far_out(classes: int, dtype: torch.dtype) -> None:
+    """1 - tanh^2 near 1: a rounding of tanh more is many of the slope."""
+    options = {"reduction": "none", "z_loss": 1e-4, "softcap": 30.0}
+    check(Case(f"slope-{classes}", (30,), classes, mask="none", options=options, scale=50.0), dtype)
+
+
+def test_a_grid_smaller_than_the_work(dtype: torch.dtype, configure: Configure) -> None:
+    """More rows, tokens and groups than blocks: each block goes on to the next."""
+    configure(max_blocks=2)
+    for reduction in REDUCTIONS:
+        for classes in (7, 1500):
+            for options in ({}, EVERYTHING):
+                more = {"reduction": reduction, **options}
+                check(Case(f"grid-{reduction}", (7, 3), classes, options=more), dtype)
+    for reduction in REDUCTIONS:
+        case = Case(f"grid-{reduction}", (700, 3), None, options={"reduction": reduction})
+        assert_as_accurate_as_eager(masked_reduce, reference.masked_reduce, case, dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 2048), (2, 2049), (70_000,), (300, 2)], ids=str)
+def test_sums_over_many_tokens(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A group in one piece, in several pieces, in more than a warp has lanes, and many groups."""
+    for reduction in REDUCTIONS:
+        case = Case(f"tokens-{reduction}", shape, None, options={"reduction": reduction})
+        assert_as_accurate_as_eager(masked_reduce, reference.masked_reduce, case, dtype)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=str)
+def test_no_tokens(shape: tuple[int, ...]) -> None:
+    for reduction in REDUCTIONS:
+        logits = torch.zeros(*shape, 5, requires_grad=True)
+        target = torch.zeros(shape, dtype=torch.int64)
+        loss = masked_cross_entropy(logits, target, reduction=reduction)
+        assert loss.sum() == 0
+        loss.sum().backward()
+        assert logits.grad is not None
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("shape", [(9, 60), (5, 3000), (3, 20_000), (1, 80_000)], ids=str)
+def test_the_order_of_threads_does_not_matter(
+    shape: tuple[int, int], options: dict[str, Any], configure: Configure
+) -> None:
+    """The same bits whatever runs first: every barrier is where it must be."""
+    for dtype in (torch.float32, torch.bfloat16):
+        first = None
+        for seed in range(4):
+            configure(seed=seed, multiprocessors=16, max_blocks=3)
+            case = Case("order", shape[:1], shape[1], "odd", options=options)
+            results = run(masked_cross_entropy, case.sample(dtype), return_stats=bool(options))
+            first = first or results
+            same_bits(first, results, f"seed {seed}")
+
+
+@pytest.mark.parametrize("case", [*FEW_CASES, *REDUCE_CASES[::5]], ids=str)
+def test_the_order_of_threads_does_not_matter_to_reductions(
+    case: Case, configure: Configure
+) -> None:
+    function = masked_reduce if case.classes is None else masked_cross_entropy
+    first = None
+    for seed in range(3):
+        configure(seed=seed, max_blocks=2)
+        results = run(function, case.sample(torch.float32))
+        first = first or results
+        same_bits(first, results, f"seed {seed}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_probabilities(dtype: torch.dtype) -> None:
+    for classes in (5, 130, 3001):
+        for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(classes) + 0.5}):
+            logits = (3 * torch.randn(6, classes)).to(dtype).requires_grad_()
+            target = torch.rand(6, classes).softmax(-1).to(dtype)
+            loss = cross_entropy(logits, target, **options)
+            (gradient,) = torch.autograd.grad(loss, logits)
+            wide = logits.detach().double().requires_grad_()
+            more = {name: x.double() if isinstance(x, Tensor) else x for name, x in options.items()}
+            truth = torch.nn.functional.cross_entropy(wide, target.double(), **more)
+            (expected,) = torch.autograd.grad(truth, wide)
+            torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=2e-6)
+            rounding = torch.finfo(dtype).eps
+            atol = rounding * expected.abs().max().item()
+            torch.testing.assert_close(gradient.double(), expected, rtol=rounding, atol=atol)
+
+
+def test_masked_rows_are_not_read(dtype: torch.dtype) -> None:
+    for reduction in REDUCTIONS:
+        for classes in (9, 1500, 9000):
+            case = Case("masked", (2, 4), classes, options={"reduction": reduction})
+            clean, dirty = case.sample(dtype), case.sample(dtype)
+            assert dirty.mask is not None
+            assert dirty.target is not None
+            masked = (dirty.mask == 0) | (dirty.target == -100)
+            assert masked.any()
+            with torch.no_grad():
+                dirty.values[masked] = torch.nan
+                dirty.target[masked & (dirty.mask == 0)] = 1 << 40
+            same_bits(run(masked_cross_entropy, clean), run(masked_cross_entropy, dirty), "NaN")
+
+
+@pytest.mark.parametrize("classes", [7, 1500, 9000])
+def test_rows_that_are_not_finite(classes: int) -> None:
+    """As the specification has it: NaN and +inf come out as NaN, -inf is a probability of 0."""
+    logits = torch.randn(5, classes)
+    logits[0, 3] = torch.nan
+    logits[1, 2] = torch.inf
+    logits[2] = -torch.inf
+    logits[3] = -torch.inf
+    logits[3, 1] = 2.0
+    target = torch.ones(5, dtype=torch.int64)
+    for return_stats in (False, True):
+        sample = Sample(logits.clone().requires_grad_(), target, None, {"reduction": "none"})
+        ours = run(masked_cross_entropy, sample)
+        if return_stats:
+            again = run(masked_cross_entropy, sample, return_stats=True)
+            for name in ours:
+                torch.testing.assert_close(again[name], ours[name], equal_nan=True)
+        truth = run(reference.masked_cross_entropy, sample.double())
+        torch.testing.assert_close(
+            ours["loss"], truth["loss"].float(), equal_nan=True, rtol=1e-6, atol=1e-6
+        )
+        active = ours["gradient of values"][3:]
+        torch.testing.assert_close(active, truth["gradient of values"][3:].float())
+
+
+def test_upstream_gradient_other_than_one() -> None:
+    """The operator itself asks whether dloss is 1: on the device, in a grid that fits there."""
+    ops = getattr(torch.ops, NAMESPACE)
+    logits = torch.randn(40, 1000)
+    target = torch.randint(1000, (40,))
+    options = ("mean", -100, 0.0, 0.0, None, False)
+    gradient = torch.empty_like(logits)
+    _, _, tokens, groups = ops.cross_entropy_fused(
+        gradient, logits, target, None, None, None, *options, False
+    )
+    once = gradient.clone()
+    for scale in (1.0, 3.0):
+        formula = (torch.tensor(scale), logits, target, tokens, groups, None, 0.0, 0.0, None, False)
+        ops.cross_entropy_backward_out(gradient, *formula, True)
+        torch.testing.assert_close(gradient, scale * once)
+    untouched = torch.full_like(logits, 7.0)
+    formula = (torch.tensor(1.0), *formula[1:])
+    ops.cross_entropy_backward_out(untouched, *formula, True)
+    assert (untouched == 7).all()
+
+
+def test_target_out_of_range(capfd: pytest.CaptureFixture[str]) -> None:
+    for bad in (10, -1):
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            masked_cross_entropy(torch.randn(3, 10), torch.tensor([1, bad, 2]))
+        expected = f"target of token 1 is {bad}, expected 0 <= target < 10"
+        assert expected in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_cross_entropy(bias: bool) -> None:
+    """Chunks of logits: the gradient overwrites them in the same launch."""
+    from masked_loss import linear_cross_entropy
+
+    hidden = torch.randn(6, 16, requires_grad=True)
+    weight = torch.randn(3000, 16, requires_grad=True)
+    more = {"bias": torch.randn(3000, requires_grad=True)} if bias else {}
+    target = torch.randint(3000, (6,))
+    mask = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 1.0])
+    loss = linear_cross_entropy(hidden, weight, target, mask, **more)
+    leaves = [hidden, weight, *more.values()]
+    gradients = torch.autograd.grad(loss, leaves)
+    logits = torch.nn.functional.linear(hidden, weight, more.get("bias"))
+    truth = reference.masked_cross_entropy(logits, target, mask)
+    torch.testing.assert_close(loss, truth)
+    for ours, expected in zip(gradients, torch.autograd.grad(truth, leaves), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+# What these tests are worth: a kernel that lacks a barrier, or does what a device forbids, must not
+# pass. Each mutant is a file, a text in it, and what stands there instead.
+
+Mutant = tuple[str, str, str]
+
+MISSING_BARRIERS: dict[str, Mutant] = {
+    "block.cuh: between the warps' states and their sum": (
+        "kernels/cuda/block.cuh",
+        "states[threadIdx.x / kWarp] = s;\n    __syncthreads();",
+        "states[threadIdx.x / kWarp] = s;",
+    ),
+    "block.cuh: of a block, before the next row's states and pieces": (
+        "kernels/cuda/block.cuh",
+        "if constexpr (kWarps > 1) {\n    __syncthreads();",
+        "if constexpr (kWarps > 1) {",
+    ),
+    "block.cuh: of a warp, before the next row's pieces": (
+        "kernels/cuda/block.cuh",
+        "else {\n    __syncwarp();\n",
+        "else {\n",
+    ),
+    "tokens.cu: before the next piece's weights": (
+        "kernels/cuda/tokens.cu",
+        "static_cast<WeightSums*>(args.scratch)[p] = sums;\n      }\n    }\n    __syncthreads();",
+        "static_cast<WeightSums*>(args.scratch)[p] = sums;\n      }\n    }",
+    ),
+    "tokens.cu: before the next piece's losses": (
+        "kernels/cuda/tokens.cu",
+        "static_cast<LossSums*>(args.scratch)[p] = sums;\n      }\n    }\n    __syncthreads();",
+        "static_cast<LossSums*>(args.scratch)[p] = sums;\n      }\n    }",
+    ),
+}
+# The barrier of a merge within a warp orders what its lanes wrote to shared memory. On the emulator
+# the shuffles around it do so already.
+UNNOTICED = ["__syncwarp();  // orders"]
+
+FORBIDDEN: dict[str, Mutant] = {
+    "a block wrote beyond its shared memory": (
+        "kernels/cuda/rows.inl.cuh",
+        "if (k < plan.cached && k < span.pieces) cache[k]",
+        "if (k <= plan.cached && k < span.pieces) cache[k]",
+    ),
+    "a launch with more shared memory than the kernel was allowed to take": (
+        "kernels/cuda/block.cuh",
+        "if (shared > 0) allow_shared",
+        "if (shared > 48 << 10) allow_shared",
+    ),
+    "lanes of a warp wait at different calls": (
+        "kernels/cuda/block.cuh",
+        "__syncwarp();  // orders",
+        "if (threadIdx.x % kWarp != 5) __syncwarp();  // orders",
+    ),
+}
+
+SEEDS = """
+import importlib.util, json, sys, torch, zlib
+spec = importlib.util.spec_from_file_location("emulated_cuda", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+ops = getattr(torch.ops, sys.argv[2])
+torch.manual_seed(0)
+options = ("sum", -100, 0.0, 0.0, None, False, False)
+values, mask = torch.randn(9000), torch.rand(9000)
+
+def bits(*tensors):
+    return [zlib.crc32(tensor.numpy().tobytes()) for tensor in tensors]
+
+def fused(rows, classes, offset):
+    # Neither the logits nor their gradient begin with a piece, so pieces go from thread to thread.
+    logits = torch.randn(rows, classes + 3, generator=torch.Generator().manual_seed(1))
+    target = torch.arange(rows)
+    gradient = torch.empty(rows, classes)
+    args = gradient, logits[:, offset : offset + classes], target, None, None, None
+    return bits(ops.cross_entropy_fused(*args, *options)[0], gradient)
+
+found = []
+for seed in range(int(sys.argv[3])):
+    settings = module.Settings()
+    settings.seed, settings.max_blocks = seed, 2
+    module.configure(settings)
+    loss, tokens, groups = ops.masked_reduce_forward(values, mask, None, "mean")
+    logits = torch.zeros(3, 12288)
+    ops.cross_entropy_fused(logits.clone(), logits, torch.arange(3), None, None, None, *options)
+    settings.shared_per_block = 64 << 10
+    module.configure(settings)
+    found.append([fused(20, 300, 1), fused(9, 3001, 1), bits(loss, tokens, groups)])
+print(json.dumps(found))
+"""
+
+
+def results_by_seed(path: Path, seeds: int = 8) -> list[Any]:
+    result = subprocess.run(
+        [sys.executable, "-c", SEEDS, str(path), NAMESPACE, str(seeds)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if result.returncode != 0:
+        raise RuntimeError(result.stderr)
+    return json.loads(result.stdout)
+
+
+def build_mutant(mutant: Mutant, folder: Path) -> Path:
+    name, text, instead = mutant
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    source = csrc / name
+    original = source.read_text()
+    assert original.count(text) == 1, f"{name} has changed: adapt this test"
+    source.write_text(original.replace(text, instead))
+    return build(csrc)
+
+
+def test_no_barrier_is_missing() -> None:
+    first, *others = results_by_seed(build())
+    assert all(other == first for other in others)
+
+
+def test_every_barrier_has_a_mutant() -> None:
+    sources = [path.read_text() for path in (ROOT / "csrc" / "kernels" / "cuda").iterdir()]
+    barriers = sum(text.count("__syncthreads()") + text.count("__syncwarp()") for text in sources)
+    assert all(sum(text.count(known) for text in sources) == 1 for known in UNNOTICED)
+    assert barriers == len(MISSING_BARRIERS) + len(UNNOTICED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MISSING_BARRIERS)
+def test_a_missing_barrier_is_noticed(mutant: str, tmp_path: Path) -> None:
+    first, *others = results_by_seed(build_mutant(MISSING_BARRIERS[mutant], tmp_path))
+    assert any(other != first for other in others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_what_a_device_forbids_is_noticed(what: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=what):
+        results_by_seed(build_mutant(FORBIDDEN[what], tmp_path), seeds=1)
