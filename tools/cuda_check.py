@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checks what the CUDA compiler made of the kernels, without a GPU: `make cuda-check`.
 
-Compiles csrc/kernels/cuda/*.cu for sm_90 and fails where a kernel spills registers or uses more of
-them than its blocks leave it, or where a row kernel moves its rows by less than 16 bytes at a time. The
+Compiles csrc/kernels/cuda/*.cu for sm_90 and fails where a kernel spills registers or uses more
+of them than its blocks leave it, or where a row kernel moves its rows by less than 16 bytes at a
+time. The
 machine code is read with nvdisasm: from the toolkit, PATH, or the package nvidia-cuda-nvdisasm.
 """
 
