@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).resolve().parents[1]
+LOSSES = Path(__file__).resolve().parents[1] / "losses"
 SUPPORTED = {
     "default": True,
     "avx2": torch.cpu._is_avx2_supported(),
@@ -30,7 +30,7 @@ def run(*command: str, capability: str | None) -> str:
         environment["ATEN_CPU_CAPABILITY"] = capability
     result = subprocess.run(
         [sys.executable, *command],
-        cwd=TESTS.parent,
+        cwd=LOSSES.parents[1],
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
@@ -51,8 +51,8 @@ def test_kernels(isa: str) -> None:
     """The whole operator table, in the process whose header says which kernels it runs."""
     output = run(
         "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-q", "-v",
-        str(TESTS / "losses" / "test_cross_entropy.py"), str(TESTS / "test_masked_reduce.py"),
-        str(TESTS / "losses" / "test_semantics.py"), "-k", "not number_of_rows",
+        str(LOSSES / "test_cross_entropy.py"), str(LOSSES / "test_masked_reduce.py"),
+        str(LOSSES / "test_semantics.py"), "-k", "not number_of_rows",
         capability=isa,
     )  # fmt: skip
     assert f"masked_loss: {isa} kernels" in output
