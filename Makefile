@@ -19,7 +19,7 @@ formatted := $(shell find csrc tests examples tools benchmarks \
 cmake := $(or $(shell command -v cmake),$(VENV)/bin/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench cpp-test cuda-check cuda-sanitize build clean
+.PHONY: help demo docs test lint format bench cpp-test cuda-check cuda-sanitize build clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,6 +46,10 @@ format: $(stamps)/dev  ## rewrite the sources as the formatters want them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(formatted)
+
+docs: $(stamps)/docs  ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q
+	@echo "docs: build/site/index.html"
 
 bench: $(stamps)/bench $(library)  ## measure against PyTorch on this machine
 	$(python) benchmarks/cpu.py $(BENCH_ARGS)
@@ -94,8 +98,8 @@ $(stamps)/test $(stamps)/demo $(stamps)/bench: $(stamps)/%: $(stamps)/torch pypr
 	$(pip) --no-build-isolation -e '.[$(extras_$*)]' 'torch==$(TORCH)'
 	@touch $@
 
-$(stamps)/dev: $(stamps)/torch pyproject.toml
-	$(pip) $$(sed -n '/^dev = \[/,/^\]/s/.*"\(.*\)".*/\1/p' pyproject.toml)
+$(stamps)/dev $(stamps)/docs: $(stamps)/%: $(stamps)/torch pyproject.toml
+	$(pip) $$(sed -n '/^$* = \[/,/^\]/s/^ *"\([^"]*\)".*/\1/p' pyproject.toml)
 	@touch $@
 
 $(VENV)/bin/cmake $(VENV)/bin/ninja: $(VENV)/bin/%: | $(python)
