@@ -48,8 +48,7 @@ format: $(stamps)/dev  ## rewrite the sources as the formatters want them
 	$(VENV)/bin/clang-format -i $(formatted)
 
 docs: $(stamps)/docs  ## the documentation site, in build/site
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q
-	@echo "docs: build/site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build  # with -q the strict mode would see no warnings
 
 bench: $(stamps)/bench $(library)  ## measure against PyTorch on this machine
 	$(python) benchmarks/cpu.py $(BENCH_ARGS)
