@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_loss import _ops
+from masked_loss import _checks, _ops
+from masked_loss._checks import checked, register_fake
 from masked_loss._linear_chunks import Options, dweight_dtype, run_chunks, scaled_by, unit_of
 from masked_loss._ops import ops
 
@@ -78,9 +79,6 @@ def _check(
     for what, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(f"{_WHO}: {what} must be {_name(hidden)} like hidden, got {_name(x)}")
-    for what, x in (("weight", weight), ("bias", bias), ("target", target)):
-        if x is not None and x.device != hidden.device:
-            raise ValueError(f"{_WHO}: {what} must be on the device of hidden, {hidden.device}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"{_WHO}: chunk_tokens must be at least 1, got {chunk_tokens}")
     if accumulation_dtype not in (None, weight.dtype, _ops._loss_dtype(weight)):
@@ -151,12 +149,15 @@ def _forward_fake(
 ) -> tuple[Tensor, ...]:
     options, needs = Options(*args[:-1]), args[-1]
     _check(hidden, weight, bias, target, options.chunk_tokens, options.accumulation_dtype)
-    rows = hidden.new_empty((*hidden.shape[:-1], 1))
-    table = _ops._fake_forward(
-        rows, target, mask, normalizer, class_weight, options.reduction, options.stats
-    )
+    wide = hidden.dtype == torch.float64
+    tokens, groups = _weigh_fake(
+        target, mask, normalizer, class_weight, options.reduction, options.ignore_index,
+        weight.shape[0], *options.formula, wide, options.shift, options.stats,
+    )  # fmt: skip
+    results = _reduce_fake(tokens, groups, target, options.reduction, 0.0, options.stats)
     dtype = dweight_dtype(weight, target.numel(), options.chunk_tokens, options.accumulation_dtype)
-    return *table, table[0].new_empty(()), *_fake_gradients(hidden, weight, needs, dtype)
+    gradients = _fake_gradients(hidden, weight, needs, dtype)
+    return *results, tokens, groups, tokens.new_empty(()), *gradients
 
 
 def _fake_gradients(
@@ -215,9 +216,9 @@ for _name_of_op, _run_op, _fake_op in (
     ("linear_cross_entropy_forward", _forward_kernel, _forward_fake),
     ("linear_cross_entropy_backward", _backward_kernel, _backward_fake),
 ):
-    _library.impl(_name_of_op, _run_op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"masked_loss::{_name_of_op}", _fake_op)
     _overload = getattr(ops, _name_of_op).default
+    _library.impl(_name_of_op, checked(_overload, _run_op), "CompositeExplicitAutograd")
+    register_fake(_overload, _fake_op)
     torch.library.register_vmap(_overload, _ops._loop(_overload))
 
 
@@ -381,10 +382,9 @@ def _redispatch_autocast(op: Any, hidden: Tensor, weight: Tensor, *args: Any, **
 
 for _name_of_op, _stats in (("linear_cross_entropy", False), ("linear_cross_entropy_stats", True)):
     _overload = getattr(ops, _name_of_op).default
-    torch.library.register_fake(
-        f"masked_loss::{_name_of_op}", _public(_flat(_forward_fake), _stats)
-    )
-    _library.impl(_name_of_op, _public(_flat(_forward_kernel), _stats), "CompositeExplicitAutograd")
+    register_fake(_overload, _public(_flat(_forward_fake), _stats))
+    _run_op = checked(_overload, _public(_flat(_forward_kernel), _stats))
+    _library.impl(_name_of_op, _run_op, "CompositeExplicitAutograd")
     _library.impl(_name_of_op, _public(linear_cross_entropy, _stats), "Autograd")
     for _key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(_name_of_op, partial(_redispatch_autocast, _overload), _key)
@@ -399,12 +399,20 @@ def _weigh_fake(
     normalizer: Tensor | None,
     class_weight: Tensor | None,
     reduction: str,
-    *args: Any,
+    ignore_index: int,
+    classes: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    wide: bool,
+    shift: bool,
+    stats: bool,
 ) -> tuple[Tensor, Tensor]:
-    wide, stats = args[-3], args[-1]
+    _checks.formula(_WHO, label_smoothing, z_loss, softcap)
+    _checks.weights(_WHO, target, mask, normalizer, class_weight, reduction, classes, shift)
     values = target.new_empty((*target.shape, 1), dtype=torch.float64 if wide else torch.float32)
-    table = _ops._fake_forward(values, target, mask, normalizer, class_weight, reduction, stats)
-    return table[2], table[3]
+    _, _, tokens, groups = _ops._fake_tables(values, reduction, stats)
+    return tokens, groups
 
 
 def _reduce_fake(
@@ -416,6 +424,6 @@ def _reduce_fake(
     )
 
 
-torch.library.register_fake("masked_loss::linear_weigh", _weigh_fake)
-torch.library.register_fake("masked_loss::linear_chunk", lambda *_: None)
-torch.library.register_fake("masked_loss::linear_reduce", _reduce_fake)
+register_fake(ops.linear_weigh.default, _weigh_fake)
+register_fake(ops.linear_chunk.default, lambda *_: None)
+register_fake(ops.linear_reduce.default, _reduce_fake)

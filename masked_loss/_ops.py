@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from masked_loss import _checks
+from masked_loss._checks import register_fake
 from masked_loss._library import load
 from masked_loss._memory import gradient_like
 
@@ -163,16 +165,6 @@ def _differentiated(*tensors: Tensor | None) -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def _require_device(logits: Tensor, **others: Tensor | None) -> None:
-    """csrc/ops/check.h does this where kernels run; a meta tensor never gets there."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != logits.device:
-            raise RuntimeError(
-                f"ValueError: cross_entropy: {name} must be on the device of logits, "
-                f"{logits.device}, got {tensor.device}"
-            )
-
-
 def _loss_dtype(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
@@ -211,9 +203,16 @@ def _fake_forward(
     class_weight: Tensor | None,
     reduction: str,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stats = options[-1]
-    _require_device(logits, target=target, mask=mask, normalizer=normalizer)
+) -> tuple[Tensor, ...]:
+    _, label_smoothing, z_loss, softcap, shift, stats = options
+    _checks.formula("cross_entropy", label_smoothing, z_loss, softcap)
+    _checks.cross_entropy("cross_entropy", logits, target, mask, class_weight, shift)
+    _checks.reduction("cross_entropy", reduction, logits.dim() - 1, normalizer)
+    return _fake_tables(logits, reduction, stats)
+
+
+def _fake_tables(logits: Tensor, reduction: str, stats: bool) -> tuple[Tensor, ...]:
+    """loss, stats, tokens, groups"""
     shape = logits.shape[:-1]
     dtype = _loss_dtype(logits)
     fields = _TOKEN_FIELDS if stats else _TOKEN_FIELDS_SAVED
@@ -390,17 +389,13 @@ def _autograd(op: Any, stats: bool) -> Callable[..., Any]:
     return kernel
 
 
-torch.library.register_fake("masked_loss::cross_entropy", _public(_fake_forward, False))
-torch.library.register_fake("masked_loss::cross_entropy_stats", _public(_fake_forward, True))
-torch.library.register_fake("masked_loss::cross_entropy_forward", _fake_forward)
-torch.library.register_fake(
-    "masked_loss::cross_entropy_fused", lambda dlogits, *args: _fake_forward(*args)
-)
-torch.library.register_fake(
-    "masked_loss::cross_entropy_backward", lambda dloss, logits, *_: _fake_gradient(logits)
-)
-torch.library.register_fake("masked_loss::cross_entropy_backward_out", lambda *_: None)
-torch.library.register_fake("masked_loss::mask_grad", lambda dloss, mask, *_: _fake_gradient(mask))
+register_fake(ops.cross_entropy.default, _public(_fake_forward, False))
+register_fake(ops.cross_entropy_stats.default, _public(_fake_forward, True))
+register_fake(ops.cross_entropy_forward.default, _fake_forward)
+register_fake(ops.cross_entropy_fused.default, lambda dlogits, *args: _fake_forward(*args))
+register_fake(ops.cross_entropy_backward.default, lambda dloss, logits, *_: _fake_gradient(logits))
+register_fake(ops.cross_entropy_backward_out.default, lambda *_: None)
+register_fake(ops.mask_grad.default, lambda dloss, mask, *_: _fake_gradient(mask))
 _library.impl("cross_entropy", _autograd(ops.cross_entropy.default, False), "Autograd")
 _library.impl("cross_entropy_stats", _autograd(ops.cross_entropy_stats.default, True), "Autograd")
 
@@ -411,6 +406,10 @@ _library.impl("cross_entropy_stats", _autograd(ops.cross_entropy_stats.default, 
 def _fake_reduce_forward(
     values: Tensor, mask: Tensor | None, normalizer: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _checks.floating("masked_reduce", "values", values)
+    if mask is not None:
+        _checks.mask_of("masked_reduce", mask, values.shape)
+    _checks.reduction("masked_reduce", reduction, values.dim(), normalizer)
     dtype = _loss_dtype(values)
     groups = _group_count(reduction, values.shape)
     return (
@@ -477,11 +476,9 @@ def masked_reduce(
     return MaskedReduce(values, mask, normalizer, reduction)[0]
 
 
-torch.library.register_fake("masked_loss::masked_reduce", _fake_reduce)
-torch.library.register_fake("masked_loss::masked_reduce_forward", _fake_reduce_forward)
-torch.library.register_fake(
-    "masked_loss::masked_reduce_backward", lambda dloss, values, *_: _fake_gradient(values)
-)
+register_fake(ops.masked_reduce.default, _fake_reduce)
+register_fake(ops.masked_reduce_forward.default, _fake_reduce_forward)
+register_fake(ops.masked_reduce_backward.default, lambda dloss, values, *_: _fake_gradient(values))
 _library.impl("masked_reduce", masked_reduce, "Autograd")
 
 for _op in (

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every argument check of the operators: who, what was expected, what came.
+// Every argument check of the operators: who, what was expected, what came. The fakes say the same
+// of tensors on the meta device, in masked_loss/_checks.py; a test compares the texts.
 //
 // The stable ABI carries only a text. It begins with the Python type that the public functions
 // raise it as.
@@ -7,7 +8,10 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -124,10 +128,39 @@ inline DType floating(const char* who, const char* what, const Tensor& t) {
   return *type;
 }
 
-inline void same_device(const char* who, const char* what, const Tensor& t, const char* other,
-                        const Tensor& expected) {
-  if (t.is_cuda() != expected.is_cuda() || t.get_device_index() != expected.get_device_index()) {
-    fail("ValueError", who, ": ", what, " must be on the device of ", other);
+// The operator and its arguments by name, as a schema has them: "name(Type a, Type b=0, *, ...".
+inline std::string operator_of(const std::string& schema) {
+  return schema.substr(0, schema.find('('));
+}
+inline std::string argument_of(const std::string& schema, size_t index) {
+  size_t begin = schema.find('(') + 1, end = 0;
+  for (size_t i = 0;; begin = end + 2) {
+    end = schema.find(", ", begin);
+    if (schema[begin] != '*' && i++ == index) break;
+  }
+  const std::string argument = schema.substr(begin, std::min(end, schema.find(") ->")) - begin);
+  const size_t name = argument.find(' ') + 1;
+  return argument.substr(name, argument.find('=') - name);
+}
+
+inline std::string device_of(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "cpu";
+}
+
+// Every tensor is on the device of the first one that is only read: what is written, the caller may
+// not know of. Null is an argument that is no tensor, or not given.
+inline void devices(const char* schema, std::initializer_list<const Tensor*> arguments) {
+  const Tensor* const* const begin = arguments.begin();
+  const bool written = strncmp(strchr(schema, '('), "(Tensor(a!)", 11) == 0;
+  const Tensor& expected = *begin[written];
+  for (const Tensor* const* t = begin; t != arguments.end(); ++t) {
+    if (!*t || ((*t)->is_cuda() == expected.is_cuda() &&
+                (*t)->get_device_index() == expected.get_device_index())) {
+      continue;
+    }
+    fail("ValueError", operator_of(schema), ": ", argument_of(schema, t - begin),
+         " must be on the device of ", argument_of(schema, written), ", ", device_of(expected),
+         ", got ", device_of(**t));
   }
 }
 
@@ -155,19 +188,16 @@ inline DType class_indices(const char* who, const Tensor& target) {
   return *type;
 }
 
-inline void mask(const char* who, const Tensor& mask, const char* other, const Tensor& values,
-                 const Shape& expected) {
+inline void mask(const char* who, const Tensor& mask, const Shape& expected) {
   if (!dtype_of(mask) && !is_wide_unsigned(mask)) {
     fail("TypeError", who, ": mask must be bool, integer or floating, got ",
          name_of(mask.scalar_type()));
   }
   shape(who, "mask", mask, expected);
-  same_device(who, "mask", mask, other, values);
 }
 
 inline Reduction reduction(const char* who, const std::string& name, int64_t target_dims,
-                           const std::optional<Tensor>& normalizer, const char* other,
-                           const Tensor& values) {
+                           const std::optional<Tensor>& normalizer) {
   const Reduction parsed = name == "none"            ? Reduction::kNone
                            : name == "sum"           ? Reduction::kSum
                            : name == "mean"          ? Reduction::kMean
@@ -190,16 +220,13 @@ inline Reduction reduction(const char* who, const std::string& name, int64_t tar
       fail("ValueError", who, ": normalizer must be a number or a 0-dim tensor, got shape ",
            text(shape_of(*normalizer)));
     }
-    same_device(who, "normalizer", *normalizer, other, values);
   }
   return parsed;
 }
 
-inline void class_weight(const char* who, const Tensor& weight, const char* other,
-                         const Tensor& expected, int64_t classes) {
+inline void class_weight(const char* who, const Tensor& weight, int64_t classes) {
   floating(who, "class_weight", weight);
   shape(who, "class_weight", weight, {classes});
-  same_device(who, "class_weight", weight, other, expected);
 }
 
 inline void numbers(const char* who, double label_smoothing, double z_loss) {
@@ -235,7 +262,6 @@ inline void cross_entropy(const char* who, const Tensor& logits, const Tensor& t
     }
   }
   shape(who, "target", target, expected);
-  same_device(who, "target", target, "logits", logits);
 }
 
 // The position of a flat index in a shape, as it is written in Python.

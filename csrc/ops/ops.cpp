@@ -69,7 +69,8 @@ int64_t product(const Shape& shape) {
 }
 
 // Rows of logits as base + batch * batch_stride + step * step_stride; what has more structure than
-// that, or classes that are not contiguous, is copied.
+// that, or classes that are not contiguous, is copied. The strides of an empty tensor mean nothing:
+// PyTorch calls it contiguous whatever they are.
 struct Rows {
   Tensor tensor;
   int64_t rows, steps, cols, batch_stride, step_stride;
@@ -77,21 +78,20 @@ struct Rows {
 std::optional<Rows> rows_in_place(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t dims = static_cast<int64_t>(sizes.size());
-  const int64_t cols = sizes[dims - 1];
-  if (cols > 1 && strides[dims - 1] != 1) return std::nullopt;
-  Rows r{t, 1, 1, cols, 0, 0};
-  if (dims >= 2) r.rows = r.steps = sizes[dims - 2], r.step_stride = strides[dims - 2];
+  Rows r{t, 1, 1, sizes[dims - 1], 0, 0};
+  for (int64_t d = 0; d < dims - 1; ++d) r.rows *= sizes[d];
+  if (dims >= 2) r.steps = sizes[dims - 2], r.step_stride = strides[dims - 2];
+  if (r.rows == 0 || r.cols == 0) return r;
+  if (r.cols > 1 && strides[dims - 1] != 1) return std::nullopt;
   int64_t expected = -1;  // the stride with which the next outer dimension joins the batch
   for (int64_t d = dims - 3; d >= 0; --d) {
-    if (sizes[d] != 1) {
-      if (expected < 0) {
-        r.batch_stride = strides[d];
-      } else if (strides[d] != expected) {
-        return std::nullopt;
-      }
-      expected = strides[d] * sizes[d];
+    if (sizes[d] == 1) continue;
+    if (expected < 0) {
+      r.batch_stride = strides[d];
+    } else if (strides[d] != expected) {
+      return std::nullopt;
     }
-    r.rows *= sizes[d];
+    expected = strides[d] * sizes[d];
   }
   return r;
 }
@@ -131,7 +131,7 @@ Problem make_problem(const Tensor& logits, const Tensor& target,
                 check::text(shape_of(logits)));
   }
   if (class_weight) {
-    check::class_weight(kCrossEntropy, *class_weight, "logits", logits, p.logits.cols);
+    check::class_weight(kCrossEntropy, *class_weight, p.logits.cols);
     p.class_weight = as_type(*class_weight, accumulation_type(p.wide));
   }
   CrossEntropyArgs& a = p.args;
@@ -228,7 +228,6 @@ Tensor reduced(const Device& device, const Tables& tables, int64_t tokens, Reduc
 void set_gradient(Problem& p, const Tensor& dlogits, const Tensor& logits) {
   check::shape(kCrossEntropy, "dlogits", dlogits, shape_of(logits));
   check::same_dtype(kCrossEntropy, "dlogits", dlogits, "logits", logits);
-  check::same_device(kCrossEntropy, "dlogits", dlogits, "logits", logits);
   const std::optional<Rows> rows = rows_in_place(dlogits);
   if (!rows) {
     check::fail("ValueError", kCrossEntropy, ": dlogits must have contiguous classes and rows");
@@ -247,10 +246,9 @@ Forward forward(const Tensor& logits, const Tensor& target, const std::optional<
                 int64_t ignore_index, const std::optional<Tensor>& class_weight,
                 const Options& options, bool stats, const std::optional<Tensor>& dlogits) {
   Problem p = make_problem(logits, target, class_weight, options);
-  if (mask) check::mask(kCrossEntropy, *mask, "logits", logits, p.token_shape);
-  const Reduction reduction =
-      check::reduction(kCrossEntropy, reduction_name, static_cast<int64_t>(p.token_shape.size()),
-                       normalizer, "logits", logits);
+  if (mask) check::mask(kCrossEntropy, *mask, p.token_shape);
+  const Reduction reduction = check::reduction(
+      kCrossEntropy, reduction_name, static_cast<int64_t>(p.token_shape.size()), normalizer);
   if (dlogits && reduction == Reduction::kNone) {
     check::fail("ValueError", kCrossEntropy,
                 ": the fused operator needs a scalar reduction, got \"none\"");
@@ -286,13 +284,12 @@ Forward forward(const Tensor& logits, const Tensor& target, const std::optional<
 }
 
 // One value, or one for each token.
-Tensor upstream(const char* who, const Tensor& dloss, bool wide, int64_t tokens, const Tensor& on) {
+Tensor upstream(const char* who, const Tensor& dloss, bool wide, int64_t tokens) {
   const int64_t numel = dloss.numel();
   if (dloss.dim() != 0 && numel != tokens) {
     check::fail("ValueError", who, ": dloss must be a scalar or one value for each of ", tokens,
                 " tokens, got shape ", check::text(shape_of(dloss)));
   }
-  check::same_device(who, "dloss", dloss, "the loss's inputs", on);
   return as_type(dloss, accumulation_type(wide));
 }
 
@@ -359,7 +356,7 @@ void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, Ten
       make_problem(logits, target, class_weight,
                    {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift});
   check_tables(kCrossEntropy, tokens, groups, p.args.rows, p.wide, TokenField::kSaved);
-  const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows, logits);
+  const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows);
   p.args.tokens = tokens.data_ptr();
   p.args.groups = static_cast<const double*>(groups.data_ptr());
   p.args.group_size = p.args.rows / std::max<int64_t>(1, groups.size(0));
@@ -385,7 +382,7 @@ Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Option
   const int64_t count = mask.numel();
   check_tables("mask_grad", tokens, groups, count, wide,
                z_loss != 0 ? TokenField::kSaved : TokenField::kTop);
-  const Tensor scale = upstream("mask_grad", dloss, wide, count, mask);
+  const Tensor scale = upstream("mask_grad", dloss, wide, count);
   const auto weight = class_weight
                           ? std::optional<Tensor>(as_type(*class_weight, accumulation_type(wide)))
                           : std::nullopt;
@@ -423,12 +420,12 @@ std::tuple<Tensor, Tensor> linear_weigh(Tensor target, OptionalTensor mask,
   if (shift && shape.empty()) {
     check::fail("ValueError", kLinear, ": shift needs a time dimension, got a scalar target");
   }
-  if (mask) check::mask(kLinear, *mask, "target", target, shape);
-  args.reduction = check::reduction(kLinear, reduction_name, static_cast<int64_t>(shape.size()),
-                                    normalizer, "target", target);
+  if (mask) check::mask(kLinear, *mask, shape);
+  args.reduction =
+      check::reduction(kLinear, reduction_name, static_cast<int64_t>(shape.size()), normalizer);
   std::optional<Tensor> weight;
   if (class_weight) {
-    check::class_weight(kLinear, *class_weight, "target", target, classes);
+    check::class_weight(kLinear, *class_weight, classes);
     weight = as_type(*class_weight, accumulation_type(wide));
   }
   const Tensor flat = as_contiguous(target);
@@ -453,7 +450,7 @@ void linear_chunk(Tensor logits, Tensor target, Tensor tokens, Tensor groups,
                            {label_smoothing, z_loss, check::softcap(kLinear, softcap), false});
   check_tables(kLinear, tokens, groups, p.args.rows, p.wide, TokenField::kSaved);
   std::optional<Tensor> scale;
-  if (dloss) scale = upstream(kLinear, *dloss, p.wide, p.args.rows, logits);
+  if (dloss) scale = upstream(kLinear, *dloss, p.wide, p.args.rows);
   p.args.tokens = tokens.data_ptr();
   p.args.groups = static_cast<const double*>(groups.data_ptr());
   p.args.group_size = std::max<int64_t>(1, p.args.rows / std::max<int64_t>(1, groups.size(0)));
@@ -471,8 +468,8 @@ std::tuple<Tensor, Tensor> linear_reduce(Tensor tokens, Tensor groups, Tensor ta
   const Shape shape = shape_of(target);
   const int64_t count = product(shape);
   const bool wide = tokens.scalar_type() == ScalarType::Double;
-  const Reduction reduction = check::reduction(
-      kLinear, reduction_name, static_cast<int64_t>(shape.size()), std::nullopt, "target", target);
+  const Reduction reduction =
+      check::reduction(kLinear, reduction_name, static_cast<int64_t>(shape.size()), std::nullopt);
   check_tables(kLinear, tokens, groups, count, wide,
                stats ? static_cast<int64_t>(TokenField::kCount) : TokenField::kSaved);
   const Tables tables{tokens, groups, count / std::max<int64_t>(1, groups.size(0))};
@@ -488,10 +485,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_reduce_forward(Tensor values, Optional
                                                          std::string reduction_name) {
   const DType dtype = check::floating(kMaskedReduce, "values", values);
   const Shape shape = shape_of(values);
-  if (mask) check::mask(kMaskedReduce, *mask, "values", values, shape);
-  const Reduction reduction =
-      check::reduction(kMaskedReduce, reduction_name, static_cast<int64_t>(shape.size()),
-                       normalizer, "values", values);
+  if (mask) check::mask(kMaskedReduce, *mask, shape);
+  const Reduction reduction = check::reduction(kMaskedReduce, reduction_name,
+                                               static_cast<int64_t>(shape.size()), normalizer);
   const Device device = Device::of(values);
   const Tensor flat = as_contiguous(values);
   WeighArgs weights{};
@@ -523,7 +519,7 @@ Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor
   const int64_t count = values.numel();
   const bool wide = dtype == DType::kFloat64;
   check_tables(kMaskedReduce, tokens, groups, count, wide, TokenField::kTop);
-  const Tensor scale = upstream(kMaskedReduce, dloss, wide, count, values);
+  const Tensor scale = upstream(kMaskedReduce, dloss, wide, count);
   Tensor dvalues = empty(values, shape_of(values), dtype_id(values));
   ValuesArgs args{};
   args.tokens = count;

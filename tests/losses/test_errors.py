@@ -10,7 +10,13 @@ import pytest
 import torch
 
 import masked_loss
-from masked_loss import cross_entropy, masked_cross_entropy, masked_mean, masked_reduce
+from masked_loss import (
+    cross_entropy,
+    linear_cross_entropy,
+    masked_cross_entropy,
+    masked_mean,
+    masked_reduce,
+)
 
 LOGITS = torch.zeros(4, 7, 10)
 TARGET = torch.zeros(4, 7, dtype=torch.long)
@@ -273,6 +279,50 @@ def test_bad_arguments(
         masked_cross_entropy(*args, **arguments)
     # The prefix that carries the type across the C++ boundary is not for people.
     assert not re.match(r"(Value|Type|Index)Error", str(caught.value))
+
+
+def to_meta(x: Any) -> Any:
+    return x.to("meta") if isinstance(x, torch.Tensor) else x
+
+
+def text_of(function: Any, arguments: dict[str, Any]) -> str:
+    try:
+        function(**arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_the_same_on_meta_tensors() -> None:
+    """Where no kernel runs, the checks are those of masked_loss/_checks.py."""
+    for name, wrong, _, _ in BAD:
+        if "device" in name:
+            continue
+        arguments = {"logits": LOGITS, "target": TARGET, "mask": MASK} | wrong
+        on_meta = {key: to_meta(x) for key, x in arguments.items()}
+        expected = text_of(masked_cross_entropy, arguments)
+        assert expected != "no error"
+        assert text_of(masked_cross_entropy, on_meta) == expected, name
+
+
+def test_the_same_of_the_linear_form_and_of_masked_reduce_on_meta_tensors() -> None:
+    """What is wrong with what is left of the logits above."""
+    hidden, weight = torch.zeros(4, 7, 3), torch.zeros(10, 3)
+    for name, wrong, _, _ in BAD:
+        if "device" in name:
+            continue
+        wrong = {key: x for key, x in wrong.items() if key != "logits"}
+        cases: list[tuple[Any, dict[str, Any]]] = [
+            (linear_cross_entropy, {"hidden": hidden, "weight": weight, "target": TARGET} | wrong)
+        ]
+        if not wrong.keys() - {"mask", "reduction", "normalizer"}:
+            cases.append((masked_reduce, {"values": torch.zeros(4, 7), "mask": MASK} | wrong))
+        if wrong.get("shift"):
+            wrong |= {"hidden": hidden[0, 0], "mask": None}
+            cases.append((linear_cross_entropy, cases[0][1] | wrong))
+        for function, arguments in cases:
+            on_meta = {key: to_meta(x) for key, x in arguments.items()}
+            assert text_of(function, on_meta) == text_of(function, arguments), name
 
 
 def test_unknown_argument() -> None:

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The checks of csrc/ops/check.h for tensors that no kernel sees: fakes, and those on ``meta``.
+
+The same texts in the same order; sizes may be symbolic. tests/losses/test_errors.py holds each to
+the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+REDUCTIONS = ("none", "sum", "mean", "sequence_mean")
+
+
+def fail(error: type[Exception], who: str, text: str) -> NoReturn:
+    """As an error of C++ arrives: a RuntimeError whose text begins with the type that it means."""
+    raise RuntimeError(f"{error.__name__}: {who}: {text}")
+
+
+def checked(op: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for ``op``, called only if all tensors are on one device.
+
+    That of the first one that is only read: what is written, the caller may not know of.
+    """
+    arguments = op._schema.arguments
+    names = [argument.name for argument in arguments]
+    written = [argument.name for argument in arguments if argument.is_write]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+        first = next(name for name in tensors if name not in written)
+        expected = tensors[first].device
+        for name, x in tensors.items():
+            if x.device != expected:
+                text = f"{name} must be on the device of {first}, {expected}, got {x.device}"
+                fail(ValueError, op._opname, text)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def register_fake(op: Any, fake: Callable[..., Any]) -> None:
+    torch.library.register_fake(op._name.partition(".")[0], checked(op, fake))
+
+
+def cross_entropy(
+    who: str,
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    class_weight: Tensor | None,
+    shift: bool,
+) -> None:
+    """The tensors of a cross entropy, but its normalizer."""
+    floating(who, "logits", logits)
+    if logits.dim() == 0:
+        fail(ValueError, who, "logits must have shape [..., V], got []")
+    if target.dtype in FLOATING:
+        if shift:
+            fail(ValueError, who, "shift needs class indices, got class probabilities")
+        same_dtype(who, "a target of class probabilities", target, "logits", logits)
+        shape(who, "target", target, logits.shape)
+    else:
+        class_indices(who, target)
+        if shift and logits.dim() == 1:
+            fail(ValueError, who, f"shift needs logits [..., T, V], got {list(logits.shape)}")
+        shape(who, "target", target, logits.shape[:-1])
+    if logits.shape[-1] == 0 and math.prod(logits.shape[:-1]) > 0:
+        fail(ValueError, who, f"logits must have at least one class, got shape {_list(logits)}")
+    if class_weight is not None:
+        floating(who, "class_weight", class_weight)
+        shape(who, "class_weight", class_weight, logits.shape[-1:])
+    if mask is not None:
+        mask_of(who, mask, logits.shape[:-1])
+
+
+def weights(
+    who: str,
+    target: Tensor,
+    mask: Tensor | None,
+    normalizer: Tensor | None,
+    class_weight: Tensor | None,
+    name: str,
+    classes: int,
+    shift: bool,
+) -> None:
+    """What linear_cross_entropy weighs its tokens by."""
+    class_indices(who, target)
+    if shift and target.dim() == 0:
+        fail(ValueError, who, "shift needs a time dimension, got a scalar target")
+    if mask is not None:
+        mask_of(who, mask, target.shape)
+    reduction(who, name, target.dim(), normalizer)
+    if class_weight is not None:
+        floating(who, "class_weight", class_weight)
+        shape(who, "class_weight", class_weight, torch.Size([classes]))
+
+
+def formula(who: str, label_smoothing: float, z_loss: float, softcap: float | None) -> None:
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        fail(ValueError, who, f"softcap must be greater than 0 and finite, got {softcap:g}")
+    if not 0 <= label_smoothing <= 1:
+        fail(ValueError, who, f"label_smoothing must be between 0 and 1, got {label_smoothing:g}")
+    if not (z_loss >= 0 and math.isfinite(z_loss)):
+        fail(ValueError, who, f"z_loss must be at least 0 and finite, got {z_loss:g}")
+
+
+def reduction(who: str, name: str, dims: int, normalizer: Tensor | None) -> None:
+    if name not in REDUCTIONS:
+        wanted = '"none", "sum", "mean" or "sequence_mean"'
+        fail(ValueError, who, f'reduction must be {wanted}, got "{name}"')
+    if name == "sequence_mean" and dims == 0:
+        fail(ValueError, who, 'reduction="sequence_mean" needs a time dimension, got a scalar')
+    if normalizer is not None:
+        if name not in ("sum", "mean"):
+            wanted = 'normalizer goes with reduction="mean" or "sum"'
+            fail(ValueError, who, f'{wanted}, got reduction="{name}"')
+        if normalizer.dim() != 0:
+            wanted = "normalizer must be a number or a 0-dim tensor"
+            fail(ValueError, who, f"{wanted}, got shape {_list(normalizer)}")
+
+
+def floating(who: str, what: str, x: Tensor) -> None:
+    if x.dtype not in FLOATING:
+        wanted = "float64, float32, bfloat16 or float16"
+        fail(TypeError, who, f"{what} must be {wanted}, got {_name(x)}")
+
+
+def class_indices(who: str, target: Tensor) -> None:
+    if target.dtype not in (torch.int64, torch.int32):
+        wanted = "target must be int64 or int32 class indices"
+        fail(TypeError, who, f"{wanted}, got {_name(target)}")
+
+
+def mask_of(who: str, mask: Tensor, expected: torch.Size) -> None:
+    if mask.dtype not in (torch.bool, *INTEGERS, *UNSIGNED, *FLOATING):
+        fail(TypeError, who, f"mask must be bool, integer or floating, got {_name(mask)}")
+    shape(who, "mask", mask, expected)
+
+
+def same_dtype(who: str, what: str, x: Tensor, other: str, expected: Tensor) -> None:
+    if x.dtype != expected.dtype:
+        text = f"{what} must be {_name(expected)} like {other}, got {_name(x)}"
+        fail(TypeError, who, text)
+
+
+def shape(who: str, what: str, x: Tensor, expected: torch.Size) -> None:
+    if x.shape != expected:
+        fail(ValueError, who, f"{what} must have shape {list(expected)}, got {_list(x)}")
+
+
+def _list(x: Tensor) -> list[int]:
+    return list(x.shape)
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every tensor argument of every operator must be on the device of the others.
+
+A tensor on ``meta`` beside real ones sends a call to the fake kernel, whose results are
+uninitialised memory. Seen here: a loss of 88848, then 2e-14, then 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import masked_loss
+
+OPS = torch.ops.masked_loss
+NAMES = sorted(
+    name.removeprefix("masked_loss::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("masked_loss::")
+)
+
+TENSORS = {
+    "logits": torch.randn(2, 3, 5),
+    "dlogits": torch.zeros(2, 3, 5),
+    "target": torch.ones(2, 3, dtype=torch.long),
+    "mask": torch.ones(2, 3),
+    "normalizer": torch.tensor(2.0),
+    "class_weight": torch.ones(5),
+    "dloss": torch.tensor(1.0),
+    "values": torch.randn(2, 3),
+    "hidden": torch.randn(2, 3, 4),
+    "weight": torch.randn(5, 4),
+    "bias": torch.randn(5),
+}
+NUMBERS = {
+    "reduction": "mean",
+    "ignore_index": -100,
+    "label_smoothing": 0.1,
+    "z_loss": 0.01,
+    "softcap": 5.0,
+    "classes": 5,
+    "needs": [True] * 3,
+}
+FLAGS = {"forward", "gradient"}
+
+
+def arguments(name: str) -> dict[str, Any]:
+    """A call of an operator that is right, with every tensor that it takes."""
+    schema = getattr(OPS, name).default._schema
+    names = [argument.name for argument in schema.arguments]
+    if "tokens" in names:
+        forward = OPS.cross_entropy_forward
+        logits, target = TENSORS["logits"], TENSORS["target"]
+        mean = ("mean", -100, 0.1, 0.01, 5.0, False, False)
+        _, _, tokens, groups = forward(logits, target, None, None, None, *mean)
+    call: dict[str, Any] = {}
+    for argument in schema.arguments:
+        kind = str(argument.type)
+        if argument.name in ("tokens", "groups"):
+            call[argument.name] = {"tokens": tokens, "groups": groups}[argument.name]
+        elif "Tensor" in kind:
+            call[argument.name] = TENSORS[argument.name].clone()
+        elif argument.name in NUMBERS:
+            call[argument.name] = NUMBERS[argument.name]
+        else:
+            call[argument.name] = argument.name in FLAGS if kind == "bool" else None
+    return call
+
+
+def outcome(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "no error"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_of_every_operator(name: str) -> None:
+    """One on meta beside real ones; and real ones, one at a time, beside meta."""
+    op = getattr(OPS, name).default
+    good = arguments(name)
+    tensors = [key for key, x in good.items() if isinstance(x, Tensor)]
+    assert outcome(lambda: op(**good)) == "no error"
+    on_meta = {key: good[key].to("meta") for key in tensors}
+    assert outcome(lambda: op(**good | on_meta)) == "no error"
+    for key in tensors if len(tensors) > 1 else []:
+        for call, odd, rest in (
+            (good | {key: on_meta[key]}, "meta", "cpu"),
+            (good | on_meta | {key: good[key]}, "cpu", "meta"),
+        ):
+            got = outcome(lambda call=call: op(**call))  # type: ignore[misc]
+            assert got.startswith("ValueError: "), (key, got)
+            assert "must be on the device of" in got, (key, got)
+            assert re.search(rf"\b{key}\b", got), (key, got)
+            assert odd in got, (key, got)
+            assert rest in got, (key, got)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("key", ["target", "mask", "normalizer", "class_weight"])
+def test_what_a_user_sees(key: str, requires_grad: bool) -> None:
+    x = {key: TENSORS[key] for key in ("logits", "target", "mask", "normalizer", "class_weight")}
+    x["logits"] = x["logits"].clone().requires_grad_(requires_grad)
+    for device, call in (("meta", x | {key: x[key].to("meta")}), ("cpu", on_meta_but(x, key))):
+        with pytest.raises(ValueError, match=f"masked_cross_entropy: {key} .* logits, .* {device}"):
+            masked_loss.masked_cross_entropy(**call)
+
+
+def on_meta_but(x: dict[str, Tensor], key: str) -> dict[str, Tensor]:
+    return {name: t if name == key else t.to("meta") for name, t in x.items()}
+
+
+@pytest.mark.parametrize("key", ["weight", "bias", "target", "mask", "normalizer", "class_weight"])
+def test_what_a_user_of_the_linear_form_sees(key: str) -> None:
+    keys = ("hidden", "weight", "bias", "target", "mask", "normalizer", "class_weight")
+    x = {key: TENSORS[key] for key in keys}
+    for device, call in (("meta", x | {key: x[key].to("meta")}), ("cpu", on_meta_but(x, key))):
+        with pytest.raises(ValueError, match=f"linear_cross_entropy: {key} .* hidden, .* {device}"):
+            masked_loss.linear_cross_entropy(**call)
