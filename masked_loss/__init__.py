@@ -10,7 +10,7 @@
 from masked_loss.detect import detect_reduced_loss
 from masked_loss.distributed import global_normalizer
 from masked_loss.errors import ReducedLossError
-from masked_loss.functional import cross_entropy, masked_cross_entropy, masked_mean, masked_reduce
+from masked_loss.functional import cross_entropy, masked_cross_entropy
 from masked_loss.fuse import fuse_linear_loss, unfuse
 from masked_loss.linear import linear_cross_entropy
 from masked_loss.modules import (
@@ -18,7 +18,10 @@ from masked_loss.modules import (
     LinearCrossEntropyLoss,
     MaskedCrossEntropyLoss,
 )
+from masked_loss.moments import masked_moments, masked_whiten
+from masked_loss.reduce import masked_mean, masked_reduce
 from masked_loss.stats import LossStats
+from masked_loss.topk import topk_divergence
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,9 @@ __all__ = [
     "linear_cross_entropy",
     "masked_cross_entropy",
     "masked_mean",
+    "masked_moments",
     "masked_reduce",
+    "masked_whiten",
+    "topk_divergence",
     "unfuse",
 ]

@@ -17,6 +17,13 @@ _SCHEMA = re.compile(
 )
 
 
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def name_of(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
 def typed(who: str, error: RuntimeError, names: dict[str, str] | None = None) -> Exception:
     """The error that a check in csrc/ops/check.h, or an operator's schema, means.
 
@@ -36,6 +43,27 @@ def typed(who: str, error: RuntimeError, names: dict[str, str] | None = None) ->
 def require_tensor(who: str, what: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{who}: {what} must be a tensor, got {type(value).__name__}")
+
+
+def require_floating(who: str, what: str, value: Any) -> None:
+    require_tensor(who, what, value)
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{who}: {what} must be float64, float32, bfloat16 or float16, got {name_of(value)}"
+        )
+
+
+def require_mask(who: str, mask: Tensor | None, shape: torch.Size, like: Tensor) -> None:
+    """As csrc/ops/check.h does it, for what has no kernel."""
+    if mask is None:
+        return
+    require_tensor(who, "mask", mask)
+    if mask.is_complex():
+        raise TypeError(f"{who}: mask must be bool, integer or floating, got {name_of(mask)}")
+    if mask.shape != shape:
+        raise ValueError(f"{who}: mask must have shape {list(shape)}, got {list(mask.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"{who}: mask must be on the device {like.device}, got {mask.device}")
 
 
 def require_constant(who: str, what: str, value: Tensor | None) -> None:

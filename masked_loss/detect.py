@@ -23,7 +23,12 @@ __all__ = ["detect_reduced_loss"]
 _HERE = os.path.dirname(__file__) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 # Losses announce themselves to __torch_function__ under these modules.
-_LOSSES = ("torch.nn.functional", "masked_loss.functional", "masked_loss.linear")
+_LOSSES = (
+    "torch.nn.functional",
+    "masked_loss.functional",
+    "masked_loss.linear",
+    "masked_loss.reduce",
+)
 _OPERATORS = frozenset({"cross_entropy", "cross_entropy_stats", "masked_reduce"})
 _MULTIPLY = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
 _CHOOSE = frozenset({"where", "masked_fill"})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One token count for all ranks, so that a batch weighs the same however it is split."""
+"""One count for all ranks, so that a batch weighs the same however it is split."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def global_normalizer(
     *,
     ignore_index: int = -100,
     shift: bool = False,
+    count: str = "tokens",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""What to divide a rank's loss by, so that averaged gradients are those of all tokens.
@@ -35,6 +36,9 @@ def global_normalizer(
     over the tokens of all ranks, whatever share of them each rank has. Without it, a token counts
     for more the fewer tokens its rank has.
 
+    ``count="sequences"`` counts the sequences that have an active token instead: what to divide
+    ``"sequence_mean"`` by, and the sum over tokens where every sequence is to count alike.
+
     One all-reduce of one number, and no host sync. Without an initialised process group it is the
     local count.
 
@@ -45,6 +49,7 @@ def global_normalizer(
             is one. None stands for 1.
         ignore_index: a target with this value has weight 0.
         shift: what the loss is given: the first token of every sequence takes no part.
+        count: ``"tokens"``, or ``"sequences"``: the last dimension of target is time.
         group: the ranks whose gradients are averaged together; None: all.
 
     Returns:
@@ -52,7 +57,7 @@ def global_normalizer(
 
     Raises:
         TypeError: target or mask is not a tensor.
-        ValueError: shapes that do not fit; a group that this rank is not in.
+        ValueError: shapes that do not fit; an unknown count; a group that this rank is not in.
 
     Source: https://github.com/masked-loss/masked_loss/blob/main/masked_loss/distributed.py
 
@@ -62,7 +67,11 @@ def global_normalizer(
     tensor(4., dtype=torch.float64)
     >>> masked_loss.global_normalizer(target, torch.tensor([[1, 0.5, 0], [1, 1, 1]]))
     tensor(2.5000, dtype=torch.float64)
+    >>> masked_loss.global_normalizer(target, count="sequences")
+    tensor(2., dtype=torch.float64)
     """
+    if count not in ("tokens", "sequences"):
+        raise ValueError(f'{_WHO}: count must be "tokens" or "sequences", got {count!r}')
     targets = [target] if isinstance(target, Tensor) else list(target)
     masks = [mask] if mask is None or isinstance(mask, Tensor) else list(mask)
     if mask is None:
@@ -72,7 +81,7 @@ def global_normalizer(
             f"{_WHO}: target and mask must be sequences of one length, at least 1, "
             f"got {len(targets)} and {len(masks)}"
         )
-    counts = [_count(t, m, ignore_index, shift) for t, m in zip(targets, masks, strict=True)]
+    counts = [_count(t, m, ignore_index, shift, count) for t, m in zip(targets, masks, strict=True)]
     total = torch.stack(counts).sum() if len(counts) > 1 else counts[0]
     if dist.is_available() and dist.is_initialized():
         ranks = dist.get_world_size(group)
@@ -86,7 +95,9 @@ def global_normalizer(
 
 
 @torch.no_grad()
-def _count(target: Tensor, mask: Tensor | None, ignore_index: int, shift: bool) -> Tensor:
+def _count(
+    target: Tensor, mask: Tensor | None, ignore_index: int, shift: bool, count: str
+) -> Tensor:
     for what, x in (("target", target), ("mask", mask)):
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{_WHO}: {what} must be a tensor, got {type(x).__name__}")
@@ -94,11 +105,15 @@ def _count(target: Tensor, mask: Tensor | None, ignore_index: int, shift: bool) 
         raise ValueError(
             f"{_WHO}: mask must have shape {list(target.shape)}, got {list(mask.shape)}"
         )
+    if target.dim() == 0 and (shift or count == "sequences"):
+        what = "shift" if shift else 'count="sequences"'
+        raise ValueError(f"{_WHO}: {what} needs a target with a dimension for time, got []")
     if shift:
-        if target.dim() == 0:
-            raise ValueError(f"{_WHO}: shift needs a target with a dimension for time, got []")
         target, mask = target[..., 1:], None if mask is None else mask[..., 1:]
     active = target != ignore_index
+    if count == "sequences":
+        active = active if mask is None else active & (mask != 0)
+        return active.any(dim=-1).sum().double()
     if mask is None:
         return active.sum().double()
     # where, not a product: the mask of an ignored token may be anything

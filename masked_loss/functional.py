@@ -12,7 +12,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from masked_loss import _ops, reference
 from masked_loss._arguments import divisor_of, require_constant, require_tensor, typed
-from masked_loss.errors import ReducedLossError
 from masked_loss.stats import LossStats
 
 
@@ -313,93 +312,3 @@ def cross_entropy(
     )  # fmt: skip
     assert isinstance(loss, Tensor)
     return loss
-
-
-def masked_reduce(
-    values: Tensor,
-    mask: Tensor | None = None,
-    *,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-) -> Tensor:
-    r"""Reduces losses computed elsewhere, weighted by a mask.
-
-    .. math::
-        \text{none: } w_n v_n, \quad \text{sum: } \sum_n w_n v_n, \quad
-        \text{mean: } \frac{\sum_n w_n v_n}{\sum_n w_n}, \quad
-        \text{sequence\_mean: } \frac{1}{|S|} \sum_{s \in S}
-        \frac{\sum_{n \in s} w_n v_n}{\sum_{n \in s} w_n}
-
-    with S the sequences (the last dimension is time) that have an active token. Masked values are
-    not read, so a NaN in them stays there. All masked: 0, and gradients 0.
-
-    Args:
-        values: [...] float64, float32, bfloat16 or float16, one loss for each token.
-        mask: [...] bool, integer or floating: the weight of each value; None stands for 1. A
-            floating mask that requires grad gets its gradient.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"sequence_mean"``.
-        normalizer: a number or 0-dim tensor that the sum is divided by, instead of the weights'
-            sum. With ``"mean"`` and ``"sum"``.
-
-    Returns:
-        float32 (float64 for float64 values), of the shape of values for ``"none"``, else 0-dim.
-
-    Raises:
-        ReducedLossError: values is a scalar, and mask is not: the loss was reduced already.
-        TypeError: a dtype that is not offered.
-        ValueError: shapes that do not fit, an unknown reduction.
-
-    Source: docs/semantics.md.
-
-    >>> import torch, masked_loss
-    >>> losses = torch.tensor([1.0, 3.0, float("nan")])
-    >>> masked_loss.masked_reduce(losses, torch.tensor([True, True, False]))
-    tensor(2.)
-    """
-    return _masked_reduce("masked_reduce", values, mask, reduction, normalizer)
-
-
-def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""The mean of values, weighted by a mask: :math:`\sum_n w_n v_n / \sum_n w_n`.
-
-    :func:`masked_reduce` with ``reduction="mean"``: the same shapes, dtypes, errors and source.
-
-    >>> import torch, masked_loss
-    >>> masked_loss.masked_mean(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([1, 1, 0]))
-    tensor(2.)
-    """
-    return _masked_reduce("masked_mean", values, mask, "mean", None)
-
-
-def _masked_reduce(
-    who: str,
-    values: Tensor,
-    mask: Tensor | None,
-    reduction: str,
-    normalizer: float | Tensor | None,
-) -> Tensor:
-    if has_torch_function((values, mask)) and not torch.compiler.is_compiling():
-        return handle_torch_function(
-            masked_reduce,
-            (values, mask),
-            values,
-            mask,
-            reduction=reduction,
-            normalizer=normalizer,
-        )
-    require_tensor(who, "values", values)
-    if mask is not None:
-        require_tensor(who, "mask", mask)
-        if values.dim() == 0 and mask.dim() > 0:
-            raise ReducedLossError(
-                f"{who}: values must hold one loss for each token of the mask "
-                f"{list(mask.shape)}, got a scalar: the loss was reduced before the mask could "
-                f'count. Compute it with reduction="none".'
-            )
-    divisor = divisor_of(who, normalizer, values)
-    if torch.compiler.is_compiling():
-        return _ops.ops.masked_reduce(values, mask, reduction=reduction, normalizer=divisor)
-    try:
-        return _ops.masked_reduce(values, mask, reduction=reduction, normalizer=divisor)
-    except RuntimeError as error:
-        raise typed(who, error) from None

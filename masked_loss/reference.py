@@ -22,10 +22,12 @@ tensor(0.9259)
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-Stats = tuple[Tensor, Tensor, Tensor, Tensor]
+Stats = tuple[Tensor, ...]
 
 
 def masked_cross_entropy(
@@ -50,7 +52,8 @@ def masked_cross_entropy(
         target: the class of each token; ``ignore_index`` gives it the weight 0.
         mask: the weight of each token: bool, or any integer or float type. None stands for 1.
         reduction: "none", "sum", "mean" or "sequence_mean", as in :func:`masked_reduce`.
-        normalizer: what "mean" and "sum" divide by, instead of the sum of the weights or 1.
+        normalizer: what "mean" and "sum" divide by, instead of the sum of the weights or 1;
+            with "sequence_mean", instead of the number of sequences.
         ignore_index: the target value of tokens that take no part.
         class_weight: [V], the weight of each class, as in ``F.cross_entropy``.
         label_smoothing: the share of the target that is spread evenly over all classes.
@@ -162,6 +165,139 @@ def probability_cross_entropy(
     return _reduce((c * p * nll).sum(dim=-1), weight, weight, reduction, None)
 
 
+def token_log_probs(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: bool = False,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The log-probabilities of ``target`` [...] or [..., K], and the entropy [...] of each row.
+
+    ``mask`` selects: where it is 0 both results are 0. So they are where ``target`` [...] is
+    ``ignore_index``; of K ids, the ignored ones alone are 0.
+
+    >>> token_log_probs(torch.zeros(2, 10), torch.tensor([4, -100]), return_entropy=True)
+    (tensor([-2.3026,  0.0000]), tensor([2.3026, 0.0000]))
+    """
+    several = target.dim() == logits.dim()
+    ids = target if several else target[..., None]
+    if shift:
+        first = [logits.new_zeros(x[..., :1, :].shape) for x in (ids, ids[..., :1])]
+        logits, ids = logits[..., :-1, :], ids[..., 1:, :]
+        mask = None if mask is None else mask[..., 1:]
+        temperature = _after_first(temperature)
+
+    scored = ids != ignore_index
+    active = (
+        scored.any(dim=-1) if not (several and return_entropy) else torch.ones_like(ids[..., 0])
+    )
+    active = active != 0 if mask is None else (active != 0) & (mask != 0)
+    scored = scored & active[..., None]
+    log_p = _log_softmax(logits, active, softcap, temperature)
+    index = ids.where(scored, 0).long()
+    log_probs = log_p.gather(-1, index).where(scored, 0)
+    entropy = -(log_p.exp() * log_p.where(log_p > -torch.inf, 0)).sum(dim=-1, keepdim=True)
+    entropy = entropy.where(active[..., None], 0)
+    if shift:
+        log_probs, entropy = (
+            torch.cat(parts, dim=-2) for parts in zip(first, (log_probs, entropy), strict=True)
+        )
+    log_probs = log_probs if several else log_probs[..., 0]
+    return (log_probs, entropy[..., 0]) if return_entropy else log_probs
+
+
+DIVERGENCES = {
+    "forward_kl": lambda beta: (1.0, 0.0, 0.0),
+    "reverse_kl": lambda beta: (0.0, 1.0, 1.0),
+    "jsd": lambda beta: (beta, 1 - beta, beta),
+    "skew_forward_kl": lambda beta: (1.0, 0.0, beta),
+    "skew_reverse_kl": lambda beta: (0.0, 1.0, 1 - beta),
+}
+"""Each kind is ``a KL(p || m) + b KL(q || m)`` with ``m = c p + (1 - c) q``: its (a, b, c)."""
+
+
+def masked_divergence(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    shift: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:
+    """The divergence of q, the softmax of ``logits``, from p, that of ``teacher_logits``.
+
+    ``return_stats`` adds (tokens, divergence, entropy, teacher_entropy, agreement), sums over all
+    tokens. With ``shift`` the mask of token t + 1 is that of the rows t.
+
+    >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, -1.0]])
+    >>> masked_divergence(student, teacher), masked_divergence(student, teacher, kind="jsd")
+    (tensor(0.3278), tensor(0.0895))
+    """
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    if shift:
+        first = logits.new_zeros(logits[..., :1, 0].shape)
+        logits, teacher_logits = logits[..., :-1, :], teacher_logits[..., :-1, :]
+        mask = None if mask is None else mask[..., 1:]
+        temperature, teacher_temperature = map(_after_first, (temperature, teacher_temperature))
+
+    weight = _weight(mask, logits.shape[:-1], logits)
+    log_q = _log_softmax(logits, weight != 0, softcap, temperature)
+    teacher_logits = teacher_logits.to(logits.dtype)
+    log_p = _log_softmax(teacher_logits, weight != 0, teacher_softcap, teacher_temperature)
+    values = divergence(log_p, log_q, kind, beta)
+    loss = _reduce(values, weight, weight, reduction, normalizer)
+    if shift and reduction == "none":
+        loss = torch.cat([first, loss], dim=-1)
+    if not return_stats:
+        return loss
+
+    weight, log_q = weight.detach(), log_q.detach()
+    entropies = (torch.special.entr(x.exp()).sum(dim=-1) for x in (log_q, log_p))
+    agreement = log_q.argmax(dim=-1) == log_p.argmax(dim=-1)
+    sums = [(weight * x).sum() for x in (values.detach(), *entropies, agreement)]
+    return loss, (weight.sum(), *sums)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
+    """The divergence between distributions over the last dimension, given by their logarithms.
+
+    >>> log_p, log_q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    >>> divergence(log_p, log_q, "forward_kl", 0.5), divergence(log_p, log_q, "reverse_kl", 0.5)
+    (tensor([0.1438]), tensor([0.1308]))
+    """
+    a, b, c = DIVERGENCES[kind](beta)
+    log_m = log_p if c == 1 else log_q
+    if 0 < c < 1:
+        nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)  # logaddexp has no gradient there
+        parts = (log_p + math.log(c), log_q + math.log1p(-c))
+        log_m = torch.logaddexp(*(x.masked_fill(nowhere, 0) for x in parts))
+        log_m = log_m.masked_fill(nowhere, -torch.inf)
+    terms = [weight * _kl(x, log_m) for x, weight in ((log_p, a), (log_q, b)) if weight]
+    return sum(terms[1:], terms[0])
+
+
+def _kl(log_p: Tensor, log_m: Tensor) -> Tensor:
+    """KL(p || m) as the sum of ``m - p + p log(p / m)``: the terms are not negative, the sums of m
+    and of p cancel. Where p is 0 a term is m."""
+    occurs = log_p > -torch.inf
+    r = (log_m - log_p).where(occurs, 0)
+    return (log_p.exp() * (torch.expm1(r) - r)).where(occurs, log_m.exp()).sum(dim=-1)
+
+
 def masked_reduce(
     values: Tensor,
     mask: Tensor | None = None,
@@ -179,8 +315,8 @@ def masked_reduce(
     - "sequence_mean": the "mean" along the last dimension, then the mean over those sequences
       that have a weight that is not 0
 
-    A ``normalizer`` is the denominator of "sum" and "mean". Without any weight that is not 0 the
-    result is 0.
+    A ``normalizer`` is the denominator of "sum" and "mean", and of the mean over sequences. Without
+    any weight that is not 0 the result is 0.
 
     >>> values = torch.tensor([[1.0, 2.0, 3.0], [7.0, float("nan"), float("nan")]])
     >>> mask = torch.tensor([[True, True, True], [True, False, False]])
@@ -189,6 +325,25 @@ def masked_reduce(
     """
     weight = _weight(mask, values.shape, values)
     return _reduce(values.where(weight != 0, 0), weight, weight, reduction, normalizer)
+
+
+def _log_softmax(
+    logits: Tensor, active: Tensor, softcap: float | None, temperature: float | Tensor
+) -> Tensor:
+    """Log-probabilities of the active rows; the others are those of zeros."""
+    y = logits.where(active[..., None], 0)
+    if softcap is not None:
+        y = softcap * torch.tanh(y / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.expand(active.shape).where(active, 1).to(y.dtype)[..., None]
+    return (y / temperature).log_softmax(dim=-1)
+
+
+def _after_first(temperature: float | Tensor) -> float | Tensor:
+    """Without the first token, if there is one value for each."""
+    if isinstance(temperature, Tensor) and temperature.dim() and temperature.shape[-1] > 1:
+        return temperature[..., 1:]
+    return temperature
 
 
 def _weight(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
@@ -213,10 +368,10 @@ def _reduce(
     if reduction == "sequence_mean":
         occupied = active.any(dim=-1)
         means = weighted.sum(dim=-1) / share.sum(dim=-1).where(occupied, 1)
-        return means.sum() / occupied.sum().clamp(min=1)
+        weighted, share = means, occupied.to(means.dtype)
     if normalizer is not None:
         denominator = torch.as_tensor(normalizer, dtype=values.dtype, device=values.device)
-    elif reduction == "mean":
+    elif reduction in ("mean", "sequence_mean"):
         denominator = share.sum()
     elif reduction == "sum":
         denominator = torch.ones_like(weighted.sum())

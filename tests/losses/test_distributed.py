@@ -21,7 +21,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import masked_loss
-from masked_loss import global_normalizer, linear_cross_entropy, masked_cross_entropy
+from masked_loss import (
+    global_normalizer,
+    linear_cross_entropy,
+    masked_cross_entropy,
+    masked_moments,
+    masked_reduce,
+    masked_whiten,
+)
 
 V, D, T = 41, 16, 9
 
@@ -190,7 +197,62 @@ def linear(rank: int, ranks: int) -> None:
     check(model, expected_gradients(2 * ranks))
 
 
-CASES: dict[str, Callable[[int, int], None]] = {"counts": counts, "linear": linear}
+def sequences(rank: int, ranks: int) -> None:
+    """Every rank's mean over the sequences of all ranks, however many of them it has."""
+    logits = torch.randn(5, T, V, generator=torch.Generator().manual_seed(3)).double()
+    ids, real = make_batch(5)
+    mine = slice(rank, 5, ranks)
+    n = global_normalizer(ids[mine], real[mine], count="sequences")
+    assert n.item() == 3 / ranks  # two are empty
+    losses = masked_cross_entropy(logits[mine], ids[mine], real[mine], reduction="none")
+    loss = masked_reduce(losses, real[mine], dim=-1).sum() / n
+    dist.all_reduce(loss)
+    whole = masked_cross_entropy(logits, ids, real, reduction="sequence_mean")
+    torch.testing.assert_close(loss / ranks, whole)
+
+
+def moments(rank: int, ranks: int) -> None:
+    """Those of all values; the same bits on every rank; the last rank has no value."""
+    generator = torch.Generator().manual_seed(4)
+    values = 100 + torch.randn(ranks, 3, 7, generator=generator)
+    mask = torch.rand(ranks, 3, 7, generator=generator)
+    mask = mask * (mask < 0.7)
+    mask[-1] = 0
+    group = dist.group.WORLD
+    for dim in (None, -1):
+        options = {"dim": dim, "correction": 1}
+        ours = torch.stack(masked_moments(values[rank], mask[rank], group=group, **options))
+        together = (
+            (values, mask)
+            if dim is None
+            else (x.transpose(0, 1).flatten(1) for x in (values, mask))
+        )
+        torch.testing.assert_close(ours, torch.stack(masked_moments(*together, **options)))
+        everyones = [torch.empty_like(ours) for _ in range(ranks)]
+        dist.all_gather(everyones, ours)
+        assert all(torch.equal(ours, other) for other in everyones)
+    leaf = values[rank].clone().requires_grad_()
+    white = masked_whiten(leaf, mask[rank], group=group)
+    torch.testing.assert_close(white, masked_whiten(values, mask)[rank])
+    white.sum().backward()
+    assert (leaf.grad != 0).equal(mask[rank] != 0)
+    with pytest.raises(ValueError, match="values over a group is not differentiable"):
+        masked_moments(leaf, group=group)
+    part = dist.new_group([0, 1])
+    if rank < 2:
+        ours, _, _ = masked_moments(values[rank], mask[rank], group=part)
+        torch.testing.assert_close(ours, masked_moments(values[:2], mask[:2])[0])
+    else:
+        with pytest.raises(ValueError, match=f"masked_moments: group .*; rank {rank} is not"):
+            masked_moments(values[rank], group=part)
+
+
+CASES: dict[str, Callable[[int, int], None]] = {
+    "counts": counts,
+    "linear": linear,
+    "sequences": sequences,
+    "moments": moments,
+}
 for _wrap in WRAPPERS:
     for _fused in (False, True):
         for _case in (one_step, loss_inside, accumulated):
@@ -275,6 +337,14 @@ def test_without_a_process_group_it_is_the_local_count() -> None:
     assert global_normalizer(torch.empty(0, 3, dtype=torch.int64)).item() == 0
 
 
+def test_sequences_that_have_an_active_token() -> None:
+    target = torch.tensor([[1, 2, -100], [3, -100, -100], [-100, -100, -100]])
+    assert global_normalizer(target, count="sequences").item() == 2
+    assert global_normalizer(target, target != 3, count="sequences").item() == 1
+    assert global_normalizer(target, shift=True, count="sequences").item() == 1
+    assert global_normalizer([target, target[0]], count="sequences").item() == 3
+
+
 def test_errors_say_what_was_expected() -> None:
     target = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"global_normalizer: mask must have shape \[2, 3\]"):
@@ -285,3 +355,7 @@ def test_errors_say_what_was_expected() -> None:
         global_normalizer([target], [None, None])
     with pytest.raises(ValueError, match="dimension for time"):
         global_normalizer(target[0, 0], shift=True)
+    with pytest.raises(ValueError, match=r'count="sequences" needs .* dimension for time'):
+        global_normalizer(target[0, 0], count="sequences")
+    with pytest.raises(ValueError, match=r'count must be "tokens" or "sequences", got .rows.'):
+        global_normalizer(target, count="rows")

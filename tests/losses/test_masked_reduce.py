@@ -127,3 +127,42 @@ def test_scalar_with_a_scalar_mask() -> None:
     value, mask = torch.tensor(3.0), torch.tensor(0.5)
     assert masked_reduce(value, mask, reduction="sum") == 1.5
     assert masked_reduce(value) == 3
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("dim", [-1, 0, (0, 1), (1, 2)])
+@pytest.mark.parametrize("normalizer", [None, 3])
+def test_some_dimensions(
+    reduction: str, dim: int | tuple[int, ...], normalizer: float | None, dtype: torch.dtype
+) -> None:
+    values = torch.randn(2, 3, 4).to(dtype)
+    mask = torch.rand(2, 3, 4) * (torch.rand(2, 3, 4) < 0.7)
+    mask[0, 0] = 0  # a sequence without a token
+    dirty = values.masked_fill(mask == 0, NAN).requires_grad_()
+    mask.requires_grad_()
+    ours = masked_reduce(dirty, mask, reduction=reduction, dim=dim, normalizer=normalizer)
+    weighted = mask.double() * values.double()
+    denominator = normalizer or (mask.double().sum(dim) if reduction == "mean" else 1)
+    expected = (weighted.sum(dim) / denominator).nan_to_num(0)
+    assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(ours, expected.to(ours.dtype))
+    for gradient in torch.autograd.grad(ours.sum(), (dirty, mask)):
+        assert gradient.isfinite().all()
+        assert (gradient[mask == 0] == 0).all()
+
+
+def test_sequence_sums_are_those_of_the_mean() -> None:
+    values, mask = torch.randn(4, 7), torch.rand(4, 7) < 0.5
+    means = masked_reduce(values, mask, dim=-1)
+    torch.testing.assert_close(means.mean(), masked_reduce(values, mask, reduction="sequence_mean"))
+
+
+def test_dimensions_of_a_reduction_that_has_none() -> None:
+    values = torch.zeros(2, 3)
+    for reduction in ("none", "sequence_mean"):
+        with pytest.raises(ValueError, match=r"masked_reduce: dim needs reduction .*, got"):
+            masked_reduce(values, reduction=reduction, dim=-1)
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        masked_reduce(values, dim=2)
+    with pytest.raises(ValueError, match=r"masked_reduce: mask must have shape \[2, 3\]"):
+        masked_reduce(values, torch.zeros(3), dim=-1)
