@@ -9,10 +9,12 @@
 
 from masked_loss.detect import detect_reduced_loss
 from masked_loss.distributed import global_normalizer
+from masked_loss.divergence import masked_divergence
 from masked_loss.errors import ReducedLossError
 from masked_loss.functional import cross_entropy, masked_cross_entropy
 from masked_loss.fuse import fuse_linear_loss, unfuse
 from masked_loss.linear import linear_cross_entropy
+from masked_loss.log_probs import token_log_probs
 from masked_loss.modules import (
     CrossEntropyLoss,
     LinearCrossEntropyLoss,
@@ -20,13 +22,14 @@ from masked_loss.modules import (
 )
 from masked_loss.moments import masked_moments, masked_whiten
 from masked_loss.reduce import masked_mean, masked_reduce
-from masked_loss.stats import LossStats
+from masked_loss.stats import DivergenceStats, LossStats
 from masked_loss.topk import topk_divergence
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CrossEntropyLoss",
+    "DivergenceStats",
     "LinearCrossEntropyLoss",
     "LossStats",
     "MaskedCrossEntropyLoss",
@@ -37,10 +40,12 @@ __all__ = [
     "global_normalizer",
     "linear_cross_entropy",
     "masked_cross_entropy",
+    "masked_divergence",
     "masked_mean",
     "masked_moments",
     "masked_reduce",
     "masked_whiten",
+    "token_log_probs",
     "topk_divergence",
     "unfuse",
 ]

@@ -11,17 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from masked_loss._checks import FLOATING
+
 _CHECK = re.compile(r"(ValueError|TypeError|IndexError|RuntimeError): \w+: ([^\n]*)")
 _SCHEMA = re.compile(
     r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
 )
 
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
 def name_of(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
+
+
+def widened(x: Tensor) -> Tensor:
+    """In what losses are computed: half types in float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def typed(who: str, error: RuntimeError, names: dict[str, str] | None = None) -> Exception:
@@ -87,3 +91,28 @@ def divisor_of(who: str, normalizer: float | Tensor | None, like: Tensor) -> Ten
             f"{who}: normalizer must be a number or a 0-dim tensor, got {type(number).__name__}"
         )
     return like.new_full((), float(number), dtype=torch.float64)
+
+
+def require_temperature(
+    who: str, what: str, value: float | Tensor | None, tokens: torch.Size
+) -> None:
+    """A number above 0, or a constant for each token; what a tensor holds is not looked at."""
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        require_constant(who, what, value)
+        try:
+            fits = torch.broadcast_shapes(value.shape, tokens) == tokens
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{who}: {what} must be a number or broadcast to {list(tokens)}, "
+                f"got {list(value.shape)}"
+            )
+        return
+    number: object = value
+    if not isinstance(number, numbers.Real):  # numpy's too
+        raise TypeError(f"{who}: {what} must be a number or a tensor, got {type(number).__name__}")
+    if not 0 < float(number) < float("inf"):
+        raise ValueError(f"{who}: {what} must be above 0 and finite, got {number}")

@@ -31,3 +31,27 @@ class LossStats(NamedTuple):
     """Σ w·H(softmax(logits)), in nats."""
     z_loss: Tensor
     """Σ w·z_loss·logsumexp(logits)²: what the z-loss adds to the sum of losses."""
+
+
+class DivergenceStats(NamedTuple):
+    """Weighted sums over the active tokens of a batch, as 0-dim tensors without a graph.
+
+    As :class:`LossStats`: sums, to be added up and divided by the sum of ``tokens``.
+
+    >>> import torch, masked_loss
+    >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, -1.0]])
+    >>> loss, stats = masked_loss.masked_divergence(student, teacher, return_stats=True)
+    >>> stats.entropy, stats.teacher_entropy, stats.agreement
+    (tensor(0.6931), tensor(0.3653), tensor(1.))
+    """
+
+    tokens: Tensor
+    """Σ w: the number of tokens, where the mask is of zeros and ones."""
+    divergence: Tensor
+    """Σ w·D."""
+    entropy: Tensor
+    """Σ w·H(student), in nats."""
+    teacher_entropy: Tensor
+    """Σ w·H(teacher), in nats."""
+    agreement: Tensor
+    """Σ w·[argmax student = argmax teacher]; the first of equal logits is the argmax."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from masked_loss._arguments import require_constant, require_floating, require_mask
+from masked_loss.divergence import require_kind
 from masked_loss.reduce import reduced, rounded
-from masked_loss.reference import DIVERGENCES, divergence
+from masked_loss.reference import divergence
 
 _FLOOR = 2.0**-24
 """The least probability of all other classes: what float32 can tell from a sum of 1."""
@@ -90,18 +91,6 @@ def topk_divergence(
     values = _values(log_probs, teacher_log_probs, mask, kind, beta, tail)
     loss = reduced(who, values, mask, reduction, normalizer)
     return rounded(loss, log_probs)
-
-
-def require_kind(who: str, kind: str, beta: float) -> None:
-    if kind not in DIVERGENCES:
-        raise ValueError(f"{who}: kind must be one of {', '.join(DIVERGENCES)}, got {kind!r}")
-    if kind == "jsd" and not 0 < beta < 1:
-        raise ValueError(
-            f'{who}: beta must be above 0 and below 1 for "jsd", got {beta}: it tends to 0 there; '
-            'the KL divergences are kind="forward_kl" and kind="reverse_kl"'
-        )
-    if kind.startswith("skew") and not 0 <= beta < 1:
-        raise ValueError(f'{who}: beta must be at least 0 and below 1 for "{kind}", got {beta}')
 
 
 def _values(
