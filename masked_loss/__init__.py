@@ -12,7 +12,7 @@ from masked_loss.distributed import global_normalizer
 from masked_loss.divergence import masked_divergence
 from masked_loss.errors import ReducedLossError
 from masked_loss.functional import cross_entropy, masked_cross_entropy
-from masked_loss.fuse import fuse_linear_loss, unfuse
+from masked_loss.fuse import fuse_linear_loss, is_fused, unfuse
 from masked_loss.linear import linear_cross_entropy
 from masked_loss.log_probs import token_log_probs
 from masked_loss.modules import (
@@ -38,6 +38,7 @@ __all__ = [
     "detect_reduced_loss",
     "fuse_linear_loss",
     "global_normalizer",
+    "is_fused",
     "linear_cross_entropy",
     "masked_cross_entropy",
     "masked_divergence",

@@ -16,12 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import masked_loss
 from masked_loss import (
+    fuse,
     global_normalizer,
     linear_cross_entropy,
     masked_cross_entropy,
@@ -29,6 +33,7 @@ from masked_loss import (
     masked_reduce,
     masked_whiten,
 )
+from masked_loss.fuse import LazyLogits
 
 V, D, T = 41, 16, 9
 
@@ -247,11 +252,73 @@ def moments(rank: int, ranks: int) -> None:
             masked_moments(values[rank], group=part)
 
 
+def stages(ranks: int, fused: bool) -> list[nn.Module]:
+    """A model in so many pieces; the head is in the last."""
+    model = make_model()
+    if fused:
+        masked_loss.fuse_linear_loss(model)
+    layers = [model.embed, *model.body, model.lm_head]
+    return [*layers[: ranks - 1], nn.Sequential(*layers[ranks - 1 :])]
+
+
+def pipelined(rank: int, ranks: int) -> None:
+    ids = make_batch(4)[0]
+
+    def loss_of(logits: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+    whole = nn.Sequential(*stages(ranks, fused=False))
+    expected = whole(ids)
+    loss_of(expected, ids).backward()
+
+    piece = stages(ranks, fused=True)[rank]
+    stage = PipelineStage(piece, rank, ranks, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, 2, loss_fn=loss_of)
+    if rank < ranks - 1:
+        schedule.step(*[ids][: rank == 0])
+    else:
+        logits = schedule.step(target=ids, losses=[])
+        head = piece[-1]
+        assert type(logits) is LazyLogits
+        assert (head.uses.losses, head.uses.reason) == (1, None)
+        torch.testing.assert_close(logits + 0, expected)
+    for mine, theirs in zip(piece.parameters(), whole[rank].parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def fsdp1_head_alone(rank: int, ranks: int) -> None:
+    """FSDP1 frees the head that it wraps by itself: what to do is FSDP1's advice."""
+    model = masked_loss.fuse_linear_loss(make_model())
+    model.lm_head = FullyShardedDataParallel(model.lm_head, device_id=torch.device("cpu"))
+    ids = make_batch(2)[0]
+    logits = FullyShardedDataParallel(model, device_id=torch.device("cpu"))(ids)
+    with pytest.raises(RuntimeError, match="FSDP1, do not wrap the head by itself"):
+        nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+def tensor_parallel(rank: int, ranks: int) -> None:
+    """The head is split over ranks: its logits are computed, and that is said."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    model = masked_loss.fuse_linear_loss(make_model())
+    layout = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, mesh, {"lm_head": layout})
+    ids = make_batch(2)[0]
+    fuse.head._said.clear()
+    with pytest.warns(UserWarning, match=r"head works on DTensor .*logits are computed"):
+        logits = model(ids)
+    assert not masked_loss.is_fused(model)
+    assert masked_loss.is_fused(model).logits == "DTensor"
+    torch.testing.assert_close(logits, make_model()(ids))
+
+
 CASES: dict[str, Callable[[int, int], None]] = {
     "counts": counts,
     "linear": linear,
     "sequences": sequences,
     "moments": moments,
+    "pipelining": pipelined,
+    "tensor parallelism": tensor_parallel,
+    "FSDP1, head alone": fsdp1_head_alone,
 }
 for _wrap in WRAPPERS:
     for _fused in (False, True):

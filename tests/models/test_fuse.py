@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import masked_loss
-from masked_loss import fuse
-from masked_loss.fuse import DenseLogits, FusedLinear, LazyLogits
+from masked_loss.fuse import DenseLogits, FusedLinear, LazyLogits, head
 
 V, D, B, T = 37, 16, 3, 7
 
@@ -63,8 +62,8 @@ def batch() -> tuple[Tensor, Tensor]:
 def no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test in which logits are computed."""
 
-    def computed(self: LazyLogits) -> Tensor:
-        raise AssertionError("the logits were computed")
+    def computed(self: LazyLogits, reason: str) -> Tensor:
+        raise AssertionError(f"the logits were computed for {reason}")
 
     monkeypatch.setattr(LazyLogits, "_value", computed)
 
@@ -606,7 +605,7 @@ class Adapted(nn.Module):
 def test_adapted_heads_compute_their_logits(
     first: str, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuse, "_said", set())
+    monkeypatch.setattr(head, "_said", set())
     stock = Model(loss=lambda x, y: flat(capped(x, 0.5)[:, :-1], y[:, 1:]))
     stock.lm_head = Adapted(stock.lm_head)
     fused = copy.deepcopy(stock)

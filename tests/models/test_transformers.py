@@ -120,8 +120,8 @@ def test_models_train_as_with_the_stock_loss(
     expected = train(stock)
     if way is not with_loss_function:  # the logits are never computed
 
-        def computed(self: LazyLogits) -> Tensor:
-            raise AssertionError("the logits were computed")
+        def computed(self: LazyLogits, reason: str) -> Tensor:
+            raise AssertionError(f"the logits were computed for {reason}")
 
         monkeypatch.setattr(LazyLogits, "_value", computed)
     assert not losses
