@@ -51,7 +51,8 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
 
   if (kernel == "weigh") {
     WeighArgs args{};
-    args.tokens = args.group_size = args.steps = rows;
+    args.groups = {rows, 1, rows, nullptr, groups.data()};
+    args.steps = rows;
     args.target = target.data();
     args.target_type = DType::kInt64;
     args.classes = cols;
@@ -59,16 +60,14 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
     args.reduction = Reduction::kMean;
     args.wide = sizeof(A) == sizeof(double);
     args.weight = tokens.data();
-    args.groups = groups.data();
     cpu::weigh(args, alone);
   } else if (kernel == "reduce") {
     A loss;
     ReduceArgs args{};
-    args.tokens = args.group_size = rows;
+    args.groups = {rows, 1, rows, nullptr, groups.data()};
     args.reduction = Reduction::kMean;
     args.table = tokens.data();
     args.wide = sizeof(A) == sizeof(double);
-    args.groups = groups.data();
     args.loss = &loss;
     cpu::reduce(args, alone);
   } else if (kernel != "nothing") {

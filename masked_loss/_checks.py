@@ -121,9 +121,8 @@ def reduction(who: str, name: str, dims: int, normalizer: Tensor | None) -> None
     if name == "sequence_mean" and dims == 0:
         fail(ValueError, who, 'reduction="sequence_mean" needs a time dimension, got a scalar')
     if normalizer is not None:
-        if name not in ("sum", "mean"):
-            wanted = 'normalizer goes with reduction="mean" or "sum"'
-            fail(ValueError, who, f'{wanted}, got reduction="{name}"')
+        if name == "none":
+            fail(ValueError, who, 'normalizer goes with a reduction, got reduction="none"')
         if normalizer.dim() != 0:
             wanted = "normalizer must be a number or a 0-dim tensor"
             fail(ValueError, who, f"{wanted}, got shape {_list(normalizer)}")

@@ -25,8 +25,8 @@ load()
 ops = torch.ops.masked_loss
 _library = torch.library.Library("masked_loss", "IMPL")
 
-# Fields of the tables that forward leaves for backward, see csrc/kernels/args.h.
-_TOKEN_FIELDS_SAVED, _TOKEN_FIELDS, _GROUP_FIELDS, _STATS = 5, 7, 4, 4
+# Of the tables that forward leaves for backward, see csrc/kernels/args.h.
+_TOKEN_FIELDS_SAVED, _TOKEN_FIELDS, _GROUP_FIELDS, _STATS = ops.table_sizes()
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)

@@ -92,7 +92,7 @@ def masked_cross_entropy(
             then the mean over the sequences that have an active token.
         normalizer: a number or 0-dim tensor that the sum is divided by, instead of the weights'
             sum: the token count of the whole accumulated batch makes gradient accumulation exact.
-            With ``"mean"`` and ``"sum"``.
+            For ``"sequence_mean"`` it stands for the number of sequences.
         ignore_index: a target with this value has weight 0.
         class_weight: [V]; multiplies each token's loss by its class's weight, which then also
             counts in the denominator, as in :func:`torch.nn.functional.cross_entropy`.

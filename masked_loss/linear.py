@@ -102,7 +102,7 @@ def linear_cross_entropy(
         bias: [V], of the dtype of hidden.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"sequence_mean"``.
         normalizer: a number or 0-dim tensor that the sum is divided by, instead of the weights'
-            sum. With ``"mean"`` and ``"sum"``.
+            sum; for ``"sequence_mean"`` instead of the number of sequences.
         ignore_index: a target with this value has weight 0.
         class_weight: [V], as in :func:`torch.nn.functional.cross_entropy`.
         label_smoothing: between 0 and 1, as in :func:`torch.nn.functional.cross_entropy`.

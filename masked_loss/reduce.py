@@ -37,7 +37,7 @@ def masked_reduce(
             floating mask that requires grad gets its gradient.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"sequence_mean"``.
         normalizer: a number or 0-dim tensor that the sum is divided by, instead of the weights'
-            sum. With ``"mean"`` and ``"sum"``.
+            sum; for ``"sequence_mean"`` instead of the number of sequences.
         dim: reduce these dimensions only: ``dim=-1`` gives one number for each sequence. With
             ``"mean"`` and ``"sum"``; a slice without an active token gives 0. None: all.
 

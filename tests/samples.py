@@ -194,7 +194,7 @@ def make_mask(
 
 def _options(reduction: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, options in OPTIONS.items():
-        if "normalizer" not in options or reduction in ("sum", "mean"):
+        if "normalizer" not in options or reduction != "none":
             yield name, {"reduction": reduction, **options}
 
 

@@ -41,12 +41,22 @@ struct TokenField {
 // [groups, kCount] of doubles says how each group enters the loss.
 struct GroupField {
   enum : int64_t {
-    kScaleLoss,  // what a token's weighted cross entropy is multiplied by
-    kScaleZ,     // the same for its z-loss
-    kMeanLoss,   // the group's means, where they depend on the weights; else 0
+    kScaleLoss,    // what a token's weighted cross entropy is multiplied by
+    kScaleZ,       // the same for its z-loss
+    kInverseLoss,  // 1 over the weights of the group's means, where they depend on the weights;
+    kInverseZ,     //   else 0
+    kMeanLoss,     // these means: filled by reduce, with 0 before it
     kMeanZ,
     kCount
   };
+};
+
+// Which tokens a group has: `size` each, or where `bounds` is not null [bounds[g], bounds[g + 1]),
+// in ascending order from 0. Tokens behind the last bound belong to no group; their weight is 0.
+struct Groups {
+  int64_t tokens, count, size;
+  const int64_t* bounds;  // [count + 1], or null
+  double* table;          // [count, GroupField]
 };
 
 struct StatField {
@@ -55,8 +65,7 @@ struct StatField {
 
 // Weights of the tokens, and what each group's sum is divided by.
 struct WeighArgs {
-  int64_t tokens;
-  int64_t group_size;  // tokens = groups * group_size
+  Groups groups;       // out: its table, but for the means
   int64_t steps;       // length of the last dimension of target
   bool skip_first;     // shift: nothing predicts the first token of a sequence
   const void* target;  // [tokens] class indices, or null
@@ -70,8 +79,7 @@ struct WeighArgs {
   const double* normalizer;  // or null
   bool wide;                 // the accumulation type is double
   void* weight;              // out: [tokens] of the accumulation type
-  double* groups;            // out: [groups, GroupField]
-  void* scratch;             // CUDA: cuda::scratch_bytes(args) bytes; else null
+  void* scratch;             // what Backend::weigh_scratch wants
 };
 
 struct CrossEntropyArgs {
@@ -103,24 +111,22 @@ struct CrossEntropyArgs {
 
 // From the token table to the loss and the statistics.
 struct ReduceArgs {
-  int64_t tokens, group_size;
+  Groups groups;  // in: scales; out: means
   Reduction reduction;
   const void* table;  // TokenField table
   bool wide;
   double z_loss;
-  double* groups;  // in: scales; out: means
-  void* loss;      // out: one, or [tokens]
-  void* stats;     // out: [StatField] of the accumulation type, or null
-  void* scratch;   // as in WeighArgs
+  void* loss;     // out: one, or [tokens]
+  void* stats;    // out: [StatField] of the accumulation type, or null
+  void* scratch;  // as in WeighArgs
 };
 
 // Gradient of the loss with respect to the mask.
 struct MaskGradArgs {
-  int64_t tokens, group_size;
+  Groups groups;
   const void* table;  // TokenField table
   bool wide;
   double z_loss;
-  const double* groups;
   const void* target;  // with class_weight
   DType target_type;
   const void* class_weight;
@@ -132,12 +138,11 @@ struct MaskGradArgs {
 
 // values into the token table (kLoss), and their gradient back out of it.
 struct ValuesArgs {
-  int64_t tokens, group_size;
+  Groups groups;
   const void* values;  // [tokens]
   DType dtype;
   void* table;  // TokenField table: kWeight and kLoss
   bool wide;
-  const double* groups;
   const void* dloss;
   bool dloss_per_token;
   void* dvalues;  // [tokens] of dtype, or null

@@ -169,18 +169,3 @@ struct RowSums {
     spread = spread + other.spread;
   }
 };
-
-// Group by group: what the sums of weighted losses are multiplied by.
-// mean: 1 / sum w c (z: 1 / sum w); sequence_mean: that over the number of active sequences;
-// with a normalizer 1 / normalizer; none and sum: 1. A group without an active token gets 0.
-ML_FN double group_scale(double denominator, double active_groups) {
-  return 1.0 / (denominator * active_groups);
-}
-
-// d loss / d w_n = scale_loss (ce_n - c_n mean_loss) + scale_z (z_n - mean_z)
-ML_FN double weight_grad(double ce, double z, double c, double z_loss, const double* group) {
-  const double d = group[GroupField::kScaleLoss] * (ce - c * group[GroupField::kMeanLoss]);
-  // As in logit_grad(): weights that cancel make scale_z infinite.
-  if (z_loss == 0) return d;
-  return d + group[GroupField::kScaleZ] * (z - group[GroupField::kMeanZ]);
-}

@@ -212,9 +212,8 @@ inline Reduction reduction(const char* who, const std::string& name, int64_t tar
     fail("ValueError", who, ": reduction=\"sequence_mean\" needs a time dimension, got a scalar");
   }
   if (normalizer) {
-    if (parsed != Reduction::kSum && parsed != Reduction::kMean) {
-      fail("ValueError", who,
-           ": normalizer goes with reduction=\"mean\" or \"sum\", got reduction=\"", name, "\"");
+    if (parsed == Reduction::kNone) {
+      fail("ValueError", who, ": normalizer goes with a reduction, got reduction=\"none\"");
     }
     if (normalizer->dim() != 0) {
       fail("ValueError", who, ": normalizer must be a number or a 0-dim tensor, got shape ",

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "kernels/cpu/backend.h"
+#include "ops/backend_of.h"
 #include "ops/check.h"
-#include "ops/device.h"
 
 namespace masked_loss {
 namespace {
@@ -111,18 +111,17 @@ struct Problem {
   Tensor target;
   std::optional<Tensor> class_weight;
   Shape token_shape;
-  Device device;
+  const Device& device;
   CrossEntropyArgs args{};
   bool wide;
 };
 
-Problem make_problem(const Tensor& logits, const Tensor& target,
+Problem make_problem(const Device& device, const Tensor& logits, const Tensor& target,
                      const std::optional<Tensor>& class_weight, const Options& options) {
   check::numbers(kCrossEntropy, options.label_smoothing, options.z_loss);
   const bool probabilities = check::is_floating(check::dtype_of(target));
   check::cross_entropy(kCrossEntropy, logits, target, probabilities, options.shift);
-  Problem p{rows_of(logits), as_contiguous(target), std::nullopt, shape_of(logits),
-            Device::of(logits)};
+  Problem p{rows_of(logits), as_contiguous(target), std::nullopt, shape_of(logits), device};
   p.token_shape.pop_back();
   p.args.dtype = *check::dtype_of(logits);
   p.wide = p.args.dtype == DType::kFloat64;
@@ -161,8 +160,9 @@ int64_t groups_of(Reduction reduction, int64_t tokens, int64_t steps) {
 // The memory that a CUDA kernel's blocks hand each other their results in; the CPU asks for none.
 // To be kept until the kernel is launched: what the stream does later, it does in order.
 template <class Args>
-std::optional<Tensor> scratch_for(const Device& device, Args* args, const Tensor& like) {
-  const int64_t bytes = device.scratch_bytes(*args);
+std::optional<Tensor> scratch_for(int64_t (*bytes_for)(const Args&), Args* args,
+                                  const Tensor& like) {
+  const int64_t bytes = bytes_for(*args);
   if (bytes == 0) return std::nullopt;
   Tensor scratch = empty(like, {(bytes + 7) / 8}, aoti_torch_dtype_float64());
   args->scratch = scratch.data_ptr();
@@ -172,28 +172,33 @@ std::optional<Tensor> scratch_for(const Device& device, Args* args, const Tensor
 // Token and group tables, filled by weigh().
 struct Tables {
   Tensor tokens, groups;
-  int64_t group_size;
+
+  // As the kernels are told.
+  Groups of(int64_t count) const {
+    const int64_t groups_count = std::max<int64_t>(1, groups.size(0));
+    return {count, groups_count, count / groups_count, nullptr,
+            static_cast<double*>(groups.data_ptr())};
+  }
 };
 
 Tables weigh(const char* who, const Device& device, WeighArgs args, const Tensor& like,
              int64_t fields, const std::optional<Tensor>& mask,
              const std::optional<Tensor>& normalizer, const Shape& token_shape) {
-  const int64_t groups = groups_of(args.reduction, args.tokens, args.steps);
-  Tables t{empty(like, {fields, args.tokens}, accumulation_id(args.wide)),
-           empty(like, {groups, GroupField::kCount}, aoti_torch_dtype_float64()),
-           args.tokens / groups};
+  const int64_t tokens = product(token_shape);
+  const int64_t groups = groups_of(args.reduction, tokens, args.steps);
+  const Tables t{empty(like, {fields, tokens}, accumulation_id(args.wide)),
+                 empty(like, {groups, GroupField::kCount}, aoti_torch_dtype_float64())};
   const std::optional<Tensor> flat_mask =
       mask ? std::optional<Tensor>(as_mask(*mask)) : std::nullopt;
   const std::optional<Tensor> divisor =
       normalizer ? std::optional<Tensor>(as_type(*normalizer, ScalarType::Double)) : std::nullopt;
-  args.group_size = t.group_size;
+  args.groups = t.of(tokens);
   args.mask = data(flat_mask);
   args.mask_type = flat_mask ? *check::dtype_of(*flat_mask) : DType::kBool;
   args.normalizer = static_cast<const double*>(data(divisor));
   args.weight = t.tokens.data_ptr();
-  args.groups = static_cast<double*>(t.groups.data_ptr());
-  const auto scratch = scratch_for(device, &args, like);
-  const int64_t bad = device.weigh(args);
+  const auto scratch = scratch_for(device.kernels.weigh_scratch, &args, like);
+  const int64_t bad = device.kernels.weigh(args, device.queue());
   if (bad >= 0) {
     const int64_t value = args.target_type == DType::kInt64
                               ? static_cast<const int64_t*>(args.target)[bad]
@@ -203,24 +208,20 @@ Tables weigh(const char* who, const Device& device, WeighArgs args, const Tensor
   return t;
 }
 
-Tensor reduced(const Device& device, const Tables& tables, int64_t tokens, Reduction reduction,
-               bool wide, double z_loss, const Shape& token_shape, const Tensor& like,
-               const std::optional<Tensor>& stats) {
-  const Shape scalar;
-  Tensor loss =
-      empty(like, reduction == Reduction::kNone ? token_shape : scalar, accumulation_id(wide));
+Tensor reduced(const Device& device, const Tables& tables, Reduction reduction, bool wide,
+               double z_loss, const Shape& token_shape, const std::optional<Tensor>& stats) {
+  const Shape shape = reduction == Reduction::kNone ? token_shape : Shape();
+  Tensor loss = empty(tables.tokens, shape, accumulation_id(wide));
   ReduceArgs args{};
-  args.tokens = tokens;
-  args.group_size = tables.group_size;
+  args.groups = tables.of(product(token_shape));
   args.reduction = reduction;
   args.table = tables.tokens.data_ptr();
   args.wide = wide;
   args.z_loss = z_loss;
-  args.groups = static_cast<double*>(tables.groups.data_ptr());
   args.loss = loss.data_ptr();
   args.stats = stats ? stats->data_ptr() : nullptr;
-  const auto scratch = scratch_for(device, &args, like);
-  device.reduce(args);
+  const auto scratch = scratch_for(device.kernels.reduce_scratch, &args, loss);
+  device.kernels.reduce(args, device.queue());
   return loss;
 }
 
@@ -235,8 +236,20 @@ void set_gradient(Problem& p, const Tensor& dlogits, const Tensor& logits) {
   p.args.dlogits = dlogits.data_ptr();
   p.args.grad_batch_stride = rows->batch_stride;
   p.args.grad_step_stride = rows->step_stride;
-  p.args.stream = p.device.prepare_output(p.args.dlogits, dlogits.numel() * dlogits.element_size(),
-                                          p.args.dlogits != p.args.logits);
+  p.args.stream = dlogits.numel() * dlogits.element_size() > p.device.kernels.cache_bytes;
+}
+
+void run_rows(Problem* p) {
+  const Backend& kernels = p->device.kernels;
+  const auto scratch = scratch_for(kernels.cross_entropy_scratch, &p->args, p->logits.tensor);
+  kernels.cross_entropy(p->args, p->device.queue());
+}
+
+void set_tables(Problem* p, const Tables& tables) {
+  const Groups groups = tables.of(p->args.rows);
+  p->args.tokens = tables.tokens.data_ptr();
+  p->args.groups = groups.table;
+  p->args.group_size = groups.size;
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, stats, tokens, groups
@@ -245,7 +258,8 @@ Forward forward(const Tensor& logits, const Tensor& target, const std::optional<
                 const std::string& reduction_name, const std::optional<Tensor>& normalizer,
                 int64_t ignore_index, const std::optional<Tensor>& class_weight,
                 const Options& options, bool stats, const std::optional<Tensor>& dlogits) {
-  Problem p = make_problem(logits, target, class_weight, options);
+  const Device device(logits);
+  Problem p = make_problem(device, logits, target, class_weight, options);
   if (mask) check::mask(kCrossEntropy, *mask, p.token_shape);
   const Reduction reduction = check::reduction(
       kCrossEntropy, reduction_name, static_cast<int64_t>(p.token_shape.size()), normalizer);
@@ -254,7 +268,6 @@ Forward forward(const Tensor& logits, const Tensor& target, const std::optional<
                 ": the fused operator needs a scalar reduction, got \"none\"");
   }
   WeighArgs weights{};
-  weights.tokens = p.args.rows;
   weights.steps = p.args.steps;
   weights.skip_first = options.shift;
   weights.target = p.args.target;
@@ -269,17 +282,13 @@ Forward forward(const Tensor& logits, const Tensor& target, const std::optional<
       weigh(kCrossEntropy, p.device, weights, logits, fields, mask, normalizer, p.token_shape);
   const int64_t stat_count = stats ? static_cast<int64_t>(StatField::kCount) : 0;
   const Tensor stat_sums = empty(logits, {stat_count}, accumulation_id(p.wide));
-  p.args.tokens = tables.tokens.data_ptr();
-  p.args.groups = static_cast<const double*>(tables.groups.data_ptr());
-  p.args.group_size = tables.group_size;
+  set_tables(&p, tables);
   p.args.stats = stats;
   p.args.forward = true;
   if (dlogits) set_gradient(p, *dlogits, logits);
-  const auto scratch = scratch_for(p.device, &p.args, logits);
-  p.device.cross_entropy(p.args);
-  const Tensor loss =
-      reduced(p.device, tables, p.args.rows, reduction, p.wide, options.z_loss, p.token_shape,
-              logits, stats ? std::optional<Tensor>(stat_sums) : std::nullopt);
+  run_rows(&p);
+  const Tensor loss = reduced(device, tables, reduction, p.wide, options.z_loss, p.token_shape,
+                              stats ? std::optional<Tensor>(stat_sums) : std::nullopt);
   return {loss, stat_sums, tables.tokens, tables.groups};
 }
 
@@ -352,24 +361,25 @@ void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, Ten
                                 Tensor tokens, Tensor groups, OptionalTensor class_weight,
                                 double label_smoothing, double z_loss,
                                 std::optional<double> softcap, bool shift, bool unless_one) {
+  const Device device(logits);
   Problem p =
-      make_problem(logits, target, class_weight,
+      make_problem(device, logits, target, class_weight,
                    {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift});
   check_tables(kCrossEntropy, tokens, groups, p.args.rows, p.wide, TokenField::kSaved);
   const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows);
-  p.args.tokens = tokens.data_ptr();
-  p.args.groups = static_cast<const double*>(groups.data_ptr());
-  p.args.group_size = p.args.rows / std::max<int64_t>(1, groups.size(0));
+  set_tables(&p, {tokens, groups});
   p.args.dloss = scale.data_ptr();
   p.args.dloss_per_token = dloss.dim() != 0;
   set_gradient(p, dlogits, logits);
-  unless_one ? p.device.rescale(p.args) : p.device.cross_entropy(p.args);
+  const auto run = unless_one ? device.kernels.rescale : device.kernels.cross_entropy;
+  run(p.args, device.queue());
 }
 
 Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor tokens,
                               Tensor groups, OptionalTensor class_weight, double label_smoothing,
                               double z_loss, std::optional<double> softcap, bool shift) {
   Tensor dlogits = empty(logits, shape_of(logits), dtype_id(logits));
+  ask_for_large_pages(dlogits);
   cross_entropy_backward_out(dlogits, dloss, logits, target, tokens, groups, class_weight,
                              label_smoothing, z_loss, softcap, shift, false);
   return dlogits;
@@ -389,12 +399,10 @@ Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Option
   const auto index = target ? std::optional<Tensor>(as_contiguous(*target)) : std::nullopt;
   Tensor dmask = empty(mask, shape_of(mask), dtype_id(mask));
   MaskGradArgs args{};
-  args.tokens = count;
-  args.group_size = std::max<int64_t>(1, count / std::max<int64_t>(1, groups.size(0)));
+  args.groups = Tables{tokens, groups}.of(count);
   args.table = tokens.data_ptr();
   args.wide = wide;
   args.z_loss = z_loss;
-  args.groups = static_cast<const double*>(groups.data_ptr());
   args.target = data(index);
   args.target_type = index ? check::class_indices("mask_grad", *index) : DType::kInt64;
   args.class_weight = index ? data(weight) : nullptr;
@@ -402,7 +410,8 @@ Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Option
   args.dloss_per_token = dloss.dim() != 0;
   args.dmask = dmask.data_ptr();
   args.mask_type = mask_type;
-  Device::of(mask).mask_grad(args);
+  const Device device(mask);
+  device.kernels.mask_grad(args, device.queue());
   return dmask;
 }
 
@@ -429,7 +438,6 @@ std::tuple<Tensor, Tensor> linear_weigh(Tensor target, OptionalTensor mask,
     weight = as_type(*class_weight, accumulation_type(wide));
   }
   const Tensor flat = as_contiguous(target);
-  args.tokens = product(shape);
   args.steps = shape.empty() ? 1 : shape.back();
   args.skip_first = shift;
   args.target = flat.data_ptr();
@@ -439,28 +447,26 @@ std::tuple<Tensor, Tensor> linear_weigh(Tensor target, OptionalTensor mask,
   args.wide = wide;
   const int64_t fields = stats ? TokenField::kCount : TokenField::kSaved;
   const Tables tables =
-      weigh(kLinear, Device::of(target), args, target, fields, mask, normalizer, shape);
+      weigh(kLinear, Device(target), args, target, fields, mask, normalizer, shape);
   return {tables.tokens, tables.groups};
 }
 
 void linear_chunk(Tensor logits, Tensor target, Tensor tokens, Tensor groups,
                   OptionalTensor class_weight, OptionalTensor dloss, double label_smoothing,
                   double z_loss, std::optional<double> softcap, bool forward, bool gradient) {
-  Problem p = make_problem(logits, target, class_weight,
+  const Device device(logits);
+  Problem p = make_problem(device, logits, target, class_weight,
                            {label_smoothing, z_loss, check::softcap(kLinear, softcap), false});
   check_tables(kLinear, tokens, groups, p.args.rows, p.wide, TokenField::kSaved);
   std::optional<Tensor> scale;
   if (dloss) scale = upstream(kLinear, *dloss, p.wide, p.args.rows);
-  p.args.tokens = tokens.data_ptr();
-  p.args.groups = static_cast<const double*>(groups.data_ptr());
-  p.args.group_size = std::max<int64_t>(1, p.args.rows / std::max<int64_t>(1, groups.size(0)));
+  set_tables(&p, {tokens, groups});
   p.args.dloss = data(scale);
   p.args.dloss_per_token = dloss && dloss->dim() != 0;
   p.args.forward = forward;
   p.args.stats = forward && tokens.size(0) == TokenField::kCount;
   if (gradient) set_gradient(p, logits, logits);
-  const auto scratch = scratch_for(p.device, &p.args, logits);
-  p.device.cross_entropy(p.args);
+  run_rows(&p);
 }
 
 std::tuple<Tensor, Tensor> linear_reduce(Tensor tokens, Tensor groups, Tensor target,
@@ -472,11 +478,10 @@ std::tuple<Tensor, Tensor> linear_reduce(Tensor tokens, Tensor groups, Tensor ta
       check::reduction(kLinear, reduction_name, static_cast<int64_t>(shape.size()), std::nullopt);
   check_tables(kLinear, tokens, groups, count, wide,
                stats ? static_cast<int64_t>(TokenField::kCount) : TokenField::kSaved);
-  const Tables tables{tokens, groups, count / std::max<int64_t>(1, groups.size(0))};
   const Tensor sums =
       empty(tokens, {stats ? static_cast<int64_t>(StatField::kCount) : 0}, accumulation_id(wide));
-  const Tensor loss = reduced(Device::of(tokens), tables, count, reduction, wide, z_loss, shape,
-                              tokens, stats ? std::optional<Tensor>(sums) : std::nullopt);
+  const Tensor loss = reduced(Device(tokens), {tokens, groups}, reduction, wide, z_loss, shape,
+                              stats ? std::optional<Tensor>(sums) : std::nullopt);
   return {loss, sums};
 }
 
@@ -488,24 +493,22 @@ std::tuple<Tensor, Tensor, Tensor> masked_reduce_forward(Tensor values, Optional
   if (mask) check::mask(kMaskedReduce, *mask, shape);
   const Reduction reduction = check::reduction(kMaskedReduce, reduction_name,
                                                static_cast<int64_t>(shape.size()), normalizer);
-  const Device device = Device::of(values);
+  const Device device(values);
   const Tensor flat = as_contiguous(values);
   WeighArgs weights{};
-  weights.tokens = product(shape);
   weights.steps = shape.empty() ? 1 : shape.back();
   weights.reduction = reduction;
   weights.wide = dtype == DType::kFloat64;
   const Tables tables =
       weigh(kMaskedReduce, device, weights, values, TokenField::kTop, mask, normalizer, shape);
   ValuesArgs args{};
-  args.tokens = weights.tokens;
+  args.groups = tables.of(product(shape));
   args.values = flat.data_ptr();
   args.dtype = dtype;
   args.table = tables.tokens.data_ptr();
   args.wide = weights.wide;
-  device.load_values(args);
-  Tensor loss = reduced(device, tables, weights.tokens, reduction, weights.wide, 0, shape, values,
-                        std::nullopt);
+  device.kernels.load_values(args, device.queue());
+  Tensor loss = reduced(device, tables, reduction, weights.wide, 0, shape, std::nullopt);
   return {loss, tables.tokens, tables.groups};
 }
 
@@ -522,19 +525,22 @@ Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor
   const Tensor scale = upstream(kMaskedReduce, dloss, wide, count);
   Tensor dvalues = empty(values, shape_of(values), dtype_id(values));
   ValuesArgs args{};
-  args.tokens = count;
-  args.group_size = std::max<int64_t>(1, count / std::max<int64_t>(1, groups.size(0)));
+  args.groups = Tables{tokens, groups}.of(count);
   args.dtype = dtype;
   args.table = tokens.data_ptr();
   args.wide = wide;
-  args.groups = static_cast<const double*>(groups.data_ptr());
   args.dloss = scale.data_ptr();
   args.dloss_per_token = dloss.dim() != 0;
   args.dvalues = dvalues.data_ptr();
-  Device::of(values).values_grad(args);
+  const Device device(values);
+  device.kernels.values_grad(args, device.queue());
   return dvalues;
 }
 
 std::string cpu_capability() { return cpu::kernels().name; }
+
+std::tuple<int64_t, int64_t, int64_t, int64_t> table_sizes() {
+  return {TokenField::kSaved, TokenField::kCount, GroupField::kCount, StatField::kCount};
+}
 
 }  // namespace masked_loss

@@ -83,4 +83,8 @@ Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor
 
 std::string cpu_capability();
 
+// Fields of the token table that are saved for backward, all of its fields, those of the group
+// table, and statistics: for the fakes.
+std::tuple<int64_t, int64_t, int64_t, int64_t> table_sizes();
+
 }  // namespace masked_loss

@@ -156,12 +156,6 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         ["masked_cross_entropy: normalizer", "none"],
     ),
     (
-        "normalizer with sequence_mean",
-        {"reduction": "sequence_mean", "normalizer": 2.0},
-        ValueError,
-        ["masked_cross_entropy: normalizer", "sequence_mean"],
-    ),
-    (
         "normalizer of many numbers",
         {"normalizer": torch.ones(3)},
         ValueError,

@@ -135,7 +135,7 @@ def test_random_problems(data: st.DataObject) -> None:
         options["class_weight"] = True
     if draw(st.booleans(), "ignore a class"):
         options["ignore_index"] = draw(st.integers(0, classes - 1))
-    if reduction in ("sum", "mean") and draw(st.booleans(), "normalize"):
+    if reduction != "none" and draw(st.booleans(), "normalize"):
         options["normalizer"] = draw(st.sampled_from([3, 0.5, "tensor"]))
     options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 0.9]), "label_smoothing")
     options["z_loss"] = draw(st.sampled_from([0.0, 1e-4, 0.3]), "z_loss")
@@ -162,7 +162,7 @@ def test_random_reductions(data: st.DataObject) -> None:
     draw = data.draw
     reduction = draw(st.sampled_from(REDUCTIONS), "reduction")
     options: dict[str, Any] = {"reduction": reduction}
-    if reduction in ("sum", "mean") and draw(st.booleans(), "normalize"):
+    if reduction != "none" and draw(st.booleans(), "normalize"):
         options["normalizer"] = draw(st.sampled_from([3, 0.5, "tensor"]))
     case = Case(
         "random",

@@ -58,7 +58,7 @@ def concrete(name: str, reduction: str, dtype: torch.dtype, device: str = "cpu")
     """The options that OPTIONS names, as arguments of a call."""
     options = {"reduction": reduction, **OPTIONS[name]}
     wide = accumulation_dtype(dtype)
-    if "normalizer" in options and reduction not in ("sum", "mean"):
+    if "normalizer" in options and reduction == "none":
         del options["normalizer"]
     if options.get("class_weight") is True:
         random = torch.Generator().manual_seed(3)
@@ -1001,7 +1001,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "normalizer": (
         {"reduction": "none", "normalizer": 3},
         ValueError,
-        'normalizer goes with reduction="mean" or "sum"',
+        'normalizer goes with a reduction, got reduction="none"',
     ),
     "label_smoothing": (
         {"label_smoothing": 1.5},

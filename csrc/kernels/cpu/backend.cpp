@@ -3,7 +3,6 @@
 #include "kernels/cpu/backend.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <string_view>
 #include <vector>
@@ -23,24 +22,6 @@ extern const Kernels kKernels;
 #endif
 
 namespace {
-
-// Work smaller than this is not worth waking a thread for; a task is at least this large, and
-// larger where a thread still gets many: within a task the next row is fetched ahead.
-constexpr int64_t kTaskElements = 1 << 16;
-constexpr int64_t kTasksPerThread = 32;
-
-// Tasks are taken, not dealt: masked rows cost nothing, so equal shares would not be equal work.
-template <class F>
-void for_each_task(int64_t tasks, const Threads& threads, const F& task) {
-  if (tasks <= 1 || threads.count <= 1) {
-    for (int64_t i = 0; i < tasks; ++i) task(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  threads.run([&] {
-    for (int64_t i = next++; i < tasks; i = next++) task(i);
-  });
-}
 
 // Rows so few that a thread each would leave threads idle: their segments are shared out.
 void share_segments(const CrossEntropyArgs& args, const RowKernels& kernels,
@@ -87,7 +68,7 @@ const Kernels& kernels() {
     for (const Kernels* table : found) {
       if (asked && std::string_view(asked) == table->name) return *table;
     }
-    return *found.front();  // not asked for, or not to be had here: the best
+    return *found.front();  // unset, or not supported here: the best
   }();
   return chosen;
 }
@@ -97,10 +78,8 @@ void cross_entropy(const CrossEntropyArgs& args, const Threads& threads, const K
   if (args.rows < 4 * threads.count && args.cols >= 2 * kSegment) {
     return share_segments(args, rows, threads);
   }
-  const int64_t size = std::max({int64_t{1}, kTaskElements / std::max<int64_t>(1, args.cols),
-                                 args.rows / (kTasksPerThread * threads.count)});
-  for_each_task((args.rows + size - 1) / size, threads,
-                [&](int64_t i) { rows.run(args, i * size, std::min((i + 1) * size, args.rows)); });
+  share(args.rows, args.cols, threads,
+        [&](int64_t begin, int64_t end) { rows.run(args, begin, end); });
 }
 
 void rescale(const CrossEntropyArgs& args, const Threads& threads) {
@@ -108,5 +87,33 @@ void rescale(const CrossEntropyArgs& args, const Threads& threads) {
                                                  : *static_cast<const float*>(args.dloss) == 1;
   if (!one) cross_entropy(args, threads);
 }
+
+namespace {
+
+template <auto kernel, class Args>
+auto on_threads(const Args& args, Queue queue) {
+  return kernel(args, *static_cast<const Threads*>(queue));
+}
+void rows_of_this_machine(const CrossEntropyArgs& args, const Threads& threads) {
+  cross_entropy(args, threads);
+}
+template <class Args>
+int64_t no_scratch(const Args&) {
+  return 0;
+}
+
+}  // namespace
+
+const Backend kBackend = {on_threads<&weigh>,
+                          on_threads<&rows_of_this_machine>,
+                          on_threads<&rescale>,
+                          on_threads<&load_values>,
+                          on_threads<&reduce>,
+                          on_threads<&mask_grad>,
+                          on_threads<&values_grad>,
+                          no_scratch,
+                          no_scratch,
+                          no_scratch,
+                          4 << 20};
 
 }  // namespace masked_loss::cpu

@@ -3,10 +3,11 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <vector>
 
 #include "kernels/args.h"
+#include "kernels/backend.h"
+#include "kernels/cpu/schedule.h"
 
 namespace masked_loss::cpu {
 
@@ -32,12 +33,6 @@ std::vector<const Kernels*> available();
 // The best of them that ATEN_CPU_CAPABILITY (default, avx2, avx512) allows.
 const Kernels& kernels();
 
-// Threads that somebody else owns: run(worker) calls worker on up to `count` of them.
-struct Threads {
-  int64_t count;
-  std::function<void(const std::function<void()>& worker)> run;
-};
-
 // Weights and scales. Returns the first token whose target is out of range, or -1.
 int64_t weigh(const WeighArgs& args, const Threads& threads);
 void cross_entropy(const CrossEntropyArgs& args, const Threads& threads,
@@ -48,5 +43,8 @@ void load_values(const ValuesArgs& args, const Threads& threads);
 void reduce(const ReduceArgs& args, const Threads& threads);
 void mask_grad(const MaskGradArgs& args, const Threads& threads);
 void values_grad(const ValuesArgs& args, const Threads& threads);
+
+// All of these; the queue is a const Threads.
+extern const Backend kBackend;
 
 }  // namespace masked_loss::cpu

@@ -25,4 +25,7 @@ inline int64_t index_at(const void* target, DType type, int64_t i) {
                                : static_cast<const int32_t*>(target)[i];
 }
 
+// CUDA knows a faster one.
+inline int64_t quotient(int64_t a, int64_t b) { return a / b; }
+
 }  // namespace masked_loss::cpu

@@ -143,8 +143,7 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   const DType wide_type = std::is_same_v<A, double> ? DType::kFloat64 : DType::kFloat32;
 
   WeighArgs weights{};
-  weights.tokens = kTokens;
-  weights.group_size = kTokens / groups;
+  weights.groups = {kTokens, groups, kTokens / groups, nullptr, group.data()};
   weights.steps = kSteps;
   weights.skip_first = o.shift;
   if (!o.probs)
@@ -158,7 +157,6 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   weights.reduction = o.reduction;
   weights.wide = std::is_same_v<A, double>;
   weights.weight = tokens.data();
-  weights.groups = group.data();
   const int64_t bad = cpu::weigh(weights, threads);
 
   std::vector<T> gradient(kTokens * cols);
@@ -183,19 +181,17 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   args.tokens = tokens.data();
   args.stats = args.forward = true;
   args.groups = group.data();
-  args.group_size = weights.group_size;
+  args.group_size = weights.groups.size;
   args.dlogits = fused ? gradient.data() : nullptr;
   cpu::cross_entropy(args, threads, table);
 
   std::vector<A> losses(o.reduction == Reduction::kNone ? kTokens : 1), stats(StatField::kCount);
   ReduceArgs reduce{};
-  reduce.tokens = kTokens;
-  reduce.group_size = weights.group_size;
+  reduce.groups = weights.groups;
   reduce.reduction = o.reduction;
   reduce.table = tokens.data();
   reduce.wide = weights.wide;
   reduce.z_loss = o.z_loss;
-  reduce.groups = group.data();
   reduce.loss = losses.data();
   reduce.stats = stats.data();
   cpu::reduce(reduce, threads);
@@ -208,12 +204,10 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   }
   std::vector<A> dmask(kTokens);
   MaskGradArgs of_mask{};
-  of_mask.tokens = kTokens;
-  of_mask.group_size = weights.group_size;
+  of_mask.groups = weights.groups;
   of_mask.table = tokens.data();
   of_mask.wide = weights.wide;
   of_mask.z_loss = o.z_loss;
-  of_mask.groups = group.data();
   of_mask.target = weights.target;
   of_mask.target_type = weights.target_type;
   of_mask.class_weight = weights.class_weight;
@@ -291,27 +285,25 @@ void check_values() {
   std::vector<float> tokens(2 * values.size()), dvalues(values.size());
   Numbers group(GroupField::kCount);
   WeighArgs weights{};
-  weights.tokens = weights.group_size = weights.steps = 4;
+  weights.groups = {4, 1, 4, nullptr, group.data()};
+  weights.steps = 4;
   weights.mask = mask.data();
   weights.mask_type = DType::kFloat32;
   weights.reduction = Reduction::kMean;
   weights.weight = tokens.data();
-  weights.groups = group.data();
   cpu::weigh(weights, threads);
   ValuesArgs args{};
-  args.tokens = args.group_size = 4;
+  args.groups = weights.groups;
   args.values = values.data();
   args.dtype = DType::kFloat32;
   args.table = tokens.data();
-  args.groups = group.data();
   args.dvalues = dvalues.data();
   cpu::load_values(args, threads);
   float loss = 0;
   ReduceArgs reduce{};
-  reduce.tokens = reduce.group_size = 4;
+  reduce.groups = weights.groups;
   reduce.reduction = Reduction::kMean;
   reduce.table = tokens.data();
-  reduce.groups = group.data();
   reduce.loss = &loss;
   cpu::reduce(reduce, threads);
   cpu::values_grad(args, threads);

@@ -1,23 +1,21 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// csrc/ops/device.cpp where every tensor is on the emulated device, and the module that Python
+// csrc/ops/backend_of.cpp where every tensor is on the emulated device, and the module that Python
 // loads.
 //
 // Together with csrc/ops/ops.cpp and csrc/ops/register.cpp it makes operators like the library's,
 // in the namespace masked_loss_emulated, whose kernels are those of csrc/kernels/cuda on the
 // emulator.
-#include "ops/device.h"
-
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
 #include "kernels/cpu/backend.h"
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/rows.h"
+#include "ops/backend_of.h"
 
 namespace masked_loss {
 
 namespace cuda {
-Stream current_stream(int32_t) { return nullptr; }
 void check(int error) {
   if (error) emulator::fail("a CUDA call failed");
 }
@@ -30,25 +28,22 @@ const Kernels& kernels() {
 }
 }  // namespace cpu
 
-Device Device::of(const torch::stable::Tensor&) { return {true, 0}; }
+namespace {
 
-int64_t Device::weigh(const WeighArgs& args) const { return cuda::weigh(args, nullptr); }
-void Device::cross_entropy(const CrossEntropyArgs& args) const {
-  cuda::cross_entropy(args, nullptr);
+const Backend& emulated() {
+  static const Backend backend = [] {
+    Backend copy = cuda::kBackend;
+    copy.cache_bytes = 4096;
+    return copy;
+  }();
+  return backend;
 }
-void Device::rescale(const CrossEntropyArgs& args) const { cuda::rescale(args, nullptr); }
-void Device::load_values(const ValuesArgs& args) const { cuda::load_values(args, nullptr); }
-void Device::reduce(const ReduceArgs& args) const { cuda::reduce(args, nullptr); }
-void Device::mask_grad(const MaskGradArgs& args) const { cuda::mask_grad(args, nullptr); }
-void Device::values_grad(const ValuesArgs& args) const { cuda::values_grad(args, nullptr); }
 
-int64_t Device::scratch_bytes(const WeighArgs& args) const { return cuda::scratch_bytes(args); }
-int64_t Device::scratch_bytes(const CrossEntropyArgs& args) const {
-  return cuda::scratch_bytes(args);
-}
-int64_t Device::scratch_bytes(const ReduceArgs& args) const { return cuda::scratch_bytes(args); }
+}  // namespace
 
-bool Device::prepare_output(void*, int64_t bytes, bool) const { return bytes > 4096; }
+Device::Device(const torch::stable::Tensor&) : kernels(emulated()), index_(0) {}
+Queue Device::queue() const { return nullptr; }
+void ask_for_large_pages(const torch::stable::Tensor&) {}
 
 }  // namespace masked_loss
 

@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What is computed token by token, whatever the vocabulary, written once: weights and scales before
+// the rows of logits are read, reductions and the gradients of masks and values after. The
+// backends' tokens files hold who loops.
+//
+// Included like math.inl.h, and after it. The backend has index_at, quotient, widen and narrow.
+
+template <class T>
+ML_FN const T* as(const void* p) {
+  return static_cast<const T*>(p);
+}
+
+// Number types are told apart at run time: next to the logits these arrays are small.
+ML_FN double number_at(const void* p, DType type, int64_t i) {
+  switch (type) {
+    case DType::kFloat64:
+      return as<double>(p)[i];
+    case DType::kFloat32:
+      return as<float>(p)[i];
+    case DType::kBFloat16:
+      return widen(as<BFloat16>(p)[i]);
+    case DType::kFloat16:
+      return widen(as<Float16>(p)[i]);
+    case DType::kInt64:
+      return static_cast<double>(as<int64_t>(p)[i]);
+    case DType::kInt32:
+      return as<int32_t>(p)[i];
+    case DType::kInt16:
+      return as<int16_t>(p)[i];
+    case DType::kInt8:
+      return as<int8_t>(p)[i];
+    case DType::kUInt8:
+      return as<uint8_t>(p)[i];
+    case DType::kBool:
+      break;
+  }
+  return as<uint8_t>(p)[i] != 0;
+}
+ML_FN void store_number(double x, void* p, DType type, int64_t i) {
+  switch (type) {
+    case DType::kFloat64:
+      return narrow(x, static_cast<double*>(p) + i);
+    case DType::kFloat32:
+      return narrow(static_cast<float>(x), static_cast<float*>(p) + i);
+    case DType::kBFloat16:
+      return narrow(static_cast<float>(x), static_cast<BFloat16*>(p) + i);
+    default:
+      return narrow(static_cast<float>(x), static_cast<Float16*>(p) + i);
+  }
+}
+
+// The token table.
+template <class A>
+struct Table {
+  const A* base;
+  int64_t tokens;
+  ML_FN double operator()(int64_t field, int64_t token) const {
+    return base[field * tokens + token];
+  }
+};
+
+// Sums over the tokens of a piece or of a group, in double precision.
+template <int N>
+struct Sums {
+  double v[N];
+  ML_FN Sums() {
+    for (int i = 0; i < N; ++i) v[i] = 0;
+  }
+  ML_FN void add(const Sums& other) {
+    for (int i = 0; i < N; ++i) v[i] += other.v[i];
+  }
+};
+
+// Groups. Each is cut into pieces of at most `size` tokens; a piece is added up in order, and then
+// the pieces of a group are, so that a sum has the same bits whoever adds up which piece.
+
+ML_FN int64_t group_begin(const Groups& groups, int64_t group) {
+  return groups.bounds ? groups.bounds[group] : group * groups.size;
+}
+// The tokens behind the last group follow as if they were one more.
+ML_FN int64_t group_end(const Groups& groups, int64_t group) {
+  if (group == groups.count) return groups.tokens;
+  return group_begin(groups, group + 1);
+}
+
+ML_FN int64_t group_of(const Groups& groups, int64_t token) {
+  if (!groups.bounds) return quotient(token, groups.size);
+  int64_t group = 0;
+  for (int64_t end = groups.count; group < end;) {
+    const int64_t middle = (group + end + 1) / 2;
+    if (groups.bounds[middle] <= token) {
+      group = middle;
+    } else {
+      end = middle - 1;
+    }
+  }
+  return group;
+}
+
+struct Piece {
+  int64_t group, begin, end;
+};
+struct Pieces {
+  Groups groups;
+  int64_t size, per_group, count;
+
+  // The pieces of a group have numbers of their own, some of which stay unused where groups have
+  // any length: so they need no table.
+  ML_FN int64_t first_of(int64_t group) const {
+    if (!groups.bounds) return group * per_group;
+    return quotient(group_begin(groups, group), size) + group;
+  }
+  ML_FN int64_t number_of(int64_t group) const {
+    if (!groups.bounds) return per_group;
+    return quotient(group_end(groups, group) - group_begin(groups, group) + size - 1, size);
+  }
+  ML_FN Piece operator[](int64_t piece) const {
+    int64_t group = 0;
+    if (groups.bounds) {
+      for (int64_t end = groups.count; group < end;) {
+        const int64_t middle = (group + end + 1) / 2;
+        if (first_of(middle) <= piece) {
+          group = middle;
+        } else {
+          end = middle - 1;
+        }
+      }
+    } else {
+      group = quotient(piece, per_group);
+    }
+    const int64_t end = group_end(groups, group);
+    const int64_t begin = group_begin(groups, group) + (piece - first_of(group)) * size;
+    return {group, begin, begin + size < end ? begin + size : end};
+  }
+};
+
+inline Pieces pieces_of(const Groups& groups, int64_t size) {
+  if (groups.bounds) return {groups, size, 0, groups.tokens / size + groups.count + 1};
+  const int64_t per_group = groups.size > size ? (groups.size + size - 1) / size : 1;
+  return {groups, size, per_group, groups.count * per_group};
+}
+
+// Weights
+
+struct WeightField {
+  enum : int { kWeights, kClassWeights, kActive, kCount };
+};
+using WeightSums = Sums<WeightField::kCount>;
+
+struct TokenWeight {
+  double weight, class_weight;
+  bool bad;  // the target is out of range
+};
+
+// weight = mask * [target != ignore_index]; a masked token's target is not looked at either.
+template <class A>
+ML_FN TokenWeight token_weight(const WeighArgs& args, const Piece& piece, int64_t i) {
+  if (piece.group == args.groups.count) return {0, 1, false};
+  if (args.skip_first &&
+      (i == group_begin(args.groups, piece.group) || i == quotient(i, args.steps) * args.steps)) {
+    return {0, 1, false};
+  }
+  // As the rows' kernels see it: a weight that underflows there is none here either.
+  const double w = args.mask ? static_cast<A>(number_at(args.mask, args.mask_type, i)) : A(1);
+  if (!args.target || w == 0) return {w, 1, false};
+  const int64_t target = index_at(args.target, args.target_type, i);
+  if (target == args.ignore_index) return {0, 1, false};
+  if (target < 0 || target >= args.classes) return {0, 1, true};
+  return {w, args.class_weight ? as<A>(args.class_weight)[target] : A(1), false};
+}
+
+template <class A>
+ML_FN void add_weight(const WeighArgs& args, int64_t i, const TokenWeight& t, WeightSums* sums) {
+  static_cast<A*>(args.weight)[i] = static_cast<A>(t.weight);
+  if (t.weight == 0) return;
+  sums->v[WeightField::kWeights] += t.weight;
+  sums->v[WeightField::kClassWeights] += t.weight * t.class_weight;
+  sums->v[WeightField::kActive] += 1;
+}
+
+// What the group's sums are multiplied by:
+// mean: 1 / sum w c (z: 1 / sum w); sequence_mean: that over the number of active sequences; with a
+// normalizer 1 / normalizer, and for sequence_mean the mean over it; none and sum: 1.
+// A group without an active token gets 0.
+ML_FN void write_group(const WeighArgs& args, const WeightSums& sums, double active_groups,
+                       int64_t group) {
+  const bool sequences = args.reduction == Reduction::kSequenceMean;
+  const bool mean = sequences || (args.reduction == Reduction::kMean && !args.normalizer);
+  const double given = args.normalizer ? *args.normalizer : 1;
+  const double share = !sequences ? 1 : args.normalizer ? given : active_groups;
+  const double loss = mean ? sums.v[WeightField::kClassWeights] : given;
+  const double z = mean ? sums.v[WeightField::kWeights] : given;
+  const bool active = sums.v[WeightField::kActive] > 0;
+  double* const out = args.groups.table + group * GroupField::kCount;
+  out[GroupField::kScaleLoss] = active ? 1 / (loss * share) : 0;
+  out[GroupField::kScaleZ] = active ? 1 / (z * share) : 0;
+  out[GroupField::kInverseLoss] = active && mean ? 1 / loss : 0;
+  out[GroupField::kInverseZ] = active && mean ? 1 / z : 0;
+  out[GroupField::kMeanLoss] = out[GroupField::kMeanZ] = 0;
+}
+
+// Reductions
+
+struct LossField {
+  enum : int { kLoss, kZ, kActive, kStats, kCount = kStats + StatField::kCount };
+};
+using LossSums = Sums<LossField::kCount>;
+
+template <class A>
+ML_FN double z_of(const Table<A>& table, double z_loss, int64_t token) {
+  if (z_loss == 0) return 0;
+  return z_term<double>(table(TokenField::kTop, token), table(TokenField::kSum, token), z_loss);
+}
+
+template <class A>
+ML_FN void add_loss(const ReduceArgs& args, int64_t i, LossSums* sums) {
+  const Table<A> table{as<A>(args.table), args.groups.tokens};
+  const double w = table(TokenField::kWeight, i);
+  double loss = 0, z = 0;
+  if (w != 0) {
+    loss = w * table(TokenField::kLoss, i);
+    z = w * z_of(table, args.z_loss, i);
+    sums->v[LossField::kLoss] += loss;
+    sums->v[LossField::kZ] += z;
+    sums->v[LossField::kActive] += 1;
+    if (args.stats) {
+      double* const stats = sums->v + LossField::kStats;
+      stats[StatField::kTokens] += w;
+      stats[StatField::kCorrect] += w * table(TokenField::kCorrect, i);
+      stats[StatField::kEntropy] += w * table(TokenField::kEntropy, i);
+      stats[StatField::kZLoss] += z;
+    }
+  }
+  if (args.reduction == Reduction::kNone) {
+    static_cast<A*>(args.loss)[i] = static_cast<A>(loss + z);
+  }
+}
+
+// A group's share in the loss; its means go to the group table.
+ML_FN double group_loss(const ReduceArgs& args, const LossSums& sums, int64_t index) {
+  if (sums.v[LossField::kActive] == 0) return 0;
+  double* const group = args.groups.table + index * GroupField::kCount;
+  const double loss = sums.v[LossField::kLoss], z = sums.v[LossField::kZ];
+  group[GroupField::kMeanLoss] = group[GroupField::kInverseLoss] * loss;
+  group[GroupField::kMeanZ] = group[GroupField::kInverseZ] * z;
+  double share = loss * group[GroupField::kScaleLoss];
+  if (args.z_loss != 0) share += z * group[GroupField::kScaleZ];
+  return share;
+}
+
+template <class A>
+ML_FN void write_loss(const ReduceArgs& args, double loss, const double* stats) {
+  if (args.reduction != Reduction::kNone) *static_cast<A*>(args.loss) = static_cast<A>(loss);
+  for (int i = 0; args.stats && i < StatField::kCount; ++i) {
+    static_cast<A*>(args.stats)[i] = static_cast<A>(stats[i]);
+  }
+}
+
+// Gradients, of masked tokens 0: they take no part.
+
+template <class A>
+ML_FN double upstream_at(const void* dloss, bool per_token, int64_t token) {
+  return dloss ? as<A>(dloss)[per_token ? token : 0] : A(1);
+}
+
+// d loss / d w_n = scale_loss (ce_n - c_n mean_loss) + scale_z (z_n - mean_z)
+template <class A>
+ML_FN void write_mask_grad(const MaskGradArgs& args, const Piece& piece, int64_t i) {
+  const Table<A> table{as<A>(args.table), args.groups.tokens};
+  double d = 0;
+  if (table(TokenField::kWeight, i) != 0) {
+    const double* const group = args.groups.table + piece.group * GroupField::kCount;
+    const double c = args.class_weight
+                         ? as<A>(args.class_weight)[index_at(args.target, args.target_type, i)]
+                         : A(1);
+    d = group[GroupField::kScaleLoss] *
+        (table(TokenField::kLoss, i) - c * group[GroupField::kMeanLoss]);
+    // As in logit_grad(): weights that cancel make scale_z infinite.
+    if (args.z_loss != 0) {
+      d += group[GroupField::kScaleZ] * (z_of(table, args.z_loss, i) - group[GroupField::kMeanZ]);
+    }
+    d = upstream_at<A>(args.dloss, args.dloss_per_token, i) * d;
+  }
+  store_number(d, args.dmask, args.mask_type, i);
+}
+
+// Masked values are not read.
+template <class A>
+ML_FN void load_value(const ValuesArgs& args, int64_t i) {
+  A* const table = static_cast<A*>(args.table);
+  const int64_t tokens = args.groups.tokens;
+  table[TokenField::kLoss * tokens + i] =
+      table[TokenField::kWeight * tokens + i] != 0
+          ? static_cast<A>(number_at(args.values, args.dtype, i))
+          : A(0);
+}
+
+template <class A>
+ML_FN void write_value_grad(const ValuesArgs& args, const Piece& piece, int64_t i) {
+  const double w = as<A>(args.table)[TokenField::kWeight * args.groups.tokens + i];
+  double d = 0;
+  if (w != 0) {
+    d = upstream_at<A>(args.dloss, args.dloss_per_token, i) * w *
+        args.groups.table[piece.group * GroupField::kCount + GroupField::kScaleLoss];
+  }
+  store_number(d, args.dvalues, args.dtype, i);
+}
