@@ -23,7 +23,7 @@ COLS = 16000
 FEW, MORE = 1, 3
 PER_LOGIT = ("forward", "step", "backward", "masked")
 PER_TOKEN = ("weigh", "reduce")
-TYPES = {"avx2": ("fp32", "bf16", "fp16", "fp64"), "default": ("fp32",)}
+TYPES = {"avx2": ("fp32", "bf16", "fp16", "fp64"), "default": ("fp32", "bf16", "fp16", "fp64")}
 
 
 def tools() -> list[str]:

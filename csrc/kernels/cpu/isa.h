@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <type_traits>
 
@@ -16,6 +17,14 @@
 #define ML_FN inline __attribute__((always_inline))
 
 namespace masked_loss::cpu {
+
+// A vector of GCC and Clang: lanes with arithmetic and comparisons.
+template <class T, int kBytes>
+struct LanesOf {
+  typedef T Type __attribute__((vector_size(kBytes)));
+};
+template <class T, int kBytes>
+using Lanes = typename LanesOf<T, kBytes>::Type;
 
 // How far ahead of its use a row is fetched, in bytes.
 constexpr int64_t kAhead = 16384;

@@ -15,11 +15,12 @@
 namespace masked_loss::cpu::isa_avx512 {
 namespace {  // internal linkage: no other instruction set may be linked to these
 // clang-format off
-#include "kernels/cpu/vec_lane.inl.h"
+#include "kernels/cpu/scalar.inl.h"
 #include "kernels/cpu/vec_math.inl.h"
 #include "kernels/cpu/vec_avx512.inl.h"
+#include "kernels/cpu/vec_portable.inl.h"
 template <class T>
-using VecOf = std::conditional_t<std::is_same_v<T, double>, Lane<double>, Vec>;
+using VecOf = std::conditional_t<std::is_same_v<T, double>, Portable<double, 64>, Vec>;
 #include "kernels/math.inl.h"
 #include "kernels/cpu/cross_entropy.inl.h"
 // clang-format on

@@ -1,15 +1,23 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CPU kernels compiled for any machine: vectors of one float.
+// The CPU kernels compiled for any machine: on x86-64 with SSE2, on aarch64 with NEON.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "kernels/cpu/isa.h"
 
 namespace masked_loss::cpu::isa_default {
 namespace {  // internal linkage: no other instruction set may be linked to these
 // clang-format off
-#include "kernels/cpu/vec_lane.inl.h"
-using Vec = Lane<float>;
+#include "kernels/cpu/scalar.inl.h"
+#include "kernels/cpu/vec_math.inl.h"
+#if defined(__aarch64__)
+#include "kernels/cpu/vec_neon.inl.h"
+#endif
+#include "kernels/cpu/vec_portable.inl.h"
 void end_streams() {}
 template <class T>
-using VecOf = std::conditional_t<std::is_same_v<T, double>, Lane<double>, Vec>;
+using VecOf = Portable<std::conditional_t<std::is_same_v<T, double>, double, float>, 16>;
 #include "kernels/math.inl.h"
 #include "kernels/cpu/cross_entropy.inl.h"
 // clang-format on

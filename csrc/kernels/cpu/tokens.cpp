@@ -8,7 +8,7 @@
 namespace masked_loss::cpu {
 namespace {
 
-#include "kernels/cpu/vec_lane.inl.h"
+#include "kernels/cpu/scalar.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/token.inl.h"
 

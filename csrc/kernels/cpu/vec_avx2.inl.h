@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Vectors of 8 floats: AVX2, FMA, F16C. Included inside namespace avx2 and its target region,
-// after vec_lane.inl.h and vec_math.inl.h.
+// Vectors of 8 floats: AVX2, FMA, F16C. Included inside namespace isa_avx2 and its target region,
+// after scalar.inl.h and vec_math.inl.h.
 
 struct Vec {
   using Scalar = float;
@@ -140,5 +140,11 @@ ML_FN Vec exp(Vec x) {
 }
 
 ML_FN Vec tanh(Vec x) { return tanh_wide(x); }
+
+// For the vectors of doubles in vec_portable.inl.h.
+ML_FN Lanes<double, 32> multiply_add(Lanes<double, 32> a, Lanes<double, 32> b,
+                                     Lanes<double, 32> c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
 
 ML_FN void end_streams() { _mm_sfence(); }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Vectors of 16 floats: AVX-512 F, BW, DQ, VL. Included inside namespace avx512 and its target
-// region, after vec_lane.inl.h and vec_math.inl.h.
+// Vectors of 16 floats: AVX-512 F, BW, DQ, VL. Included inside namespace isa_avx512 and its target
+// region, after scalar.inl.h and vec_math.inl.h.
 
 struct Vec {
   using Scalar = float;
@@ -148,5 +148,11 @@ ML_FN Vec exp(Vec x) {
 }
 
 ML_FN Vec tanh(Vec x) { return tanh_wide(x); }
+
+// For the vectors of doubles in vec_portable.inl.h.
+ML_FN Lanes<double, 64> multiply_add(Lanes<double, 64> a, Lanes<double, 64> b,
+                                     Lanes<double, 64> c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
 
 ML_FN void end_streams() { _mm_sfence(); }
