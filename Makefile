@@ -19,7 +19,7 @@ formatted := $(shell find csrc tests examples tools benchmarks \
 cmake := $(or $(shell command -v cmake),$(VENV)/bin/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test lint format bench cpp-test cuda-check cuda-sanitize build clean
+.PHONY: help demo docs test lint format bench cpp-test arm-test cuda-check cuda-sanitize build clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,6 +35,20 @@ cpp-test: $(cmake) $(VENV)/bin/ninja  ## the kernels alone, under the address an
 		-DMASKED_LOSS_LIBRARY=OFF -DMASKED_LOSS_KERNEL_TESTS=ON
 	$(cmake) --build build/cpp
 	$(dir $(cmake))ctest --test-dir build/cpp --output-on-failure --no-tests=error
+
+# Address sanitizer does not run under qemu. Linked statically, the tests need no aarch64 system.
+arm := aarch64-linux-gnu-g++
+qemu := $(or $(shell command -v qemu-aarch64-static),$(shell command -v qemu-aarch64))
+arm-test: $(cmake) $(VENV)/bin/ninja  ## the kernels for aarch64, cross-compiled, under qemu
+	@if command -v $(arm) && [ -n "$(qemu)" ]; then \
+		$(cmake) -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+			-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(arm) \
+			-DCMAKE_CROSSCOMPILING_EMULATOR=$(qemu) -DCMAKE_EXE_LINKER_FLAGS=-static \
+			-DMASKED_LOSS_LIBRARY=OFF -DMASKED_LOSS_KERNEL_TESTS=ON -DMASKED_LOSS_SANITIZERS= && \
+		$(cmake) --build build/arm && \
+		$(dir $(cmake))ctest --test-dir build/arm --output-on-failure --no-tests=error; \
+	else echo "arm-test: skipped, needs $(arm) and qemu-aarch64" \
+		"(Debian: g++-aarch64-linux-gnu, qemu-user-static)"; fi
 
 lint: $(stamps)/dev  ## formatters in check mode, linters, types
 	$(VENV)/bin/ruff check .
