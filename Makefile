@@ -67,10 +67,11 @@ docs: $(stamps)/docs  ## the documentation site, in build/site
 bench: $(stamps)/bench $(library)  ## measure against PyTorch on this machine
 	$(python) benchmarks/cpu.py $(BENCH_ARGS)
 
-cuda-check: $(stamps)/torch  ## registers, spills and 128-bit accesses of the CUDA kernels
+cuda-check:  ## machine code of the CUDA kernels: registers, spills, instructions, for every release
 	@if command -v "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || command -v nvcc; then \
-		$(pip) 'nvidia-cuda-nvdisasm>=13' && $(python) tools/cuda_check.py; \
-	else echo "cuda-check: skipped, no nvcc in CUDA_HOME, /usr/local/cuda or PATH"; fi
+		$(MAKE) $(library) && $(pip) 'nvidia-cuda-nvdisasm>=13' 'pybind11>=2.12' numpy \
+		&& PYTHONPATH=. $(python) tools/cuda_check.py; \
+	else echo "cuda-check: checked nothing, no nvcc in CUDA_HOME, /usr/local/cuda or PATH"; fi
 
 # Freed memory goes back to the device: what a cache hands out again would look initialized.
 cuda-sanitize: $(stamps)/test $(library)  ## memory errors and races of the CUDA kernels, on a GPU

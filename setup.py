@@ -40,7 +40,7 @@ NVCC_FLAGS = [
     "-fmad=false",  # as on the CPU
 ]
 DEFAULT_ARCHS = "8.0 9.0+PTX"
-RELEASE_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+RELEASE_ARCHS = "7.5 8.0 8.6 8.9 9.0 10.0 10.3 12.0+PTX"
 
 # torch calls ninja by name, but a ninja from PyPI is not on PATH in `.venv/bin/python setup.py`.
 with suppress(ImportError):

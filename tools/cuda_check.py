@@ -1,170 +1,201 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checks what the CUDA compiler made of the kernels, without a GPU: `make cuda-check`.
 
-Compiles csrc/kernels/cuda/*.cu for sm_90 and fails where a kernel spills registers or uses more
-of them than its blocks leave it, or where a row kernel moves its rows by less than 16 bytes at a
-time. The
-machine code is read with nvdisasm: from the toolkit, PATH, or the package nvidia-cuda-nvdisasm.
+Compiles csrc/kernels/cuda/*.cu for every architecture that a release serves. Fails where a kernel
+uses more registers than its blocks leave it; where a row kernel moves its rows by less than 16
+bytes at a time; and where what was counted is not what cuda_budget.json says: spilled registers,
+the instructions of a row kernel's loops, and those around them for a row. The budget holds for one
+version of nvcc: another one gets the rest of the checks, and a note. After a change that is meant:
+
+    python tools/cuda_check.py --update
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import re
-import shutil
-import subprocess
+import argparse
+import json
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-ARCH = "sm_90"
-FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-cubin", f"-arch={ARCH}", "-Xptxas=-v"]
-FLAGS += [f"-I{ROOT / 'csrc'}"]
+import cuda_model
+import sass
+from sass import Instruction, Kernel
+
+BUDGET = Path(__file__).with_name("cuda_budget.json")
 
 # Registers of a multiprocessor, and the threads that a kernel's team size is planned for
 # (csrc/kernels/cuda/cross_entropy.cu): 1024, or 512 in general and for float64.
 REGISTERS = 65536
 
-
-@dataclass
-class Kernel:
-    name: str
-    registers: int
-    spilled: int
-    sass: str = ""
-
-    @property
-    def is_row_kernel(self) -> bool:
-        return "rows_kernel" in self.name
-
-    @property
-    def is_plain(self) -> bool:
-        return "false" in self.name and "double" not in self.name
-
-    @property
-    def allowed_registers(self) -> int:
-        if not self.is_row_kernel:
-            return 64
-        return REGISTERS // (1024 if self.is_plain else 512)
-
-    def wide_accesses(self, instruction: str) -> int:
-        """LDG or STG instructions that move 16 bytes."""
-        return len(re.findall(rf"\b{instruction}\.E(?:\.\w+)*\.128\b", self.sass))
-
-    def loops(self) -> list[list[str]]:
-        """The innermost loops: the lines between a label and a jump back to it."""
-        lines = self.sass.splitlines()
-        labels: dict[str, int] = {}
-        found: list[tuple[int, int]] = []
-        for i, line in enumerate(lines):
-            if label := re.match(r"(\.L_x_\d+):", line):
-                labels[label[1]] = i
-            elif (jump := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
-                found.append((labels[jump[1]], i))
-        return [
-            lines[begin:end]
-            for begin, end in found
-            if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in found)
-        ]
-
-    def narrow_loads(self) -> int:
-        """Loads of less than 16 bytes in loops over pieces of 16 bytes."""
-        loads = [[line for line in loop if re.search(r"\bLDG\b", line)] for loop in self.loops()]
-        return sum(
-            ".128" not in line for loop in loads if any(".128" in x for x in loop) for line in loop
-        )
-
-    def complaints(self) -> list[str]:
-        found = []
-        if self.spilled:
-            found.append(f"spills {self.spilled} bytes")
-        if self.registers > self.allowed_registers:
-            found.append(f"uses {self.registers} registers, expected <= {self.allowed_registers}")
-        if self.is_row_kernel:
-            if not self.wide_accesses("LDG"):
-                found.append("has no 16-byte load")
-            if not self.wide_accesses("STG"):
-                found.append("has no 16-byte store")
-            if re.search(r"\b(LDL|STL)\b", self.sass):
-                found.append("reads or writes local memory")
-            if self.is_plain and self.narrow_loads():  # others read class weights there
-                found.append(f"has {self.narrow_loads()} narrow loads in loops over whole pieces")
-        return found
+# Rows whose instructions are counted: every team of warps, forward and fused.
+ROWS = [
+    cuda_model.Problem(8192, classes, dtype, fused)
+    for dtype in ("bfloat16", "float32")
+    for classes in (1024, 4096, 32768)
+    for fused in (False, True)
+]
 
 
-def nvcc() -> str:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    found = shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
-    if found is None:
-        raise SystemExit("cuda_check: no nvcc in $CUDA_HOME/bin, /usr/local/cuda/bin or PATH")
+def is_row_kernel(kernel: Kernel) -> bool:
+    return kernel.name.startswith("rows_kernel")
+
+
+def is_plain(kernel: Kernel) -> bool:
+    return "false" in kernel.name and "double" not in kernel.name
+
+
+def allowed_registers(kernel: Kernel) -> int:
+    if not is_row_kernel(kernel):
+        return 64
+    return REGISTERS // (1024 if is_plain(kernel) else 512)
+
+
+def wide(code: list[Instruction], base: str) -> int:
+    """Loads or stores of 16 bytes."""
+    return sum(i.moves(base, "128") for i in code)
+
+
+def accesses_of_local_memory(code: list[Instruction]) -> int:
+    return sum(i.base in ("LDL", "STL") for i in code)
+
+
+def narrow_loads(kernel: Kernel) -> int:
+    """Loads of less than 16 bytes in loops over pieces of 16 bytes."""
+    loops = [[i for i in loop if i.base == "LDG"] for loop in kernel.loops()]
+    return sum(not i.moves("LDG", "128") for loop in loops if wide(loop, "LDG") for i in loop)
+
+
+def complaints(kernel: Kernel) -> list[str]:
+    found = []
+    if kernel.registers > (most := allowed_registers(kernel)):
+        found.append(f"uses {kernel.registers} registers, expected <= {most}")
+    if is_row_kernel(kernel):
+        if not wide(kernel.code, "LDG"):
+            found.append("has no 16-byte load")
+        if not wide(kernel.code, "STG"):
+            found.append("has no 16-byte store")
+        if not kernel.spilled and (local := accesses_of_local_memory(kernel.code)):
+            found.append(f"has {local} accesses of local memory")
+        if is_plain(kernel) and (narrow := narrow_loads(kernel)):  # others read class weights there
+            found.append(f"has {narrow} narrow loads in loops over whole pieces")
     return found
 
 
-def nvdisasm() -> str:
-    for name in (str(Path(nvcc()).parent / "nvdisasm"), "nvdisasm"):
-        if found := shutil.which(name):
-            return found
-    try:
-        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
-    except importlib.metadata.PackageNotFoundError:
-        raise SystemExit("cuda_check: no nvdisasm; pip install nvidia-cuda-nvdisasm") from None
-    return next(str(file.locate()) for file in files if file.name == "nvdisasm")
+# The budget
 
 
-def demangled(name: str) -> str:
-    """rows_kernel<float, false, 16>: as much of a kernel's name as tells it from the others."""
-    plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    plain = re.sub(r"\(anonymous namespace\)::|masked_loss::|cuda::|^void ", "", plain.strip())
-    plain = plain.replace("(bool)0", "false").replace("(bool)1", "true")
-    return re.sub(r"\((bool|int)\)", "", plain).split("(")[0]
+def loop_counts(kernel: Kernel) -> list[str]:
+    """The loops over a row: what an iteration costs a warp."""
+    found = []
+    for loop in kernel.loops():
+        bases = Counter(i.base for i in loop)
+        loads, stores = wide(loop, "LDG"), wide(loop, "STG")
+        if loads or stores:
+            found.append(
+                f"{len(loop)} instructions, {bases['MUFU']} MUFU, {loads} LDG.128, {stores} STG.128"
+            )
+    return found
 
 
-def kernels_of(source: Path, folder: Path, disassembler: str) -> list[Kernel]:
-    cubin = folder / f"{source.stem}.cubin"
-    command = [nvcc(), *FLAGS, str(source), "-o", str(cubin)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise SystemExit(f"cuda_check: nvcc failed\n{result.stderr}")
-    report = re.compile(
-        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers",
-        re.DOTALL,
-    )
-    kernels = {
-        name: Kernel(demangled(name), int(registers), int(stores) + int(loads))
-        for name, stores, loads, registers in report.findall(result.stderr)
+def row_counts(problem: cuda_model.Problem, kernels: dict[str, Kernel]) -> dict[str, Any]:
+    """What a row takes of the block's first warp and of its last: in its loops, and around them."""
+    launch, _ = cuda_model.rows_launch(problem)
+    kernel = kernels[launch.kernel]
+    looping = {id(i) for loop in kernel.loops() if wide(loop, "LDG") for i in loop}
+    warps = cuda_model.warps_of(kernel, launch)
+    counts: dict[str, Any] = {"kernel": launch.kernel, "registers": kernel.registers}
+    for name, steps in (("first warp", warps[0]), ("last warp", warps[-1])):
+        inside = sum(id(step.instruction) in looping for step in steps)
+        counts[name] = {"in loops": inside, "around them": len(steps) - inside}
+    return counts
+
+
+def spills(kernels: list[Kernel]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {kernel.arch: {} for kernel in kernels}
+    for kernel in kernels:
+        if kernel.spilled:
+            inner = accesses_of_local_memory([i for loop in kernel.loops() for i in loop])
+            text = f"{kernel.spilled} bytes, {inner} accesses in loops"
+            found[kernel.arch][kernel.name] = text
+    return found
+
+
+def counted(kernels: list[Kernel]) -> dict[str, Any]:
+    by_name = {kernel.name: kernel for kernel in kernels if kernel.arch == cuda_model.ARCH}
+    plain = [k for k in by_name.values() if is_row_kernel(k) and is_plain(k)]
+    return {
+        "nvcc": sass.nvcc_version(),
+        "spills": spills(kernels),
+        "architecture": cuda_model.ARCH,
+        "loops": {kernel.name: loop_counts(kernel) for kernel in plain},
+        "rows": {
+            f"{p.classes} {p.dtype} {'fused' if p.fused else 'forward'}": row_counts(p, by_name)
+            for p in ROWS
+        },
     }
-    if kernels:
-        text = subprocess.run(
-            [disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
-        functions = re.compile(
-            r"^\.text\.(\w+):\n(.*?)(?=^\t\.section|\Z)", re.DOTALL | re.MULTILINE
-        )
-        for name, sass in functions.findall(text):
-            kernels[name].sass = sass
-    return list(kernels.values())
+
+
+def differences(budget: Any, found: Any, where: str = "") -> list[str]:
+    if isinstance(budget, dict) and isinstance(found, dict):
+        return [
+            line
+            for key in dict.fromkeys([*budget, *found])
+            for line in differences(budget.get(key), found.get(key), f"{where}{key}: ")
+        ]
+    return [] if budget == found else [f"{where}{found}, in the budget {budget}"]
+
+
+def release_archs() -> list[str]:
+    """As setup.py has them; importing it would build."""
+    text = (sass.ROOT / "setup.py").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("RELEASE_ARCHS"))
+    numbers = line.split('"')[1].replace("+PTX", "").split()
+    return ["sm_" + number.replace(".", "") for number in numbers]
 
 
 def main() -> int:
-    disassembler = nvdisasm()
-    sources = sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
-        folder = Path(name)
-        found = list(pool.map(lambda source: kernels_of(source, folder, disassembler), sources))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write what is counted as the budget")
+    parser.add_argument("--arch", action="append", help="only these, such as sm_90")
+    arguments = parser.parse_args()
+    if sass.nvcc() is None:
+        print("cuda_check: checked nothing: no nvcc in $CUDA_HOME, /usr/local/cuda or PATH")
+        return 0
+    archs = arguments.arch or release_archs()
+    kernels = sass.kernels(*archs)
     failures = 0
-    print(f"{'kernel':44} {'registers':>9} {'spilled':>8} {'LDG.128':>8} {'STG.128':>8}")
-    for kernel in sorted((k for ks in found for k in ks), key=lambda k: k.name):
-        loads, stores = kernel.wide_accesses("LDG"), kernel.wide_accesses("STG")
-        print(f"{kernel.name[:44]:44} {kernel.registers:9} {kernel.spilled:8} {loads:8} {stores:8}")
-        for complaint in kernel.complaints():
+    print(
+        f"{'kernel':40} {'architecture':>12} {'registers':>9} {'spilled':>8} {'instructions':>12}"
+    )
+    for kernel in kernels:
+        found = complaints(kernel)
+        if found or kernel.arch == cuda_model.ARCH:
+            print(
+                f"{kernel.name[:40]:40} {kernel.arch:>12} {kernel.registers:12} "
+                f"{kernel.spilled:12} {len(kernel.code):12}"
+            )
+        for complaint in found:
             failures += 1
             print(f"  FAILED: {complaint}")
-    print(f"cuda_check: {'failed' if failures else 'passed'} for {ARCH}")
+    if cuda_model.ARCH in archs:
+        now = counted(kernels)
+        budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+        if arguments.update:
+            BUDGET.write_text(json.dumps(now, indent=1) + "\n")
+            print(f"cuda_check: {BUDGET.name} written")
+        elif budget.get("nvcc") != now["nvcc"]:
+            print(
+                f"cuda_check: the budget is nvcc {budget.get('nvcc')}'s, here is {now['nvcc']}: "
+                "instructions not compared"
+            )
+        else:
+            budget["spills"] = {arch: budget["spills"].get(arch) for arch in archs}
+            for line in differences(budget, now):
+                failures += 1
+                print(f"  FAILED: {line}")
+    print(f"cuda_check: {'failed' if failures else 'passed'} for {', '.join(archs)}")
     return 1 if failures else 0
 
 

@@ -7,7 +7,6 @@ docs/cuda.md for what an emulator can and cannot tell.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -22,18 +21,11 @@ import pytest
 import torch
 from accuracy import Results, assert_as_accurate_as_eager, run
 from cuda_emulator.build import NAMESPACE, ROOT, build
+from cuda_emulator.operators import emulated, load
 from samples import CASES, FEW_CASES, REDUCE_CASES, REDUCTIONS, Case, Sample
 from torch import Tensor
 
-from masked_loss import (
-    _linear,
-    _linear_chunks,
-    _ops,
-    cross_entropy,
-    masked_cross_entropy,
-    masked_reduce,
-    reference,
-)
+from masked_loss import cross_entropy, masked_cross_entropy, masked_reduce, reference
 
 EVERYTHING: dict[str, Any] = {
     "label_smoothing": 0.1,
@@ -41,15 +33,6 @@ EVERYTHING: dict[str, Any] = {
     "softcap": 5.0,
     "class_weight": True,
 }
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
@@ -75,18 +58,10 @@ def configure(module: ModuleType) -> Iterator[Configure]:
     set_to()
 
 
-class EmulatedOperators:
-    """The emulator's operators; those that are written in Python, and call others, as they are."""
-
-    def __getattr__(self, name: str) -> Any:
-        emulated = getattr(torch.ops, NAMESPACE)
-        return getattr(emulated if hasattr(emulated, name) else torch.ops.masked_loss, name)
-
-
 @pytest.fixture(autouse=True)
-def emulated(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_ops, _linear, _linear_chunks):
-        monkeypatch.setattr(module, "ops", EmulatedOperators())
+def emulator(configure: Configure) -> Iterator[None]:
+    with emulated():
+        yield
 
 
 def same_bits(a: Results, b: Results, what: str) -> None:

@@ -16,6 +16,8 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <string>
+#include <vector>
 
 #define __host__
 #define __device__
@@ -44,9 +46,31 @@ struct Settings {
   int shared_per_block = 227 << 10;  // bytes, at most
   int l2_bytes = 50 << 20;
   int64_t max_blocks = 1 << 30;  // a larger grid is cut: kernels must loop over the rest
+  bool record = false;           // launches are noted, not run
 };
 extern Settings settings;
 extern int64_t launches;
+
+// What a driver would get to see of a launch.
+struct Launch {
+  const void* kernel;
+  unsigned grid, block;
+  size_t shared;
+  std::string parameters;  // their bytes, as they lie in a kernel's constant bank
+};
+extern std::vector<Launch> recorded;
+
+template <class T>
+void append_parameter(std::string* bytes, const T& value) {
+  bytes->resize((bytes->size() + alignof(T) - 1) / alignof(T) * alignof(T));
+  bytes->append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+template <class... Params>
+std::string parameter_bytes(const Params&... params) {
+  std::string bytes;
+  (append_parameter(&bytes, params), ...);
+  return bytes;
+}
 
 // Stands for what a kernel declares: here nobody knows.
 constexpr int kStaticShared = 512;
@@ -166,6 +190,12 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                const Args&... args) {
+  if (::emulator::settings.record) {
+    ::emulator::recorded.push_back({reinterpret_cast<const void*>(kernel), config->gridDim.x,
+                                    config->blockDim.x, config->dynamicSmemBytes,
+                                    ::emulator::parameter_bytes<Params...>(args...)});
+    return cudaSuccess;
+  }
   ::emulator::run(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
                   config->dynamicSmemBytes, [&] { kernel(args...); });
   return cudaSuccess;

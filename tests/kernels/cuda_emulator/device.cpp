@@ -6,6 +6,7 @@
 // in the namespace masked_loss_emulated, whose kernels are those of csrc/kernels/cuda on the
 // emulator.
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include "kernels/cpu/backend.h"
@@ -55,9 +56,24 @@ PYBIND11_MODULE(emulated_cuda, m) {
       .def_readwrite("multiprocessors", &Settings::multiprocessors)
       .def_readwrite("shared_per_block", &Settings::shared_per_block)
       .def_readwrite("l2_bytes", &Settings::l2_bytes)
-      .def_readwrite("max_blocks", &Settings::max_blocks);
+      .def_readwrite("max_blocks", &Settings::max_blocks)
+      .def_readwrite("record", &Settings::record);
   m.def("configure", [](const Settings& settings) { emulator::settings = settings; });
   m.def("launches", [] { return emulator::launches; });
+  // (where the kernel begins in this file, grid, block, shared memory, parameters) of each launch
+  // since the last call
+  m.def("recorded", [] {
+    pybind11::list found;
+    for (const emulator::Launch& launch : emulator::recorded) {
+      Dl_info info{};
+      dladdr(launch.kernel, &info);
+      found.append(pybind11::make_tuple(
+          static_cast<const char*>(launch.kernel) - static_cast<const char*>(info.dli_fbase),
+          launch.grid, launch.block, launch.shared, pybind11::bytes(launch.parameters)));
+    }
+    emulator::recorded.clear();
+    return found;
+  });
   m.def("parts_of_a_row", [](int64_t rows, int64_t cols) {
     masked_loss::CrossEntropyArgs args{};
     args.dtype = masked_loss::DType::kBFloat16;

@@ -34,6 +34,7 @@ namespace emulator {
 
 Settings settings;
 int64_t launches = 0;
+std::vector<Launch> recorded;
 
 namespace {
 

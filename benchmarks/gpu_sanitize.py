@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every kernel once, on one small problem, for compute-sanitizer; also on the CPU: `... cpu`.
+
+No reference, no pytest: a tool that makes a kernel a hundred times slower gets through in seconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import Any
+
+import torch
+
+from masked_loss import linear_cross_entropy, masked_cross_entropy, masked_reduce
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Every team of warps; rows in parts; rows that begin anywhere.
+CLASSES = (37, 1000, 3001, 20_001, 40_000)
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 10.0},
+)
+MASK = [1.0, 0.0, 2.0, 1.0, 0.5]
+
+
+def rows(device: str, dtype: torch.dtype, classes: int, options: dict[str, Any]) -> None:
+    tokens = len(MASK)
+    target = torch.randint(classes, (tokens,), device=device)
+    mask = torch.tensor(MASK, device=device, requires_grad=True)
+    for first in (0, 1):  # at the beginning of 16 bytes, and not
+        wide = torch.randn(tokens, classes + 7, device=device, dtype=dtype)
+        logits = wide[:, first : first + classes].requires_grad_()
+        loss, _ = masked_cross_entropy(logits, target, mask, return_stats=True, **options)
+        (3 * loss).backward()  # a gradient of 1 was computed already: rescaled
+        masked_cross_entropy(logits, target, reduction="none", **options).sum().backward()
+    logits = torch.randn(tokens, classes, device=device, dtype=dtype, requires_grad=True)
+    masked_cross_entropy(logits * 1, target, inplace_backward=True, **options).backward()
+
+
+def tokens_alone(device: str) -> None:
+    for shape in ((5000,), (3, 2049), (300, 2)):  # in pieces, in groups of pieces, many groups
+        values = torch.randn(shape, device=device, requires_grad=True)
+        masked_reduce(values, reduction="sequence_mean").backward()
+
+
+def linear(device: str) -> None:
+    hidden = torch.randn(64, 32, device=device, requires_grad=True)
+    weight = torch.randn(5000, 32, device=device, requires_grad=True)
+    target = torch.randint(5000, (64,), device=device)
+    linear_cross_entropy(hidden, weight, target, chunk_tokens=24).backward()
+
+
+def main(device: str = "cuda") -> None:
+    torch.manual_seed(0)
+    for case in itertools.product(DTYPES, CLASSES, OPTIONS):
+        rows(device, *case)
+    tokens_alone(device)
+    linear(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# A first look at a GPU, in two calls of less than ten minutes, on a machine without a network:
+#
+#   bash benchmarks/gpu_session.sh correct     # checks, tests, operator table, compute-sanitizer
+#   bash benchmarks/gpu_session.sh fast        # times beside the peers', hardware counters
+#
+# In the root of a checkout. Needs python3 with torch (2.10 or newer, with CUDA), triton and pytest,
+# and brings along what is not there: masked_loss/_C.so (else it is built, which needs nvcc), and
+# the peers' wheels in .whl/ (liger_kernel, cut_cross_entropy). docs/cuda.md says how to get them.
+# Logs and results go to $OUT, or benchmarks/results. A step that fails ends nothing but itself.
+# With MASKED_LOSS_SESSION_DEVICE=cpu it walks through everything that needs no GPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+case "${1:-}" in correct | fast) ;; *) echo "usage: $0 correct|fast" >&2; exit 2 ;; esac
+out=${OUT:-benchmarks/results}
+mkdir -p "$out"
+device=${MASKED_LOSS_SESSION_DEVICE:-cuda}
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+export PYTHONPATH=$PWD:$PWD/lint:$site PYTHONUNBUFFERED=1
+failed=()
+
+step() {  # step NAME SECONDS COMMAND...
+  local name=$1 seconds=$2 status
+  shift 2
+  echo "== $(date +%T) $name"
+  timeout "$seconds" "$@"
+  status=$?
+  [ "$status" = 124 ] && echo "== $name: not done after $seconds s"
+  [ "$status" = 0 ] || failed+=("$name ($status)")
+}
+
+with_gpu() { [ "$device" = cuda ]; }
+
+tests() {  # tests SECONDS ARGUMENTS...: an older pytest will do, and fewer plugins
+  local name=$1 seconds=$2
+  shift 2
+  local workers=()
+  python3 -c 'import xdist' 2>/dev/null && workers=(-n 8)
+  step "$name" "$seconds" python3 -m pytest -q -p no:cacheprovider -o minversion=1 \
+    "${workers[@]}" "$@"
+}
+
+machine() {
+  with_gpu && nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
+  python3 -c 'import sys, torch, pytest; print(sys.version.split()[0], "torch", torch.__version__,
+      "CUDA", torch.version.cuda, "pytest", pytest.__version__)'
+}
+
+library() {
+  if ls .whl/*.whl >/dev/null 2>&1; then
+    python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" .whl/*.whl ||
+      echo "the wheels in .whl do not install here; without those peers"
+  fi
+  python3 -c 'import masked_loss' && return
+  local cuda=1
+  with_gpu || cuda=0
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} MASKED_LOSS_CUDA=$cuda \
+    python3 setup.py -q build_ext --inplace && python3 -c 'import masked_loss'
+}
+
+correct() {
+  if with_gpu; then
+    step checks 60 python3 benchmarks/gpu.py --check-only
+  else
+    step checks 60 python3 -c 'import sys; sys.path.append("benchmarks"); import gpu_check
+found = gpu_check.check("cpu", tokens=16); print(*found, sep="\n"); sys.exit(bool(found))'
+  fi
+  tests "streams, graphs, waits, asserts" 100 -m cuda tests/kernels/test_cuda.py \
+    tests/losses/test_linear.py
+  tests "operator table" 150 --maxfail=60 -k "$device" tests/losses/test_cross_entropy.py \
+    tests/losses/test_masked_reduce.py tests/losses/test_semantics.py
+  for tool in memcheck racecheck synccheck initcheck; do
+    # Freed memory goes back to the device: what a cache hands out again would look initialized.
+    if with_gpu && command -v compute-sanitizer >/dev/null; then
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 compute-sanitizer --tool "$tool" \
+        --error-exitcode 9 python3 benchmarks/gpu_sanitize.py
+    elif [ "$tool" = memcheck ]; then
+      echo "== no compute-sanitizer here; the kernels run without it"
+      step "every kernel" 60 python3 benchmarks/gpu_sanitize.py "$device"
+    fi
+  done
+}
+
+fast() {
+  if ! with_gpu; then
+    step shapes 60 python3 benchmarks/gpu_shapes.py cpu
+    return
+  fi
+  step benchmark 400 python3 benchmarks/gpu.py --minutes 5
+  cp -f benchmarks/results/gpu.* "$out"/ 2>/dev/null
+  if command -v ncu >/dev/null; then
+    step counters 120 ncu --clock-control none -k regex:rows_kernel --section SpeedOfLight \
+      --section Occupancy --section SchedulerStats --section WarpStateStats --csv \
+      --log-file "$out/ncu.csv" python3 benchmarks/gpu_shapes.py
+  fi
+}
+
+{
+  echo "== $(date +%T) machine"
+  machine
+  echo "== $(date +%T) library"
+  if library; then
+    "$1"
+  else
+    failed+=(library)
+  fi
+  echo "== $(date +%T) done"
+  [ ${#failed[@]} = 0 ] || printf 'FAILED: %s\n' "${failed[@]}"
+  exit ${#failed[@]}
+} 2>&1 | tee "$out/$1.log"

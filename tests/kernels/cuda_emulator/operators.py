@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The public functions on the emulated device: ``load(build())``, then ``with emulated(): ...``"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+from masked_loss import _linear, _linear_chunks, _ops
+
+from .build import NAMESPACE
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class EmulatedOperators:
+    """The emulator's operators; those that are written in Python, and call others, as they are."""
+
+    def __getattr__(self, name: str) -> Any:
+        emulated = getattr(torch.ops, NAMESPACE)
+        return getattr(emulated if hasattr(emulated, name) else torch.ops.masked_loss, name)
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Below the public functions: the operators of the emulator, whose module must be loaded."""
+    with ExitStack() as stack:
+        for module in (_ops, _linear, _linear_chunks):
+            stack.enter_context(mock.patch.object(module, "ops", EmulatedOperators()))
+        yield

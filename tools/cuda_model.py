@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Predicts the row kernels' speed from their machine code, without a GPU: a table.
+
+    python tools/cuda_model.py                     # the table of docs/cuda.md, a few minutes
+    python tools/cuda_model.py --rows 8192 --classes 32000 --dtype bfloat16
+
+For each shape the host code itself says what it would launch (the emulator records it), the machine
+code of that kernel says what each warp issues (cuda_trace.py), and cuda_model.cpp replays that on a
+few multiprocessors that share their part of the memory. No GPU has confirmed it: its ratios deserve
+more trust than its levels. One launch of the row kernel is looked at, not the call around it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sass
+import torch
+from cuda_trace import Step, Warp
+from sass_lane import Launch
+
+ROOT = sass.ROOT
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
+
+ARCH = "sm_90"
+REGISTERS, WARPS, SHARED = 65536, 64, 228 << 10  # of a multiprocessor
+CLOCK, MULTIPROCESSORS = 1.98e9, 132
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    peak: float  # bytes a second, of its data sheet
+    read: float  # bytes a clock for each multiprocessor that reading and copying are taken to reach
+    copy: float
+
+
+GPUS = [Gpu("H100", 3.35e12, 11.9, 11.5), Gpu("H200", 4.8e12, 17.0, 16.5)]
+SHAPES = [(32768, 256), (32768, 4096), (8192, 6400), (32768, 32000), (8192, 50257)]
+SHAPES += [(8192, 128256), (16384, 131072)]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SIMULATED = 4  # multiprocessors
+
+
+# What is launched
+
+
+@functools.cache
+def emulator() -> Any:
+    from cuda_emulator.build import build
+    from cuda_emulator.operators import load
+
+    return load(build())
+
+
+@functools.cache
+def names() -> dict[int, str]:
+    """The kernels of the emulator's file by where they begin in it."""
+    table = subprocess.run(["nm", emulator().__file__], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in table.stdout.splitlines()]
+    found = [line for line in lines if len(line) == 3 and line[1] in "tTwW"]
+    plain = sass.demangled(line[2] for line in found)
+    return {int(line[0], 16): name for line, name in zip(found, plain, strict=True)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    rows: int
+    classes: int
+    dtype: str
+    fused: bool  # the gradient too
+
+    @property
+    def bytes(self) -> int:
+        size = 4 if self.dtype == "float32" else 2
+        return self.rows * self.classes * size * (2 if self.fused else 1)
+
+
+def launches(problem: Problem) -> tuple[list[Launch], range]:
+    """Every launch of a masked mean, and where its logits lie. Memory is asked for, not touched."""
+    from cuda_emulator.operators import emulated
+
+    from masked_loss import masked_cross_entropy
+
+    settings = emulator().Settings()
+    settings.record, settings.multiprocessors = True, MULTIPROCESSORS
+    emulator().configure(settings)
+    emulator().recorded()
+    logits = torch.empty(problem.rows, problem.classes, dtype=DTYPES[problem.dtype])
+    target = torch.empty(problem.rows, dtype=torch.int64)
+    with emulated():
+        masked_cross_entropy(logits.requires_grad_(problem.fused), target)
+    emulator().configure(emulator().Settings())
+    found = [Launch(names()[at], *rest) for at, *rest in emulator().recorded()]
+    return found, range(logits.data_ptr(), logits.data_ptr() + logits.nbytes)
+
+
+def rows_launch(problem: Problem) -> tuple[Launch, range]:
+    """The row kernel's, and where the logits lie."""
+    found, logits = launches(problem)
+    rows = [launch for launch in found if launch.kernel.startswith("rows_kernel")]
+    if len(rows) != 1:
+        raise SystemExit(f"cuda_model: {problem} takes {len(rows)} launches of the row kernel")
+    return rows[0], logits
+
+
+# What its warps issue
+
+
+def unit_and_level(step: Step, logits: range, seen: set[int]) -> tuple[str, str, int]:
+    """The unit that a step keeps busy, where its memory is, and how many bytes a warp moves."""
+    i = step.instruction
+    if not step.taken:
+        return "none", "nowhere", 0
+    parts = i.opcode.split(".")
+    if i.base in ("LDG", "STG"):
+        wide = "128" in parts
+        size = 512 if wide else 32
+        line = (step.address or 0) // 128
+        ours = step.address is not None and step.address in logits
+        first = line not in seen
+        seen.add(line)
+        if i.base == "STG":
+            return "store", "dram" if wide else "l2", size
+        return "load", "dram" if ours and first else "l1" if not first and not ours else "l2", size
+    if i.base in ("LDS", "STS"):
+        size = 512 if "128" in parts else 128
+        return "load" if i.base == "LDS" else "store", "shared", size
+    if i.base in ("FADD", "FMUL", "FFMA", "HADD2", "HFMA2", "HMUL2") or "MOV" in parts:
+        return "fma" if i.base != "MOV" else "alu", "nowhere", 0
+    units = {"IMAD": "heavy", "MUFU": "mufu", "BAR": "barrier", "SHFL": "shuffle"}
+    units |= dict.fromkeys(["F2F", "I2F", "F2I", "FCHK", "FRND"], "mufu")
+    units |= dict.fromkeys(["DADD", "DMUL", "DFMA", "DSETP"], "fp64")
+    units |= dict.fromkeys(["S2R", "S2UR", "LDC"], "special")
+    branches = ("BRA", "BSSY", "BSYNC", "EXIT", "CALL", "RET", "WARPSYNC", "NOP", "BREAK")
+    if i.base in branches or i.base[0] == "U" or i.base == "R2UR":
+        return "none", "nowhere", 0
+    return units.get(i.base, "alu"), "nowhere", 0
+
+
+UNITS = ["none", "alu", "fma", "heavy", "mufu", "fp64", "load", "store", "barrier", "shuffle"]
+UNITS += ["special"]
+LEVELS = ["nowhere", "shared", "l1", "l2", "dram"]
+
+
+def made_up(address: int, size: int) -> int:
+    """What loads find: a weight or a gradient of 1, a logit of 0, the target 0."""
+    return {16: 0, 8: 0, 4: 0x3F800000, 2: 0, 1: 1}[size]
+
+
+def warps_of(kernel: sass.Kernel, launch: Launch) -> list[list[Step]]:
+    shared: dict[int, int | None] = {}
+    return [
+        Warp(kernel, launch, warp, 0, made_up, shared).run() for warp in range(launch.block // 32)
+    ]
+
+
+def trace_text(steps: list[Step], logits: range, seen: set[int]) -> str:
+    lines = ["T"]
+    for step in steps:
+        unit, level, size = unit_and_level(step, logits, seen)
+        i = step.instruction
+        sets, reads = (i.sets, i.reads) if step.taken else (-1, -1)
+        numbers = i.stall, i.waits, sets, reads, UNITS.index(unit), LEVELS.index(level), size
+        lines.append(" ".join(map(str, numbers)))
+    return "\n".join(lines)
+
+
+def resident(kernel: sass.Kernel, launch: Launch) -> int:
+    """Blocks that a multiprocessor holds at a time."""
+    warps = launch.block // 32
+    registers = -(-kernel.registers // 8) * 8 * 32  # of a warp, as they are given out
+    shared = -(-(launch.shared + kernel.shared + 1024) // 128) * 128
+    return min(WARPS // warps, 32, REGISTERS // registers // warps, SHARED // shared)
+
+
+# How long it takes
+
+
+@functools.cache
+def simulator() -> Path:
+    source = Path(__file__).with_suffix(".cpp")
+    program = ROOT / "build" / "cuda_model"
+    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+        program.parent.mkdir(exist_ok=True)
+        command = ["c++", "-O2", "-std=c++17", str(source), "-o", str(program)]
+        subprocess.run(command, check=True)
+    return program
+
+
+@functools.cache
+def code() -> dict[str, sass.Kernel]:
+    return {kernel.name: kernel for kernel in sass.kernels(ARCH)}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    kernel: str
+    issued: int  # instructions of a block
+    seconds: dict[str, float]  # of the row kernel, by GPU
+    slots: dict[str, float]  # share of the issue slots that were used
+
+
+def predict(problem: Problem, launch: Launch, logits: range) -> Prediction:
+    kernel = code()[launch.kernel]
+    seen: set[int] = set()
+    warps = warps_of(kernel, launch)
+    text = "\n".join(trace_text(steps, logits, seen) for steps in warps)
+    blocks = resident(kernel, launch)
+    seconds, slots = {}, {}
+    for gpu in GPUS:
+        lines = [f"P bytes {gpu.copy if problem.fused else gpu.read}", text]
+        lines += [f"P multiprocessors {SIMULATED}", "B " + " ".join(map(str, range(len(warps))))]
+        lines += [f"R {blocks * SIMULATED * 8} {blocks}", ""]
+        result = subprocess.run(
+            [str(simulator())], input="\n".join(lines), capture_output=True, text=True, check=True
+        )
+        clocks, slots[gpu.name] = map(float, result.stdout.split())
+        # The last wave is left out, as if there were many.
+        seconds[gpu.name] = clocks * launch.grid / MULTIPROCESSORS / CLOCK
+    return Prediction(launch.kernel, sum(map(len, warps)), seconds, slots)
+
+
+def cell(problem: Problem, prediction: Prediction) -> str:
+    shares = []
+    for gpu in GPUS:
+        rate = problem.bytes / prediction.seconds[gpu.name]
+        shares.append(f"{rate / 1e12:.2f} ({rate / gpu.peak:.0%})")
+    return " / ".join(shares)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--classes", type=int)
+    parser.add_argument("--dtype", choices=DTYPES, action="append")
+    arguments = parser.parse_args()
+    if sass.nvcc() is None:
+        print("cuda_model: predicted nothing: no nvcc in $CUDA_HOME, /usr/local/cuda or PATH")
+        return 0
+    shapes = SHAPES
+    if arguments.classes:
+        shapes = [(arguments.rows or 8192, arguments.classes)]
+    dtypes = arguments.dtype or ["bfloat16", "float32"]
+    cases = [
+        Problem(rows, classes, dtype, fused)
+        for (rows, classes), dtype, fused in itertools.product(shapes, dtypes, (False, True))
+    ]
+    code(), simulator()
+    launched = [rows_launch(problem) for problem in cases]
+    with ThreadPoolExecutor(2) as pool:
+        predicted = pool.map(
+            lambda case: predict(case[0], *case[1]), zip(cases, launched, strict=True)
+        )
+        found = dict(zip(cases, predicted, strict=True))
+    print(f"TB/s of the row kernel, and the share of {GPUS[0].name}'s and {GPUS[1].name}'s peak")
+    header = [f"{dtype} {what}" for dtype in dtypes for what in ("forward", "fused")]
+    print("| N x V | " + " | ".join(header) + " |")
+    print("| --- |" + " --- |" * len(header))
+    for rows, classes in shapes:
+        cells = []
+        for dtype, fused in itertools.product(dtypes, (False, True)):
+            problem = Problem(rows, classes, dtype, fused)
+            cells.append(cell(problem, found[problem]))
+        print(f"| {rows} x {classes} | " + " | ".join(cells) + " |")
+    if len(shapes) == 1:
+        for problem, p in found.items():
+            slots = ", ".join(f"{name} {share:.0%}" for name, share in p.slots.items())
+            what = "fused" if problem.fused else "forward"
+            print(f"{what}: {p.kernel}, {p.issued} instructions a block; issue slots: {slots}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
