@@ -74,12 +74,11 @@ cuda-check:  ## machine code of the CUDA kernels: registers, spills, instruction
 	else echo "cuda-check: checked nothing, no nvcc in CUDA_HOME, /usr/local/cuda or PATH"; fi
 
 # Freed memory goes back to the device: what a cache hands out again would look initialized.
-cuda-sanitize: $(stamps)/test $(library)  ## memory errors and races of the CUDA kernels, on a GPU
-	@if command -v compute-sanitizer; then for tool in memcheck racecheck initcheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-		$(python) -m pytest -q tests/losses/test_cross_entropy.py tests/losses/test_masked_reduce.py \
-		-k 'cuda and (1000-odd or 40000-odd or everything-odd or mask_bool)' || exit 1; done; \
-	else echo "cuda-sanitize: skipped, no compute-sanitizer in PATH"; fi
+cuda-sanitize: $(library)  ## memory errors and races of the CUDA kernels, on a GPU
+	@if command -v compute-sanitizer; then for tool in memcheck racecheck synccheck initcheck; do \
+		PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+		--error-exitcode 1 $(python) benchmarks/gpu_sanitize.py || exit 1; done; \
+	else echo "cuda-sanitize: checked nothing, no compute-sanitizer in PATH"; fi
 
 build: $(library)  ## compile the operators into $(library)
 

@@ -54,6 +54,8 @@ def assert_as_accurate_as_eager(
     case: Case,
     dtype: torch.dtype,
     device: str = "cpu",
+    *,
+    roundings: float = 1,
     **more: Any,
 ) -> None:
     """|ours - truth| <= |eager - truth| + one rounding, for every result, at its worst element.
@@ -73,7 +75,8 @@ def assert_as_accurate_as_eager(
         truth = run(eager, case.sample(dtype, device, draw=draw).double(), **more)
         assert ours.keys() == truth.keys()
         for name in truth:
-            errors = compare(ours[name], baseline[name], truth[name], dtype, f"{case}: {name}")
+            results = (ours[name], baseline[name], truth[name])
+            errors = compare(*results, dtype, f"{case}: {name}", roundings)
             worst[name] = Errors(*map(max, zip(errors, worst.get(name, errors), strict=True)))
         failed = {name: e for name, e in worst.items() if not e.ours <= e.eager + e.rounding}
         if not failed:
@@ -81,7 +84,7 @@ def assert_as_accurate_as_eager(
     raise AssertionError(
         "\n".join(
             f"{case}: {name} is off by {e.ours:.3e}, eager PyTorch's by {e.eager:.3e}, "
-            f"one rounding is {e.rounding:.3e}"
+            f"{roundings} rounding is {e.rounding:.3e}"
             for name, e in failed.items()
         )
     )

@@ -31,6 +31,13 @@ FLAGS = ["-std=c++17", "-O1", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-
 FLAGS += [f"-Dmasked_loss={NAMESPACE}", "-Wno-attributes", "-Wno-unknown-pragmas"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
+# What the kernels, and the emulator, are compiled with to be watched: "address" finds accesses
+# beyond torch's tensors (in a process that preloads libasan), "accesses" blocks that race.
+WATCHED = {
+    "address": ["-fsanitize=address", "-fno-omit-frame-pointer"],
+    "accesses": ["-fsanitize=thread", "-fno-threadsafe-statics"],
+}
+
 
 def _headers(source: Path, csrc: Path) -> Iterable[Path]:
     """What a source may include; the formulas and kernels are no business of those with tensors."""
@@ -40,10 +47,15 @@ def _headers(source: Path, csrc: Path) -> Iterable[Path]:
             yield path
 
 
-def _compile(source: Path, csrc: Path) -> Path:
+EMULATOR = ("emulator.cpp", "accesses.cpp")
+
+
+def _compile(source: Path, csrc: Path, watch: str | None) -> Path:
     """The object of one source; the sources with tensors see torch, the kernels do not."""
     flags = [*FLAGS, f"-I{HERE}", f"-I{csrc}"]
-    if source.suffix == ".cpp" and source.name != "emulator.cpp":
+    if watch and (source.suffix == ".cu" or (watch == "address" and source.name in EMULATOR)):
+        flags += WATCHED[watch]
+    if source.suffix == ".cpp" and source.name not in EMULATOR:
         python = sysconfig.get_paths()["include"]
         flags += TORCH_FLAGS
         flags += [f"-isystem{p}" for p in (*include_paths(), pybind11.get_include(), python)]
@@ -61,8 +73,8 @@ def _compile(source: Path, csrc: Path) -> Path:
     return target
 
 
-def build(csrc: Path = ROOT / "csrc") -> Path:
-    """The extension module of the kernels in ``csrc``."""
+def build(csrc: Path = ROOT / "csrc", watch: str | None = None) -> Path:
+    """The extension module of the kernels in ``csrc``; ``watch``: one of WATCHED."""
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = [
         csrc / "ops" / "ops.cpp",
@@ -70,11 +82,12 @@ def build(csrc: Path = ROOT / "csrc") -> Path:
         HERE / "device.cpp",
         csrc / "ops" / "register.cpp",
         HERE / "emulator.cpp",
+        *([HERE / "accesses.cpp"] if watch == "accesses" else []),
     ]
     with (BUILD / "lock").open("w") as lock:  # workers of pytest-xdist wait for the first of them
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(lambda source: _compile(source, csrc), sources))
+            objects = list(pool.map(lambda source: _compile(source, csrc, watch), sources))
         digest = hashlib.sha256(" ".join(path.name for path in objects).encode())
         folder = BUILD / digest.hexdigest()[:16]
         module = folder / f"{MODULE}.so"
@@ -83,6 +96,7 @@ def build(csrc: Path = ROOT / "csrc") -> Path:
             partial = module.with_suffix(".partial")
             libraries = [f"-L{p}" for p in library_paths()]
             libraries += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+            libraries += ["-fsanitize=address"] if watch == "address" else []
             command = [*CXX, "-shared", *map(str, objects), *libraries, "-o", str(partial)]
             subprocess.run(command, check=True)
             partial.rename(module)

@@ -6,8 +6,10 @@
 // drawn from a seed whenever one waits, and so is the order of the blocks. A kernel whose result
 // depends on a barrier that is not there gives different results for different seeds.
 //
-// Not covered: what needs several blocks at a time, weak memory ordering, the device's own rounding
-// in expf, and speed.
+// Built with kernels that report each access of memory (accesses.cpp), it refuses a launch whose
+// blocks touch the same byte where one of them writes it.
+//
+// Not covered: weak memory ordering, and speed.
 #pragma once
 
 #include <cassert>
@@ -47,6 +49,7 @@ struct Settings {
   int l2_bytes = 50 << 20;
   int64_t max_blocks = 1 << 30;  // a larger grid is cut: kernels must loop over the rest
   bool record = false;           // launches are noted, not run
+  bool math_errors = false;      // expf, logf and tanhf are off as the device's may be
 };
 extern Settings settings;
 extern int64_t launches;
@@ -59,6 +62,11 @@ struct Launch {
   std::string parameters;  // their bytes, as they lie in a kernel's constant bank
 };
 extern std::vector<Launch> recorded;
+
+// For accesses.cpp.
+bool in_kernel();
+bool on_stack(const void* p);  // of the thread that runs
+extern std::string conflict;   // what it found, if anything
 
 template <class T>
 void append_parameter(std::string* bytes, const T& value) {
@@ -123,19 +131,45 @@ inline float __uint_as_float(uint32_t bits) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
-// ex2.approx.ftz, for which the kernels' host code has exp2f: it is off by up to 2 in the last
-// digit, here by what the argument's bits say.
-inline float approximate_exp2(float x) {
-  float y = exp2f(x);
+
+// The device's functions are off by so many units in the last digit; here by what the argument's
+// bits say. CUDA's programming guide has the numbers.
+namespace emulator {
+inline float off_by(float y, float x, uint32_t most) {
   uint32_t bits, seed;
   memcpy(&bits, &y, sizeof bits);
   memcpy(&seed, &x, sizeof seed);
-  if (bits < 0x00800000) return 0;
-  if (x != 0 && bits < 0x7f7fffff) bits += (seed * 2654435761u >> 16) % 5 - 2;
+  const uint32_t size = bits & 0x7fffffff;
+  if (size < 0x00800000 || size >= 0x7f7fffff) return y;
+  bits += (seed * 2654435761u >> 16) % (2 * most + 1) - most;
   memcpy(&y, &bits, sizeof y);
   return y;
 }
-#define exp2f approximate_exp2
+// ex2.approx.ftz, for which the kernels' host code has exp2f. Never as exact as that.
+inline float exp2_approx(float x) {
+  const float y = exp2f(x);
+  if (y < 1.17549435e-38f) return 0;
+  return x == 0 ? y : off_by(y, x, 2);
+}
+inline float exp_float(float x) {
+  const float y = expf(x);
+  return settings.math_errors && x != 0 ? off_by(y, x, 1) : y;
+}
+inline float log_float(float x) {
+  const float y = logf(x);
+  return settings.math_errors ? off_by(y, x, 1) : y;
+}
+inline float tanh_float(float x) {
+  const float y = tanhf(x);
+  if (!settings.math_errors) return y;
+  const float z = off_by(y, x, 2);
+  return z > 1 ? 1 : z < -1 ? -1 : z;
+}
+}  // namespace emulator
+#define exp2f emulator::exp2_approx
+#define expf emulator::exp_float
+#define logf emulator::log_float
+#define tanhf emulator::tanh_float
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, unsigned bits) {
   return static_cast<uint32_t>(((uint64_t{high} << 32) | low) >> (bits & 31));
 }

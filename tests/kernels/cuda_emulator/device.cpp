@@ -57,7 +57,8 @@ PYBIND11_MODULE(emulated_cuda, m) {
       .def_readwrite("shared_per_block", &Settings::shared_per_block)
       .def_readwrite("l2_bytes", &Settings::l2_bytes)
       .def_readwrite("max_blocks", &Settings::max_blocks)
-      .def_readwrite("record", &Settings::record);
+      .def_readwrite("record", &Settings::record)
+      .def_readwrite("math_errors", &Settings::math_errors);
   m.def("configure", [](const Settings& settings) { emulator::settings = settings; });
   m.def("launches", [] { return emulator::launches; });
   // (where the kernel begins in this file, grid, block, shared memory, parameters) of each launch

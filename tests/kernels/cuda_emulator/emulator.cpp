@@ -5,6 +5,10 @@
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #include <algorithm>
 #include <climits>
@@ -14,6 +18,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace masked_loss::cuda {
@@ -35,10 +40,11 @@ namespace emulator {
 Settings settings;
 int64_t launches = 0;
 std::vector<Launch> recorded;
+std::string conflict;
 
 namespace {
 
-constexpr size_t kStack = 64 << 10;
+constexpr size_t kStack = 256 << 10;
 constexpr char kUnwritten = 0x7f;
 constexpr size_t kBeyond = 1 << 10;  // bytes behind a block's shared memory that are looked at
 constexpr int kWarp = 32;
@@ -94,6 +100,7 @@ struct Fiber {
   Context context;
   char* stack = nullptr;
   bool done = true;
+  void* shadow = nullptr;  // of the address sanitizer
 };
 
 // Lanes that wait for each other, and the words they bring. Two sets in turn: a fast lane may bring
@@ -124,7 +131,36 @@ char* make_stack() {
   return static_cast<char*>(p);
 }
 
-void yield() { switch_context(&fibers[current].context, &scheduler); }
+// The address sanitizer wants to know of each change of stacks, and from which one it came.
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_size = 0;
+#if defined(__SANITIZE_ADDRESS__)
+void before_switch(void** shadow, const void* stack, size_t size) {
+  __sanitizer_start_switch_fiber(shadow, stack, size);
+}
+void after_switch(void* shadow, const void** from, size_t* size) {
+  __sanitizer_finish_switch_fiber(shadow, from, size);
+}
+void forget_frames(const Fiber& fiber) { __asan_unpoison_memory_region(fiber.stack, kStack); }
+#else
+void before_switch(void**, const void*, size_t) {}
+void after_switch(void*, const void**, size_t*) {}
+void forget_frames(const Fiber&) {}
+#endif
+
+void yield() {
+  Fiber& fiber = fibers[current];
+  before_switch(fiber.done ? nullptr : &fiber.shadow, scheduler_stack, scheduler_stack_size);
+  switch_context(&fiber.context, &scheduler);
+  after_switch(fiber.shadow, &scheduler_stack, &scheduler_stack_size);
+}
+
+void resume(Fiber* fiber) {
+  void* shadow = nullptr;
+  before_switch(&shadow, fiber->stack, kStack);
+  switch_context(&scheduler, &fiber->context);
+  after_switch(shadow, nullptr, nullptr);
+}
 
 void release(std::vector<int>* waiting) {
   ready.insert(ready.end(), waiting->begin(), waiting->end());
@@ -138,6 +174,7 @@ void release_warp(int warp) {
 }
 
 void enter() {
+  after_switch(nullptr, &scheduler_stack, &scheduler_stack_size);
   try {
     (*running)();
   } catch (...) {
@@ -181,6 +218,7 @@ void run_block(int threads, size_t shared_bytes) {
     warps[i / kWarp].alive |= 1u << i % kWarp;
     if (!fibers[i].stack) fibers[i].stack = make_stack();
     fibers[i].done = false;
+    forget_frames(fibers[i]);
     make_context(&fibers[i].context, fibers[i].stack, enter);
   }
   priority.assign(warps.size(), 0);
@@ -193,9 +231,11 @@ void run_block(int threads, size_t shared_bytes) {
     ready[pick] = ready.back();
     ready.pop_back();
     threadIdx = dim3(current, 0, 0);
-    switch_context(&scheduler, &fibers[current].context);
+    resume(&fibers[current]);
   }
+  current = -1;
   if (error) return;
+  if (!conflict.empty()) fail(std::exchange(conflict, {}).c_str());
   if (alive) fail("deadlock: some threads wait at a barrier or shuffle that others never reach");
   for (size_t i = 0; i < kBeyond; ++i) {
     if (shared[shared_bytes + i] != kUnwritten) fail("a block wrote beyond its shared memory");
@@ -260,6 +300,12 @@ void block_barrier() {
 }
 
 int lane() { return current % kWarp; }
+
+bool in_kernel() { return current >= 0; }
+bool on_stack(const void* p) {
+  const char* const stack = fibers[current].stack;
+  return stack <= p && p < stack + kStack;
+}
 
 void meet(WarpCall call, unsigned mask) {
   const int index = current / kWarp;
