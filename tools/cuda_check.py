@@ -191,7 +191,7 @@ def main() -> int:
                 "instructions not compared"
             )
         else:
-            budget["spills"] = {arch: budget["spills"].get(arch) for arch in archs}
+            budget["spills"] = {arch: budget.get("spills", {}).get(arch) for arch in archs}
             for line in differences(budget, now):
                 failures += 1
                 print(f"  FAILED: {line}")

@@ -369,16 +369,6 @@ MISSING_BARRIERS: dict[str, Mutant] = {
         "else {\n    __syncwarp();\n",
         "else {\n",
     ),
-    "tokens.cu: before the next piece's weights": (
-        "kernels/cuda/tokens.cu",
-        "static_cast<WeightSums*>(args.scratch)[p] = sums;\n      }\n    }\n    __syncthreads();",
-        "static_cast<WeightSums*>(args.scratch)[p] = sums;\n      }\n    }",
-    ),
-    "tokens.cu: before the next piece's losses": (
-        "kernels/cuda/tokens.cu",
-        "static_cast<LossSums*>(args.scratch)[p] = sums;\n      }\n    }\n    __syncthreads();",
-        "static_cast<LossSums*>(args.scratch)[p] = sums;\n      }\n    }",
-    ),
 }
 # The barrier of a merge within a warp orders what its lanes wrote to shared memory. On the emulator
 # the shuffles around it do so already.
