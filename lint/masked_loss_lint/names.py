@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import lru_cache
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_LOSS = re.compile(r"loss|nll|entropy|criterion", re.IGNORECASE)
 
 _MASK = {"mask", "masks"}
 _NUMBER_WORDS = (
@@ -40,6 +42,34 @@ _NOT_LABELS = _SCALARS | {"domain", "name", "type", "kind", "class", "path", "we
 _NOT_LABELS |= {"seen", "processed", "consumed", "total", "limit", "budget"}
 _AUXILIARY_WORDS = "aux auxiliary balance balancing router moe reg vq commitment"
 _AUXILIARY = set(_AUXILIARY_WORDS.split())
+_COEFFICIENTS = {
+    "lambda",
+    "lamb",
+    "lam",
+    "alpha",
+    "beta",
+    "gamma",
+    "coef",
+    "coeff",
+    "coefficient",
+    "scale",
+    "rate",
+    "ratio",
+}
+_SEQUENCE = {
+    "attention",
+    "attn",
+    "length",
+    "lengths",
+    "len",
+    "lens",
+    "seq",
+    "sequence",
+    "pad",
+    "padding",
+    "src",
+    "key",
+}
 _ACCUMULATION = ("accum", "micro", "iter_size", "grad_acc", "gradient_acc")
 
 # Methods and functions that leave a tensor the same for our purpose.
@@ -54,9 +84,14 @@ _SHAPE_NAMES = "view reshape flatten squeeze unsqueeze view_as ravel transpose p
 SHAPES = frozenset(_SHAPE_NAMES.split())
 
 
-def words(name: str) -> list[str]:
+@lru_cache(maxsize=65536)
+def words(name: str) -> tuple[str, ...]:
     """The words of a snake_case or CamelCase name, lower case."""
-    return [word.lower() for word in _WORDS.findall(name)]
+    return tuple(word.lower() for word in _WORDS.findall(name))
+
+
+def is_loss(name: str) -> bool:
+    return _LOSS.search(name) is not None
 
 
 def last_name(node: ast.expr) -> str:
@@ -103,7 +138,7 @@ def is_weights(node: ast.expr) -> bool:
     found = words(last_name(node))
     if not found or found[-1] not in {"weight", "weights"}:
         return False
-    return found == ["weights"] or bool(_SAMPLES & set(found))
+    return found == ("weights",) or bool(_SAMPLES & set(found))
 
 
 def is_labels(node: ast.expr) -> bool:
@@ -166,17 +201,45 @@ def is_accumulation(node: ast.expr) -> bool:
     return any(part in name for part in _ACCUMULATION)
 
 
+def is_coefficient(node: ast.expr) -> bool:
+    """True for alpha, self.ce_weight, loss_weight, cfg.scale: one number that scales a loss."""
+    found = set(words(last_name(node)))
+    if found & _COEFFICIENTS or is_scalar(node):
+        return True
+    on_self = isinstance(node, ast.Attribute) and last_name(node.value) == "self"
+    return "weight" in found and (on_self or bool(found & {"loss", "lambda"}))
+
+
+def is_never_empty(name: str) -> bool:
+    """True for attention_mask, src_pad_mask, sequence_mask(lengths): a sequence has a token."""
+    return bool(_SEQUENCE & set(words(name)))
+
+
+def text(node: ast.AST) -> str:
+    """The source of an expression, "" where it is nested too deeply to be written out."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Constant):
+        return repr(node.value)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return f"{node.value.id}.{node.attr}"
+    try:
+        return ast.unparse(node)
+    except RecursionError:
+        return ""
+
+
 def key(node: ast.expr) -> str:
     """The text of an expression without its casts and views: the same tensor, the same key."""
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         if node.func.attr not in VIEWS:
             break
         node = node.func.value
-    return ast.unparse(node)
+    return text(node)
 
 
 def path(node: ast.expr) -> str:
-    """The text of a.b, a.b.c or a["b"], the places a loss is put; "" for anything else."""
+    """The text of a.b, a.b.c or a["b"], the places a value is put; "" for anything else."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 
-from masked_loss_lint.rules import Finding
+from masked_loss_lint.rules import RULES, Finding
 
 
 def text(findings: Sequence[Finding]) -> str:
@@ -22,7 +23,7 @@ def as_json(findings: Sequence[Finding]) -> str:
             "column": f.place.column,
             "code": f.code,
             "message": f.message,
-            "fixable": f.fix is not None,
+            "fixable": f.fixable,
         }
         for f in findings
     ]
@@ -52,8 +53,13 @@ def github(findings: Sequence[Finding]) -> str:
 FORMATS = {"text": text, "json": as_json, "github": github}
 
 
-def summary(findings: Sequence[Finding], files: int, fixed: int) -> str:
-    fixable = sum(f.fix is not None for f in findings)
+def statistics(findings: Sequence[Finding]) -> str:
+    counts = Counter(finding.code for finding in findings)
+    return "\n".join(f"{n:6}  {code}  {RULES[code]}" for code, n in sorted(counts.items()))
+
+
+def summary(findings: Sequence[Finding], files: int, fixed: int, unreadable: int) -> str:
+    fixable = sum(finding.fixable for finding in findings)
     parts = [
         f"Found {len(findings)} in {files} files." if findings else f"{files} files are clean."
     ]
@@ -61,4 +67,6 @@ def summary(findings: Sequence[Finding], files: int, fixed: int) -> str:
         parts.append(f"{fixed} fixed.")
     if fixable:
         parts.append(f"{fixable} can be fixed with --fix.")
+    if unreadable:
+        parts.append(f"{unreadable} could not be read.")
     return " ".join(parts)

@@ -1,322 +1,178 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The rules, one function each: an event of the interpreter in, a finding or None out."""
+"""The rules that follow a loss through the program: ML001, ML004, ML006. `local` has the others."""
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 
-from masked_loss_lint import names
-from masked_loss_lint.events import (
-    Division,
-    Event,
-    Frame,
-    LossCall,
-    Multiplication,
-    Reduction,
-    arguments_of,
-)
-from masked_loss_lint.fix import Fix, rewrite_legacy
-from masked_loss_lint.torch_losses import legacy_reduction
-from masked_loss_lint.values import Count, Loss, Mask, Place, Sliced
+from masked_loss_lint import values as V
+from masked_loss_lint.program import Event
+from masked_loss_lint.values import UNKNOWN, Place, Value, is_number
 
-SUMMARIES = {
+RULES = {
     "ML001": "a mask meets a loss that is already a scalar",
     "ML002": "size_average and reduce are deprecated",
     "ML003": "a masked mean without a guard: NaN when everything is masked",
     "ML004": "a mean loss divided by accumulation steps weighs micro-batches unequally",
     "ML005": "shifted logits are copied only to compute the loss",
+    "ML006": "a mean that counts the targets that ignore_index leaves out",
 }
 
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """One thing found, where, and how to repair it if that is known exactly."""
+    """One thing found, where, and whether it is known how to repair it."""
 
     place: Place
     code: str
     message: str
     met: Place = field(compare=False)  # where the rule saw it: after `place`, maybe in another file
-    fix: Fix | None = field(default=None, compare=False)
-
-    @property
-    def silenced(self) -> bool:
-        return self.place.silences(self.code) or self.met.silences(self.code)
+    fixable: bool = field(default=False, compare=False)
 
 
-def _finding(
-    code: str,
-    frame: Frame,
-    node: ast.expr | ast.stmt,
-    message: str,
-    place: Place | None = None,
-    fix: Fix | None = None,
-) -> Finding:
-    met = frame.place(node)
-    return Finding(place or met, code, message, met, fix)
+# Whether some target can be the ignore_index that this loss names.
+CanBeIgnored = Callable[[V.Loss], bool]
 
 
-def reduced_loss(event: Event) -> Finding | None:
-    """ML001: a value that came from a reduced loss is multiplied by a mask or weight tensor.
+def as_loss(value: Value) -> V.Loss | None:
+    """The loss that a value is, or was made of."""
+    match value:
+        case V.Loss():
+            return value
+        case V.Reduced() if not value.dims:
+            base = as_loss(value.base) if not isinstance(value.base, V.Product) else None
+            if isinstance(value.base, V.Product):
+                base = next((b for f in value.base.factors if (b := as_loss(f.value))), None)
+            if base is None:
+                named = value.is_loss or isinstance(value.base, V.Ratio)
+                return V.Loss(value.op, value.op, value.place) if named else None
+            if base.reduced:
+                return base
+            uneven = base.uneven and value.op == "mean"
+            return V.Loss(base.function, value.op, value.place, None, uneven)
+        case V.Ratio():
+            inner = as_loss(value.base)
+            if inner is None and not value.is_loss:
+                return None
+            name = inner.function if inner else "sum"
+            return V.Loss(name, "mean", value.place, None, True)
+    return None
 
-    The factor counts as a mask when it is known to be one or is named as one, and, whatever its
-    name, when what follows shows that it holds many elements: sum(loss * w) / sum(w).
+
+def is_scalar(value: Value) -> bool:
+    return is_number(value) or (isinstance(value, V.Reduced) and not value.dims)
+
+
+def reduced_before_mask(event: Event, value: Value) -> Finding | None:
+    """ML001: a value that came from a reduced loss is multiplied by a mask, or selected by one.
+
+    A factor counts as a mask when it is known or named as one; where the product itself is summed
+    or averaged, any factor counts that is not a number: who does that takes it for many elements.
     """
-    if not isinstance(event, (Multiplication, Reduction, Division)) or not event.loss.reduced:
+    if event.kind == "chosen":
+        loss = as_loss(value)
+        return (
+            _finding_001(loss, event.text, "selects from", event.place, event.place)
+            if loss
+            else None
+        )
+    product = value.base if event.kind == "reduced" and isinstance(value, V.Reduced) else value
+    if not isinstance(product, V.Product):
         return None
-    loss = event.loss
-    if event.frame.per_sample or loss.reduction is None:
+    losses = [loss for f in product.factors if (loss := as_loss(f.value)) and loss.reduced]
+    masks = [f for f in product.factors if _is_mask(f, event)]
+    if not losses or not masks:
         return None
-    if isinstance(event, Multiplication):
-        if not (isinstance(event.value, Mask) or names.is_mask(event.factor)):
-            return None
-        place, factor = event.frame.place(event.node), ast.unparse(event.factor)
-    elif loss.product is None:
+    loss = losses[0]
+    if loss.detached and masks[0].kind != "mask":
         return None
-    elif isinstance(event, Reduction):
-        factor = loss.product.key
-        if not names.is_weights(ast.parse(factor, mode="eval").body):
-            return None
-        place = loss.product.place
-    else:
-        same = isinstance(event.value, Count) and event.value.key == loss.product.key
-        if not (same and loss.product.summed):
-            return None
-        place, factor = loss.product.place, loss.product.key
+    return _finding_001(loss, masks[0].text, "multiplies", product.place, event.place)
+
+
+def _is_mask(factor: V.Factor, event: Event) -> bool:
+    loss = as_loss(factor.value)
+    if (loss is not None and loss.reduced) or is_scalar(factor.value):
+        return False
+    if factor.kind == "mask":
+        return True
+    return event.kind == "reduced" and event.text != "devices"
+
+
+def _finding_001(loss: V.Loss, mask: str, verb: str, place: Place, met: Place) -> Finding | None:
+    if not loss.reduced:
+        return None
     message = (
-        f"`{factor}` multiplies a loss that {_origin(loss, event.frame)} already reduced to a "
+        f"`{mask}` {verb} a loss that {_origin(loss, met)} already reduced to a "
         f'scalar ({loss.reduction}): the mask has no effect; use reduction="none" there, or '
         "masked_loss.masked_cross_entropy(logits, target, mask)"
     )
-    return _finding("ML001", event.frame, event.node, message, place)
+    return Finding(place, "ML001", message, met)
 
 
-def _origin(loss: Loss, frame: Frame) -> str:
-    here = not loss.origin.cell and frame.module.source is loss.origin.source
-    where = f"line {loss.origin.line}" if here else str(loss.origin)
+def _origin(loss: V.Loss, met: Place) -> str:
+    here = not loss.place.cell and loss.place.path == met.path
+    where = f"line {loss.place.line}" if here else str(loss.place)
     return f"{loss.function} at {where}"
 
 
-def legacy_arguments(event: Event) -> Finding | None:
-    """ML002: size_average / reduce, with the reduction= that means the same."""
-    if not isinstance(event, LossCall) or (event.constructs != event.spec.is_module):
-        return None
-    given = arguments_of(event.spec, event.node)
-    if given is None:
-        given = {k.arg: k.value for k in event.node.keywords if k.arg}
-    legacy: dict[str, ast.expr] = {
-        name: given[name] for name in ("size_average", "reduce") if name in given
-    }
-    if not legacy or all(_passes_through(name, node) for name, node in legacy.items()):
-        return None
-    what = " and ".join(legacy) + (" are" if len(legacy) > 1 else " is")
-    constants = {n: v.value for n, v in legacy.items() if isinstance(v, ast.Constant)}
-    fix: Fix | None = None
-    reduction: str | None = None
-    source = event.frame.module.source
-    if len(constants) == len(legacy):
-        flags = [constants.get(name) for name in ("size_average", "reduce")]
-        if flags == [None, None]:
-            advice = "None is their default: leave out"
-        else:
-            reduction = legacy_reduction(*(None if f is None else bool(f) for f in flags))
-            advice = f'this call means reduction="{reduction}"'
-        if not source.cells:
-            fix = rewrite_legacy(event.spec, event.node, reduction, source)
-    else:
-        advice = f"this call means reduction={_expression(legacy)}"
-    message = f"{event.spec.name}: {what} deprecated: {advice}"
-    return _finding("ML002", event.frame, event.node, message, fix=fix)
-
-
-def _passes_through(name: str, node: ast.expr) -> bool:
-    """True for a wrapper's size_average=size_average: its caller chose."""
-    return isinstance(node, ast.Name) and node.id == name
-
-
-def _expression(legacy: dict[str, ast.expr]) -> str:
-    def text(name: str) -> str:
-        return ast.unparse(legacy[name]) if name in legacy else "True"
-
-    average, reduce = text("size_average"), text("reduce")
-    mean = {"True": '"mean"', "None": '"mean"', "False": '"sum"'}.get(
-        average, f'"mean" if {average} else "sum"'
-    )
-    if reduce in {"True", "None"}:
-        return mean
-    return '"none"' if reduce == "False" else f'({mean}) if {reduce} else "none"'
-
-
-def unguarded_mean(event: Event) -> Finding | None:
-    """ML003: (loss * mask).sum() / mask.sum() where nothing excludes a mask without a token."""
-    if not isinstance(event, Division) or not isinstance(event.value, Count):
-        return None
-    product = event.loss.product
-    if product is None or not product.summed or product.key != event.value.key:
-        return None
-    if event.frame.per_sample or _is_guarded(event.frame, product.key, event.divisor):
-        return None
-    count = ast.unparse(event.divisor)
-    message = (
-        f"dividing by `{count}` gives NaN for a batch whose every token is masked; use "
-        f"`{count}.clamp(min=1)`, or masked_loss.masked_cross_entropy, which returns 0"
-    )
-    return _finding("ML003", event.frame, event.node, message)
-
-
-def accumulated_mean(event: Event) -> Finding | None:
+def accumulated_mean(event: Event, value: Value, can_be_ignored: CanBeIgnored) -> Finding | None:
     """ML004: a mean over the tokens that count, divided by the number of accumulation steps."""
-    if not isinstance(event, Division) or not names.is_accumulation(event.divisor):
+    loss = as_loss(value) or (
+        V.Loss("sum", "mean", value.place, None, True) if isinstance(value, V.Ratio) else None
+    )
+    if event.kind != "accumulated" or loss is None or loss.reduction != "mean":
         return None
-    loss = event.loss
-    if not (loss.reduced and loss.reduction == "mean" and loss.uneven):
+    if not loss.uneven and not (loss.ignores is not None and can_be_ignored(loss)):
         return None
     message = (
-        f"the mean of {_origin(loss, event.frame)} is over this micro-batch's own tokens: divided "
-        f"by `{ast.unparse(event.divisor)}`, short micro-batches weigh as much as long ones; "
+        f"the mean of {_origin(loss, event.place)} is over this micro-batch's own tokens: divided "
+        f"by `{event.text}`, short micro-batches weigh as much as long ones; "
         "sum, and divide by the token count of the whole batch (masked_loss: normalizer=)"
     )
-    return _finding("ML004", event.frame, event.node, message)
+    return Finding(event.place, "ML004", message, event.place)
 
 
-def copied_logits(event: Event) -> Finding | None:
-    """ML005: logits[..., :-1, :].contiguous(), read by nothing but the loss."""
-    if not isinstance(event, LossCall) or event.constructs or len(event.args) < 2:
+def counted_ignored(event: Event, value: Value, can_be_ignored: CanBeIgnored) -> Finding | None:
+    """ML006: cross_entropy(..., ignore_index=i, reduction="none").mean()."""
+    if event.kind != "reduced" or not isinstance(value, V.Reduced) or value.op != "mean":
         return None
-    logits, target = event.args
-    if not (isinstance(logits, Sliced) and isinstance(target, Sliced)):
+    loss = value.base
+    if not isinstance(loss, V.Loss) or loss.reduced or loss.ignores is None or loss.uneven:
         return None
-    if logits.tail or not target.tail or logits.copied is None:
+    if not can_be_ignored(loss):
         return None
-    if event.spec.function not in {"cross_entropy", "nll_loss", "masked_cross_entropy"}:
-        return None
-    if logits.second and event.spec.function != "masked_cross_entropy":
-        return None
-    given = [*event.node.args, *(k.value for k in event.node.keywords)]
-    root = _root(given[0])
-    if root is None or (root and _is_read_elsewhere(event.frame.node, root, event.node)):
-        return None
+    index = loss.ignores.value if isinstance(loss.ignores, V.Const) else "ignore_index"
     message = (
-        "shifting the logits with .contiguous() copies the largest tensor of the step; "
-        "masked_loss.masked_cross_entropy(logits, target, shift=True) needs no copy"
+        f"this mean divides by the number of all targets, also of those that "
+        f"{_origin(loss, event.place)} ignores: divide the sum by (target != {index}).sum(), "
+        'or use reduction="mean"'
     )
-    return _finding("ML005", event.frame, event.node, message, logits.copied)
+    return Finding(event.place, "ML006", message, event.place)
 
 
-RULES: dict[str, Callable[[Event], Finding | None]] = {
-    "ML001": reduced_loss,
-    "ML002": legacy_arguments,
-    "ML003": unguarded_mean,
-    "ML004": accumulated_mean,
-    "ML005": copied_logits,
-}
-
-
-# What a function says besides the expression in question
-
-
-@dataclass(frozen=True)
-class _Guards:
-    tested: frozenset[str]  # names compared or tested for truth
-    counted: frozenset[str]  # x of a tested x.any(), x.sum(), len(x)
-    repairs: bool  # NaN is looked for or replaced
-
-
-@lru_cache(maxsize=4096)
-def _guards(node: ast.AST) -> _Guards:
-    tested: set[str] = set()
-    counted: set[str] = set()
-    repairs = False
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Call):
-            name = _called(inner)
-            repairs |= name in {"nan_to_num", "nan_to_num_", "isnan", "isfinite", "isinf"}
-            if name == "where" and inner.args:
-                _note_test(inner.args[0], tested, counted)
-        if isinstance(inner, ast.Compare):
-            repairs |= ast.unparse(inner.left) == ast.unparse(inner.comparators[0])  # loss != loss
-            if not all(isinstance(op, (ast.Is, ast.IsNot)) for op in inner.ops):
-                tested |= {ast.unparse(inner.left)}  # count[count == 0] = 1
-        if isinstance(inner, (ast.If, ast.While, ast.IfExp, ast.Assert)):
-            _note_test(inner.test, tested, counted)
-    return _Guards(frozenset(tested), frozenset(counted), repairs)
-
-
-def _note_test(test: ast.expr, tested: set[str], counted: set[str]) -> None:
-    if isinstance(test, ast.Compare) and all(isinstance(o, (ast.Is, ast.IsNot)) for o in test.ops):
-        return  # `mask is not None` says nothing of what it holds
-    if isinstance(test, ast.BoolOp):
-        for value in test.values:
-            _note_test(value, tested, counted)
-        return
-    for inner in ast.walk(test):
-        if isinstance(inner, (ast.Name, ast.Attribute)):
-            tested.add(ast.unparse(inner))
-        if isinstance(inner, ast.Call):
-            if _called(inner) not in {"any", "all", "sum", "count_nonzero", "numel", "len"}:
-                continue
-            counted |= {names.key(argument) for argument in inner.args}
-            if isinstance(inner.func, ast.Attribute):
-                counted.add(names.key(inner.func.value))
-
-
-def _called(node: ast.Call) -> str:
-    function = node.func
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-
-
-def _is_guarded(frame: Frame, key: str, divisor: ast.expr) -> bool:
-    guards = _guards(frame.node)
-    name = ast.unparse(divisor)
-    if guards.repairs or key in guards.counted or name in guards.tested:
-        return True
-    caller = frame.caller
-    while caller is not None:
-        if _guards(caller.node).counted:
-            return True
-        caller = caller.caller
-    return False
-
-
-def _root(node: ast.expr) -> str | None:
-    """x of x.view(-1, V).float(), "" where there is no name, None where an object keeps it."""
-    while isinstance(node, (ast.Call, ast.Subscript)):
-        if isinstance(node, ast.Subscript):
-            if names.path(node):
-                return None
-            node = node.value
-        elif isinstance(node.func, ast.Attribute):
-            node = node.func.value
-        else:
-            return ""
-    if isinstance(node, ast.Attribute):
-        return None
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-_METADATA = {"size", "shape", "device", "dtype", "dim", "ndim", "numel"}
-
-
-def _is_read_elsewhere(body: ast.AST, name: str, call: ast.Call) -> bool:
-    """True when `name`, after the copy, serves more than this loss."""
-    excused: set[ast.AST] = set(ast.walk(call))
-    assigned = False
-    for node in ast.walk(body):
-        if isinstance(node, ast.Assign) and any(ast.unparse(t) == name for t in node.targets):
-            assigned = True
-            if len(node.targets) > 1:
-                return True
-            excused |= set(ast.walk(node.value))
-        if isinstance(node, ast.Attribute) and node.attr in _METADATA:
-            excused |= set(ast.walk(node.value))
-    if not assigned:
-        return False  # sliced and copied inside the call: nobody else sees the copy
-    return any(
-        isinstance(node, ast.Name)
-        and node.id == name
-        and isinstance(node.ctx, ast.Load)
-        and node not in excused
-        for node in ast.walk(body)
+def unguarded(place: Place, divisor: str) -> Finding:
+    message = (
+        f"dividing by `{divisor}` gives NaN where every token is masked; use "
+        f"`{divisor}.clamp(min=1)`, or masked_loss.masked_cross_entropy, which returns 0"
     )
+    return Finding(place, "ML003", message, place)
+
+
+def judge(event: Event, value: Value, can_be_ignored: CanBeIgnored) -> list[Finding]:
+    """What the rules find in an event whose value is known."""
+    if value is UNKNOWN:
+        return []
+    if event.kind == "unguarded":  # weights, where they weigh a loss
+        factors = value.factors if isinstance(value, V.Product) else ()
+        return (
+            [unguarded(event.place, event.text)] if any(as_loss(f.value) for f in factors) else []
+        )
+    found = [
+        reduced_before_mask(event, value)
+        if event.kind in {"product", "reduced", "chosen"}
+        else None,
+        accumulated_mean(event, value, can_be_ignored),
+        counted_ignored(event, value, can_be_ignored),
+    ]
+    return [finding for finding in found if finding is not None]

@@ -8,14 +8,22 @@ import io
 import json
 import re
 import tokenize
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
+
+from masked_loss_lint.values import Place
 
 _SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "build", "dist"}
 _NOQA = re.compile(r"#\s*noqa(?P<codes>\s*:\s*[A-Z]+\d+(?:[\s,]+[A-Z]+\d+)*)?", re.IGNORECASE)
 _MAGIC = re.compile(r"^\s*[%!?]|^\s*[\w.]+\?{1,2}\s*$")
+# A file without any of these has nothing to report; its names are looked up when others ask.
+_RELEVANT = re.compile(
+    r"loss|entropy|criteri|nll|kl_div|accum|size_average|mask(?s:.*)\bsum\(", re.IGNORECASE
+)
 
 
 class UnreadableError(Exception):
@@ -29,25 +37,54 @@ class Source:
     path: Path
     text: str
     tree: ast.Module
-    lines: list[str] = field(default_factory=list)
     cells: list[int] = field(default_factory=list)  # the first line of each code cell
     cell_numbers: list[int] = field(default_factory=list)
-    encoding: str = "utf-8"
 
-    def cell(self, line: int) -> tuple[int, int]:
-        """The cell of a notebook that a line of `text` is in, and which of its lines it is."""
+    def __post_init__(self) -> None:
+        self._name = str(self.path)
+        self._lines = [] if self.text.isascii() else split(self.text)
+
+    @property
+    def relevant(self) -> bool:
+        return _RELEVANT.search(self.text) is not None
+
+    def place(self, node: ast.expr | ast.stmt) -> Place:
+        line, column = node.lineno, node.col_offset
+        lines = (line, node.end_lineno or line)
+        if self._lines:  # the tree counts bytes
+            column = len(self._lines[line - 1].encode()[:column].decode(errors="ignore"))
         if not self.cells:
-            return 0, line
-        index = max(i for i, first in enumerate(self.cells) if first <= line)
-        return self.cell_numbers[index], line - self.cells[index] + 1
+            return Place(self._name, 0, line, column + 1, lines)
+        index = bisect_right(self.cells, line) - 1
+        return Place(
+            self._name, self.cell_numbers[index], line - self.cells[index] + 1, column + 1, lines
+        )
 
-    def silences(self, line: int, last: int, code: str) -> bool:
-        """True when a `# noqa` comment on the first or last line of a statement covers `code`."""
-        for text in {self.lines[line - 1], self.lines[min(last, len(self.lines)) - 1]}:
-            match = _NOQA.search(text)
-            if match and (not match["codes"] or code in match["codes"].upper()):
-                return True
-        return False
+    def imports(self) -> list[tuple[str, int]]:
+        """The dotted names that are imported anywhere in it, with their levels."""
+        found: list[tuple[str, int]] = []
+        pending: list[Any] = [self.tree]
+        while pending:
+            node = pending.pop()
+            if isinstance(node, ast.Import):
+                found += [(alias.name, 0) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                found.append((node.module or "", node.level))
+                inside = f"{node.module}." if node.module else ""
+                found += [(inside + alias.name, node.level) for alias in node.names]
+            else:
+                for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+                    children = getattr(node, name, ())
+                    if isinstance(children, list):
+                        pending += children
+        return found
+
+    def silenced(self) -> dict[int, str]:
+        """The lines with a `# noqa` comment, and the codes it names ("": all)."""
+        if "noqa" not in self.text.lower():
+            return {}
+        matches = ((n, _NOQA.search(line)) for n, line in enumerate(split(self.text), start=1))
+        return {number: (match["codes"] or "").upper() for number, match in matches if match}
 
 
 def split(text: str) -> list[str]:
@@ -70,7 +107,7 @@ def find(paths: Iterable[Path], exclude: Iterable[str] = ()) -> Iterator[Path]:
                 continue
             if any(fnmatch(str(candidate), p) or fnmatch(candidate.name, p) for p in patterns):
                 continue
-            if candidate not in seen:
+            if candidate not in seen and candidate.is_file():
                 seen.add(candidate)
                 yield candidate
 
@@ -83,7 +120,7 @@ def read(path: Path) -> Source:
         data = path.read_bytes()
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         text = data.decode(encoding)
-        return Source(path, text, ast.parse(text), split(text), encoding=encoding)
+        return Source(path, text, ast.parse(text))
     except SyntaxError as error:
         raise UnreadableError(f"{path}:{error.lineno or 1}: cannot parse: {error.msg}") from error
     except (OSError, ValueError, RecursionError, MemoryError) as error:
@@ -91,17 +128,18 @@ def read(path: Path) -> Source:
 
 
 def _read_notebook(path: Path) -> Source:
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(notebook, dict):
-        raise ValueError("not a notebook")
     lines: list[str] = []
     cells: list[int] = []
     numbers: list[int] = []
-    for number, cell in enumerate(notebook.get("cells", []), start=1):
+    for number, cell in enumerate(_cells(json.loads(path.read_text(encoding="utf-8"))), start=1):
         if cell.get("cell_type") != "code":
             continue
-        source = cell.get("source", "")
-        code = _without_magics(source if isinstance(source, str) else "".join(source))
+        source = cell.get("source", cell.get("input", ""))  # input: nbformat 3
+        if isinstance(source, list) and all(isinstance(line, str) for line in source):
+            source = "".join(source)
+        if not isinstance(source, str):
+            raise ValueError(f"not a notebook: cell {number} has no source")
+        code = _without_magics(source)
         try:
             ast.parse(code)
         except SyntaxError:
@@ -110,7 +148,21 @@ def _read_notebook(path: Path) -> Source:
         numbers.append(number)
         lines += split(code)
     text = "\n".join(lines) + "\n"
-    return Source(path, text, ast.parse(text), lines or [""], cells, numbers)
+    return Source(path, text, ast.parse(text), cells, numbers)
+
+
+def _cells(notebook: object) -> list[dict[str, Any]]:
+    """The cells of a notebook; nbformat 3 has them in worksheets."""
+    sheets = notebook.get("worksheets", [notebook]) if isinstance(notebook, dict) else None
+    if not isinstance(sheets, list) or not all(isinstance(sheet, dict) for sheet in sheets):
+        raise ValueError("not a notebook")
+    groups = [sheet.get("cells", []) for sheet in sheets]
+    if not all(isinstance(group, list) for group in groups):
+        raise ValueError("not a notebook")
+    cells = [cell for group in groups for cell in group]
+    if not all(isinstance(cell, dict) for cell in cells):
+        raise ValueError("not a notebook: a cell is no object")
+    return cells
 
 
 def _without_magics(code: str) -> str:

@@ -1,206 +1,328 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Arithmetic of abstract tensors: what an operation on a loss, a mask or a number gives."""
+"""Tensors of one file as values: methods, products, sums, quotients."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
-from typing import TypeGuard
 
-from masked_loss_lint import names
-from masked_loss_lint.events import Division, Event, Frame, Multiplication, Reduction
-from masked_loss_lint.values import (
-    NUMBER,
-    UNKNOWN,
-    Const,
-    Count,
-    External,
-    Loss,
-    Mask,
-    Number,
-    Product,
-    Sliced,
-    Value,
-    is_number,
-    join,
-)
+from masked_loss_lint import local, names
+from masked_loss_lint import values as V
+from masked_loss_lint.expressions import Expressions
+from masked_loss_lint.values import NUMBER, UNKNOWN, Value, alternatives, bounded, is_number
 
-_REDUCTIONS = {"sum", "mean", "nansum", "nanmean"}
-_LIKE = {"ones_like", "zeros_like", "full_like"}
+_REDUCTIONS = {"sum": "sum", "mean": "mean", "nansum": "sum", "nanmean": "mean"}
 _COMPARISONS = {"ne", "eq", "gt", "ge", "lt", "le", "logical_not"}
-_SCALING = {"abs", "neg", "nan_to_num", "clamp", "clamp_min", "clamp_max"}
-_CREATION = {"arange", "linspace", "randint", "randperm", "eye"}
+_LIKE = {"ones_like", "zeros_like", "full_like"}
+_SCALING = {"abs", "neg", "nan_to_num", "clamp", "clamp_min", "clamp_max", "exp", "sqrt"}
+_CLAMPS = {"clamp", "clamp_min", "clip", "maximum", "clamp_", "clamp_min_"}
 _ONE = {"1", "()", "(1,)", "[]", "[1]"}  # the sizes of a tensor of one element
+_SHAPED = {"view", "reshape"}
+_FILLS = {"masked_fill", "masked_fill_", "fill_", "full", "full_like", "new_full", "where", "pad"}
+_FILLING = {"value", "fill_value", "padding_value", "constant_values", "label_pad_token_id"}
 
 
-class Tensors:
-    """Computes with values, and emits an event where a loss meets something."""
+class Tensors(Expressions):
+    def _note_fills(self, node: ast.Call, name: str) -> None:
+        """Remembers the constants that are put in the place of labels, such as -100."""
+        given = [k.value for k in node.keywords if k.arg in _FILLING]
+        if name in _FILLS:
+            given += node.args[1:]
+        for argument in given:
+            self.note_fill(argument)
 
-    def __init__(self, emit: Callable[[Event], None]) -> None:
-        self._emit = emit
+    def note_fill(self, node: ast.expr) -> None:
+        value = self.value(node)
+        if isinstance(value, V.Const) and type(value.value) is int:
+            self.module.fills.add(value.value)
+        elif {"ignore", "pad"} & set(names.words(names.last_name(node))):
+            self.module.fills.add("any")
+
+    def _torch(self, name: str, node: ast.Call) -> Value | None:
+        """torch.sum(x) is x.sum(), and so on; None: an ordinary call."""
+        if not node.args or any(isinstance(a, ast.Starred) for a in node.args):
+            return None
+        first, rest = node.args[0], node.args[1:]
+        self._note_fills(node, name)
+        if name in {"mul", "multiply", "dot", "inner", "matmul", "vdot"} and len(rest) == 1:
+            product = self.operate(node, ast.Mult(), first, rest[0])
+            return (
+                self._reduce("sum", node, product, "")
+                if name in {"dot", "inner", "vdot"}
+                else product
+            )
+        if name in {"div", "divide", "true_divide"} and len(rest) == 1:
+            return self.operate(node, ast.Div(), first, rest[0])
+        if name == "einsum" and len(rest) == 2:
+            product = self.operate(node, ast.Mult(), rest[0], rest[1])
+            whole = isinstance(first, ast.Constant) and str(first.value).endswith("->")
+            return self._reduce("sum", node, product, "") if whole else product
+        if name in {"max", "min", "maximum"} and len(rest) == 1:
+            values = [self.count_of(self.value(a)) for a in node.args]
+            count = next((v for v in values if isinstance(v, V.Count)), None)
+            return (
+                replace(count, guarded=True)
+                if count and name != "min"
+                else NUMBER
+                if all(map(is_number, values))
+                else None
+            )
+        if name == "where" and len(rest) == 2:
+            return self._where(node, *node.args)
+        if name in _LIKE:
+            return V.Mask(names.text(node)) if names.is_labels(first) else UNKNOWN
+        if name in {"tensor", "as_tensor", "scalar_tensor", "FloatTensor"}:
+            value = self.value(first)
+            alone = (
+                isinstance(first, ast.List)
+                and len(first.elts) == 1
+                and names.is_scalar(first.elts[0])
+            )
+            return NUMBER if alone or is_number(value) or names.is_scalar(first) else UNKNOWN
+        if name in {"zeros", "ones", "full", "rand", "randn", "empty"}:
+            return NUMBER if names.text(first) in _ONE else UNKNOWN
+        receiver = self.value(first)
+        function = ast.copy_location(ast.Attribute(first, name, ast.Load()), node)
+        method = ast.copy_location(ast.Call(function, rest, node.keywords), node)
+        return self._tensor_method(method, first, name, receiver)
+
+    def _where(self, node: ast.Call, test: ast.expr, yes: ast.expr, no: ast.expr) -> Value:
+        condition, a, b = self.value(test), self.value(yes), self.value(no)
+        chosen = a if is_number(b) or "zeros" in names.text(no) else b if is_number(a) else None
+        if chosen is None:
+            return UNKNOWN
+        if self._selects(test, condition) and isinstance(chosen, V.CARRIERS):
+            self.emit("chosen", node, chosen, names.text(test))
+        return chosen
+
+    def _tensor_method(
+        self, node: ast.Call, owner: ast.expr, name: str, receiver: Value
+    ) -> Value | None:
+        whole = not node.args and all(k.arg == "dtype" for k in node.keywords)
+        if (
+            name in {"mul", "mul_", "multiply", "div", "div_", "true_divide"}
+            and len(node.args) == 1
+        ):
+            op: ast.operator = ast.Mult() if name.startswith("mul") else ast.Div()
+            result = self.operate(node, op, owner, node.args[0])
+            if name.endswith("_"):
+                self.assign(owner, result)
+            return result
+        if name in {"add", "sub", "add_", "sub_"} and len(node.args) == 1 and not node.keywords:
+            return self.operate(node, ast.Add(), owner, node.args[0])
+        if name in {"dot", "inner", "matmul"} and len(node.args) == 1:
+            product = self.operate(node, ast.Mult(), owner, node.args[0])
+            return product if name == "matmul" else self._reduce("sum", node, product, "")
+        if name in _REDUCTIONS:
+            dims = (
+                ""
+                if whole
+                else ", ".join(map(names.text, [*node.args, *(k.value for k in node.keywords)]))
+            )
+            return self._reduced(_REDUCTIONS[name], node, owner, receiver, dims)
+        count = self.count_of(receiver)
+        if name in _CLAMPS and isinstance(count, V.Count):
+            guarded = replace(count, guarded=True)
+            if name.endswith("_"):
+                self.assign(owner, guarded)
+            return guarded
+        if name in {"masked_fill", "masked_fill_", "masked_select"} and node.args:
+            self._note_fills(node, name)
+            selects = self._selects(node.args[0], self.value(node.args[0]))
+            if selects and isinstance(receiver, V.CARRIERS):
+                self.emit("chosen", node, receiver, names.text(node.args[0]))
+            return receiver if isinstance(receiver, V.CARRIERS) else UNKNOWN
+        if name in _COMPARISONS and not isinstance(receiver, (V.Loss, V.Mask)) and node.args:
+            other = node.args[-1]
+            return self.compare(node, [owner, other], [receiver, self.value(other)])
+        if name == "new_tensor" and len(node.args) == 1:
+            return (
+                NUMBER
+                if is_number(self.value(node.args[0])) or names.is_scalar(node.args[0])
+                else UNKNOWN
+            )
+        self._note_fills(node, name)
+        if name in names.VIEWS:
+            return self._viewed(node, name, receiver)
+        if isinstance(receiver, V.Count):
+            return receiver if name == "item" else NUMBER
+        if is_number(receiver) or name in {"item", "numel", "dim", "any", "all", "nelement"}:
+            return NUMBER if whole else UNKNOWN
+        if isinstance(receiver, V.Mask):
+            return NUMBER if whole and name != "size" else UNKNOWN
+        if name in _SCALING and isinstance(receiver, V.CARRIERS):
+            return receiver
+        if isinstance(receiver, V.Loss):
+            return NUMBER if name == "tolist" else UNKNOWN
+        if isinstance(receiver, V.Sliced):
+            return UNKNOWN
+        return None
+
+    def _viewed(self, node: ast.Call, name: str, receiver: Value) -> Value | None:
+        """The same tensor for our purpose: moved, cast, or in another shape."""
+        if name == "detach" and isinstance(receiver, V.Loss):
+            return replace(receiver, detached=True)
+        if name in _SHAPED and isinstance(receiver, V.CARRIERS):
+            flat = [names.text(a) for a in node.args] in (
+                ["-1"],
+                ["1"],
+                ["()"],
+                ["(1,)"],
+                ["(-1,)"],
+            )
+            if flat or (isinstance(receiver, V.Loss) and not receiver.reduced):
+                return receiver
+            return UNKNOWN  # one number has no other shape
+        if isinstance(receiver, V.Sliced):
+            if name == "contiguous" and not receiver.tail:
+                return replace(receiver, copied=self.place(node))
+            return replace(receiver, second=receiver.second and name not in names.SHAPES)
+        return receiver
+
+    # Arithmetic
 
     def operate(
-        self,
-        node: ast.expr | ast.stmt,
-        op: ast.operator,
-        left_node: ast.expr,
-        right_node: ast.expr,
-        left: Value,
-        right: Value,
-        frame: Frame,
+        self, node: ast.expr | ast.stmt, op: ast.operator, left: ast.expr, right: ast.expr
     ) -> Value:
+        a, b = self.value(left), self.value(right)
         if isinstance(op, ast.Mult):
-            for loss, factor in ((left, right_node), (right, left_node)):
-                if isinstance(loss, Loss) and _is_inverse(factor):
-                    return self._divide(node, loss, factor.right, UNKNOWN, frame)
-            if isinstance(left, Loss):
-                return self._multiply(node, left, right_node, right, frame)
-            if isinstance(right, Loss):
-                return self._multiply(node, right, left_node, left, frame)
-        if isinstance(op, ast.Div) and isinstance(left, Loss):
-            return self._divide(node, left, right_node, right, frame)
+            for loss, inverse in ((a, right), (b, left)):
+                if _is_inverse(inverse):
+                    return self._divide(node, loss, inverse.right, UNKNOWN)  # type: ignore[attr-defined]
+            return self._multiply(node, (left, a), (right, b))
+        if isinstance(op, (ast.Div, ast.FloorDiv)):
+            return self._divide(node, a, right, b)
         if isinstance(op, (ast.Add, ast.Sub)):
-            left, right = (
-                NUMBER if _is_unknown(value) and names.is_auxiliary(operand) else value
-                for value, operand in ((left, left_node), (right, right_node))
+            a, b = (
+                NUMBER if not isinstance(v, V.Loss) and names.is_auxiliary(operand) else v
+                for v, operand in ((a, left), (b, right))
             )
-            return add(left, right)
-        if is_number(left) and is_number(right):
+            return self.add(a, b)
+        if isinstance(op, ast.Pow) and isinstance(a, V.CARRIERS):
+            return a
+        if is_number(a) and is_number(b):
             return NUMBER
-        masks = [value for value in (left, right) if isinstance(value, Mask)]
-        if masks and isinstance(op, (ast.Mult, ast.BitAnd, ast.BitOr, ast.BitXor)):
-            return Mask(ast.unparse(node)) if isinstance(node, ast.expr) else masks[0]
+        masks = isinstance(a, V.Mask) or isinstance(b, V.Mask)
+        return (
+            V.Mask(names.text(node))
+            if masks and isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor))
+            else UNKNOWN
+        )
+
+    def add(self, a: Value, b: Value) -> Value:
+        if is_number(a) or is_number(b):
+            a, b = self.count_of(a), self.count_of(b)
+        for value, other in ((a, b), (b, a)):
+            if is_number(other) and not (isinstance(other, V.Count) and isinstance(value, V.Const)):
+                if isinstance(value, V.Count):
+                    return replace(value, guarded=True)
+                return NUMBER if is_number(value) else value
+        for value, other in ((a, b), (b, a)):
+            if isinstance(value, V.Count) and isinstance(other, V.Const):
+                return replace(value, guarded=True)
+        if isinstance(a, V.CARRIERS) and isinstance(b, V.CARRIERS):
+            return bounded(V.Added(a, b), a, b)
         return UNKNOWN
 
-    def compare(self, node: ast.expr, operands: list[ast.expr], values: list[Value]) -> Value:
-        """Whether a comparison makes a mask or, of numbers and strings, only True or False."""
-        if any(isinstance(value, Const) and isinstance(value.value, str) for value in values):
-            return NUMBER
-        known = list(zip(operands, values, strict=True))
-        pairs = [pair for a, b in pairwise(known) for pair in ((a, b), (b, a))]
-        if any(isinstance(value, Mask) for value in values) or any(
-            not is_number(value) and names.compares_labels(labels, other)
-            for (labels, value), (other, _) in pairs
+    def factor(self, node: ast.expr, value: Value) -> V.Factor | None:
+        """None for a number."""
+        mask = isinstance(value, V.Mask) or (names.is_mask(node) and not is_number(value))
+        if is_number(value) or (
+            names.is_coefficient(node) and not mask and not isinstance(value, V.CARRIERS)
         ):
-            return Mask(ast.unparse(node))
-        if any(isinstance(value, (Count, Number)) for value in values):
-            return NUMBER
-        variables = [o for o in operands if not isinstance(o, ast.Constant)]
-        tensors = any(isinstance(operand, (ast.Call, ast.Subscript)) for operand in variables)
-        return NUMBER if not tensors and any(map(names.is_scalar, variables)) else UNKNOWN
+            return None
+        kind = "mask" if mask else "weights" if names.is_weights(node) else ""
+        text = names.text(node)
+        lengths = isinstance(value, V.Mask) and value.never_empty
+        return V.Factor(
+            value, self.key(node, value), text, kind, lengths or names.is_never_empty(text)
+        )
+
+    def key(self, node: ast.expr, value: Value) -> object:
+        if isinstance(value, V.Mask):
+            return value.key
+        return value if isinstance(value, V.TERMS) and value.depth < 4 else names.key(node)
 
     def _multiply(
-        self, node: ast.expr | ast.stmt, loss: Loss, factor: ast.expr, value: Value, frame: Frame
+        self, node: ast.expr | ast.stmt, a: tuple[ast.expr, Value], b: tuple[ast.expr, Value]
     ) -> Value:
-        if is_number(value):
-            return loss
-        if isinstance(value, Loss):
-            return loss if loss.reduced and value.reduced else UNKNOWN
-        self._emit(Multiplication(frame, node, loss, factor, value))
-        key = value.key if isinstance(value, Mask) else names.key(factor)
-        return replace(loss, product=Product(key, frame.place(node)))
-
-    def _divide(
-        self, node: ast.expr | ast.stmt, loss: Loss, divisor: ast.expr, value: Value, frame: Frame
-    ) -> Value:
-        self._emit(Division(frame, node, loss, divisor, value))
-        if loss.reduced and loss.product and loss.product.summed and loss.reduction is None:
-            return replace(loss, reduction="mean", uneven=True, product=None)
-        return loss if not isinstance(value, Mask) else UNKNOWN
-
-    def torch_function(
-        self, name: str, node: ast.Call, positional: list[Value], frame: Frame
-    ) -> Value:
-        """torch.sum(x) is x.sum(), and so on."""
-        if not node.args:
+        factors: list[V.Factor] = []
+        for operand, value in (a, b):
+            if isinstance(value, V.Product):
+                factors += value.factors
+            elif (factor := self.factor(operand, value)) is not None:
+                factors.append(factor)
+        if not factors:
+            return NUMBER
+        if len(factors) == 1:
+            return factors[0].value
+        masks = [f for f in factors if f.kind == "mask" and not isinstance(f.value, V.Loss)]
+        if len(masks) == len(factors):
+            return V.Mask(names.text(node), any(f.never_empty for f in factors))
+        if len(factors) > 12:
             return UNKNOWN
-        first = positional[0]
-        if name in {"mul", "multiply", "div", "divide", "true_divide"} and len(node.args) == 2:
-            left, right = node.args
-            op: ast.operator = ast.Mult() if name in {"mul", "multiply"} else ast.Div()
-            return self.operate(node, op, left, right, first, positional[1], frame)
-        if name in _LIKE:
-            return Mask(ast.unparse(node)) if names.is_labels(node.args[0]) else UNKNOWN
-        if name in {"tensor", "as_tensor", "scalar_tensor"}:
-            return _made_of(node.args[0], first)
-        if name in _CREATION:
-            return UNKNOWN
-        if name in {"zeros", "ones", "full", "rand", "randn", "empty"}:
-            return NUMBER if ast.unparse(node.args[0]) in _ONE else UNKNOWN
-        unreduced = len(node.args) == 1 and not node.keywords
-        return self.tensor_method(name, node, node.args[0], first, unreduced, frame) or UNKNOWN
+        place = self.place(node)
+        product = bounded(V.Product(tuple(factors), place), *(f.value for f in factors))
+        if masks and isinstance(product, V.Product):
+            self.emit("product", node, product, masks[0].text)
+        return product
 
-    def tensor_method(
-        self,
-        name: str,
-        node: ast.Call,
-        owner: ast.expr,
-        receiver: Value,
-        whole: bool,
-        frame: Frame,
-    ) -> Value | None:
-        """`owner.name(...)` or `torch.name(owner, ...)` on a tensor; `whole`: no other argument."""
-        if isinstance(receiver, Loss):
-            return self._loss_method(name, node, receiver, whole, frame)
-        if name in _REDUCTIONS and whole:
-            key = receiver.key if isinstance(receiver, (Mask, Count)) else names.key(owner)
-            return Count(key) if name == "sum" else NUMBER
-        if isinstance(receiver, Count):
-            return receiver if name in names.VIEWS or name == "item" else NUMBER
+    def _reduced(
+        self, op: str, node: ast.Call, owner: ast.expr, receiver: Value, dims: str
+    ) -> Value:
+        if isinstance(receiver, V.CARRIERS) and not names.is_mask(owner):
+            return self._reduce(op, node, receiver, dims, names.text(owner))
         if is_number(receiver):
             return NUMBER
-        if isinstance(receiver, Mask):
-            if name in names.VIEWS:
-                return receiver
-            return NUMBER if whole and name not in {"size"} else UNKNOWN
-        if name in {"item", "numel", "dim", "any", "all", "size", "nelement"}:
-            return NUMBER if whole else UNKNOWN
-        if isinstance(receiver, Sliced):
-            if name == "contiguous" and not receiver.tail:
-                return replace(receiver, copied=frame.place(node))
-            second = receiver.second and name not in names.SHAPES
-            return replace(receiver, second=second) if name in names.VIEWS else UNKNOWN
-        if name == "new_tensor" and len(node.args) == 1 and receiver == UNKNOWN:
-            return _made_of(node.args[0], UNKNOWN)
-        if name in _COMPARISONS and receiver == UNKNOWN and node.args:
-            return self.compare(node, [owner, node.args[-1]], [receiver, UNKNOWN])
-        return UNKNOWN if receiver != UNKNOWN or name in names.VIEWS else None
-
-    def _loss_method(
-        self, name: str, node: ast.Call, loss: Loss, whole: bool, frame: Frame
-    ) -> Value:
-        if name in _REDUCTIONS:
-            if loss.reduced or whole:
-                self._emit(Reduction(frame, node, loss))
-            if loss.reduced:
-                product = loss.product and replace(loss.product, summed=name == "sum")
-                return replace(loss, product=product)
-            if not whole:
-                return loss
-            if loss.product:  # Σ w·loss becomes a mean when it is divided by Σ w
-                return replace(
-                    loss, reduced=True, reduction=None, product=replace(loss.product, summed=True)
-                )
-            return replace(
-                loss, reduced=True, reduction=name[-4:].lstrip("n"), origin=frame.place(node)
+        if op == "mean":
+            is_loss = _is_error(owner) and not dims
+            return V.Reduced(op, UNKNOWN, self.place(node), dims, is_loss) if not dims else UNKNOWN
+        if isinstance(receiver, V.Mask) or names.is_mask(owner):
+            key = self.key(owner, receiver)
+            never = isinstance(receiver, V.Mask) and receiver.never_empty
+            return V.Count(
+                key, dims, never or names.is_never_empty(names.text(owner)), of_mask=True
             )
-        if name == "view" and loss.reduced and not whole:
-            argument = node.args[-1]
-            return loss if ast.unparse(argument) in {"-1", "1", "()", "(1,)"} else UNKNOWN
-        if name in {"expand", "expand_as", "repeat", "view_as", "reshape"} and loss.reduced:
-            return UNKNOWN
-        if name in {"item", "tolist", "numpy"}:
-            return NUMBER if loss.reduced else UNKNOWN
-        return loss if name in names.VIEWS or name in _SCALING else UNKNOWN
+        if _is_error(owner) and not dims:
+            return V.Reduced(op, UNKNOWN, self.place(node), dims, True)
+        return V.Count(self.key(owner, receiver), dims)
+
+    def _reduce(self, op: str, node: ast.Call, base: Value, dims: str, owner: str = "") -> Value:
+        result = bounded(V.Reduced(op, base, self.place(node), dims), base)
+        parallel = "devices" if self.frame.devices else ""
+        if not dims:
+            self.emit("reduced", node, result, parallel)
+        return result
+
+    def _divide(
+        self, node: ast.expr | ast.stmt, left: Value, divisor: ast.expr, right: Value
+    ) -> Value:
+        if names.is_accumulation(divisor) and isinstance(left, V.CARRIERS):
+            self.emit("accumulated", node, left, names.text(divisor))
+            return left
+        count = self.count_of(right)
+        if isinstance(count, V.Count):
+            sums = [v for v in alternatives(left) if isinstance(v, V.Reduced) and v.op == "sum"]
+            masked = [s for s in sums if _is_masked_by(s, count)]
+            if masked:
+                local.unguarded_mean(self, node, divisor, masked[0], count)
+            if masked or (sums and count.of_mask):
+                return bounded(V.Ratio(left, self.place(node)), left) if not count.dims else UNKNOWN
+        if is_number(left) and not isinstance(left, V.Count):
+            return NUMBER
+        return UNKNOWN if isinstance(right, V.Mask) else left
+
+    def count_of(self, value: Value) -> Value:
+        """The count that a value is: x.sum() of some x of which only a term is known, too."""
+        plain = isinstance(value, V.Reduced) and isinstance(
+            value.base, (V.Param, V.Member, V.Called)
+        )
+        if isinstance(value, V.Reduced) and value.op == "sum" and plain:
+            return V.Count(value.base, value.dims)
+        return value
 
 
-def _is_unknown(value: Value) -> bool:
-    return value == UNKNOWN or isinstance(value, External)
-
-
-def _is_inverse(node: ast.expr) -> TypeGuard[ast.BinOp]:
+def _is_inverse(node: ast.expr) -> bool:
     """True for 1 / steps."""
     return (
         isinstance(node, ast.BinOp)
@@ -210,38 +332,24 @@ def _is_inverse(node: ast.expr) -> TypeGuard[ast.BinOp]:
     )
 
 
-def _made_of(node: ast.expr, value: Value) -> Value:
-    """torch.tensor(...) of a number, or of a list of one, is a number."""
-    alone = isinstance(node, ast.List) and len(node.elts) == 1 and names.is_scalar(node.elts[0])
-    return NUMBER if alone or is_number(value) or names.is_scalar(node) else UNKNOWN
+def _is_error(node: ast.expr) -> bool:
+    """True for (a - b) ** 2, (a - b).abs(): what a mean squared or absolute error is a mean of."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        return isinstance(node.left, ast.BinOp) and isinstance(node.left.op, ast.Sub)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        inner = (
+            node.args[0]
+            if names.text(node.func.value) == "torch" and node.args
+            else node.func.value
+        )
+        error = node.func.attr in {"abs", "pow", "square"}
+        return error and isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Sub)
+    return False
 
 
-def add(left: Value, right: Value) -> Value:
-    if isinstance(left, Loss) and isinstance(right, Loss):
-        if left.reduced == right.reduced:
-            return replace(join(left, right), product=None) if left != right else left  # type: ignore[type-var]
-        return right if left.reduced else left
-    if isinstance(left, Loss) and is_number(right):
-        return left
-    if isinstance(right, Loss) and is_number(left):
-        return right
-    if isinstance(left, Mask) and is_number(right):
-        return left  # 1 - mask
-    if isinstance(right, Mask) and is_number(left):
-        return right
-    return NUMBER if is_number(left) and is_number(right) else UNKNOWN
-
-
-def slice_of(index: ast.expr) -> Value:
-    """Sliced for x[..., :-1, :], x[:, :-1] and x[..., 1:], x[:, 1:]."""
-    parts = index.elts if isinstance(index, ast.Tuple) else []
-    for part in parts:
-        if not isinstance(part, ast.Slice) or part.step is not None:
-            continue
-        lower = ast.unparse(part.lower) if part.lower else ""
-        upper = ast.unparse(part.upper) if part.upper else ""
-        if (lower, upper) == ("", "-1"):
-            return Sliced(False, second=part is parts[1])
-        if (lower, upper) == ("1", ""):
-            return Sliced(True)
-    return UNKNOWN
+def _is_masked_by(total: V.Reduced, count: V.Count) -> bool:
+    factors = total.base.factors if isinstance(total.base, V.Product) else ()
+    for alternative in alternatives(total.base):
+        if isinstance(alternative, V.Product):
+            factors = alternative.factors
+    return total.dims == count.dims and any(factor.key == count.key for factor in factors)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 
 _CLASS = "weight size_average ignore_index reduce reduction"
@@ -28,30 +29,43 @@ _FUNCTIONS = {
     "cosine_embedding_loss": f"input1 input2 target margin {_LEGACY}",
     "margin_ranking_loss": f"input1 input2 target margin {_LEGACY}",
     "triplet_margin_loss": f"anchor positive negative margin p eps swap {_LEGACY}",
+    "triplet_margin_with_distance_loss": (
+        "anchor positive negative distance_function margin swap reduction"
+    ),
+    "gaussian_nll_loss": "input target var full eps reduction",
+    "ctc_loss": "log_probs targets input_lengths target_lengths blank reduction zero_infinity",
 }
 
-# Positional parameters of the constructors in torch.nn, and the function each one calls.
+# The modules of torch.nn, and the function each one calls. Its constructor has the parameters of
+# that function that are no tensors of a call.
 _MODULES = {
-    "CrossEntropyLoss": ("cross_entropy", f"{_CLASS} label_smoothing"),
-    "NLLLoss": ("nll_loss", _CLASS),
-    "BCELoss": ("binary_cross_entropy", f"weight {_LEGACY}"),
-    "BCEWithLogitsLoss": ("binary_cross_entropy_with_logits", f"weight {_LEGACY} pos_weight"),
-    "MSELoss": ("mse_loss", _LEGACY),
-    "L1Loss": ("l1_loss", _LEGACY),
-    "SmoothL1Loss": ("smooth_l1_loss", f"{_LEGACY} beta"),
-    "HuberLoss": ("huber_loss", "reduction delta"),
-    "KLDivLoss": ("kl_div", f"{_LEGACY} log_target"),
-    "PoissonNLLLoss": ("poisson_nll_loss", "log_input full size_average eps reduce reduction"),
-    "SoftMarginLoss": ("soft_margin_loss", _LEGACY),
-    "MultiLabelMarginLoss": ("multilabel_margin_loss", _LEGACY),
-    "MultiLabelSoftMarginLoss": ("multilabel_soft_margin_loss", f"weight {_LEGACY}"),
-    "MultiMarginLoss": ("multi_margin_loss", f"p margin weight {_LEGACY}"),
-    "HingeEmbeddingLoss": ("hinge_embedding_loss", f"margin {_LEGACY}"),
-    "CosineEmbeddingLoss": ("cosine_embedding_loss", f"margin {_LEGACY}"),
-    "MarginRankingLoss": ("margin_ranking_loss", f"margin {_LEGACY}"),
-    "TripletMarginLoss": ("triplet_margin_loss", f"margin p eps swap {_LEGACY}"),
+    "CrossEntropyLoss": "cross_entropy",
+    "NLLLoss": "nll_loss",
+    "BCELoss": "binary_cross_entropy",
+    "BCEWithLogitsLoss": "binary_cross_entropy_with_logits",
+    "MSELoss": "mse_loss",
+    "L1Loss": "l1_loss",
+    "SmoothL1Loss": "smooth_l1_loss",
+    "HuberLoss": "huber_loss",
+    "KLDivLoss": "kl_div",
+    "PoissonNLLLoss": "poisson_nll_loss",
+    "SoftMarginLoss": "soft_margin_loss",
+    "MultiLabelMarginLoss": "multilabel_margin_loss",
+    "MultiLabelSoftMarginLoss": "multilabel_soft_margin_loss",
+    "MultiMarginLoss": "multi_margin_loss",
+    "HingeEmbeddingLoss": "hinge_embedding_loss",
+    "CosineEmbeddingLoss": "cosine_embedding_loss",
+    "MarginRankingLoss": "margin_ranking_loss",
+    "TripletMarginLoss": "triplet_margin_loss",
+    "TripletMarginWithDistanceLoss": "triplet_margin_with_distance_loss",
+    "GaussianNLLLoss": "gaussian_nll_loss",
+    "CTCLoss": "ctc_loss",
 }
+_INPUTS = "input target input1 input2 anchor positive negative var log_probs targets input_lengths"
+_TENSORS = {*_INPUTS.split(), "target_lengths"}
+_WEIGHT_IN_CALL = {"mse_loss", "l1_loss", "huber_loss"}
 
+REDUCTIONS = {"none", "mean", "sum", "elementwise_mean", "batchmean", "sequence_mean"}
 _MASKED = "reduction normalizer ignore_index class_weight label_smoothing z_loss softcap shift"
 _OURS = {
     "cross_entropy": f"input target {_CLASS} label_smoothing",
@@ -64,10 +78,11 @@ _OUR_OPERATORS = {
     "cross_entropy": _OURS["masked_cross_entropy"],
     "masked_reduce": _OURS["masked_reduce"],
 }
+_AS_MODULE = _MASKED.replace("normalizer ", "")  # which a module is given with each call
 _OUR_MODULES = {
     "CrossEntropyLoss": ("cross_entropy", f"{_CLASS} label_smoothing"),
-    "MaskedCrossEntropyLoss": ("masked_cross_entropy", _MASKED),
-    "LinearCrossEntropyLoss": ("linear_cross_entropy", _MASKED),
+    "MaskedCrossEntropyLoss": ("masked_cross_entropy", _AS_MODULE),
+    "LinearCrossEntropyLoss": ("linear_cross_entropy", _AS_MODULE),
 }
 
 
@@ -97,7 +112,9 @@ def _specs() -> dict[str, LossSpec]:
 
     for name, parameters in _FUNCTIONS.items():
         add(f"torch.nn.functional.{name}", name, parameters, False)
-    for name, (function, parameters) in _MODULES.items():
+    for name, function in _MODULES.items():
+        tensors = _TENSORS | ({"weight"} if function in _WEIGHT_IN_CALL else set())
+        parameters = " ".join(p for p in _FUNCTIONS[function].split() if p not in tensors)
         add(f"torch.nn.{name}", function, parameters, True)
         add(f"torch.nn.modules.loss.{name}", function, parameters, True)
     for name, parameters in _OURS.items():
@@ -121,3 +138,11 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     if reduce is not None and not reduce:
         return "none"
     return "mean" if size_average is None or size_average else "sum"
+
+
+def arguments_of(spec: LossSpec, node: ast.Call) -> dict[str, ast.expr] | None:
+    """The arguments of a call by parameter name, or None where * or ** hides some."""
+    if any(isinstance(a, ast.Starred) for a in node.args) or any(not k.arg for k in node.keywords):
+        return None
+    given = dict(zip(spec.parameters, node.args, strict=False))
+    return given | {k.arg: k.value for k in node.keywords if k.arg}

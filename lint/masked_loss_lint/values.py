@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Abstract values: what an expression is, as far as a loss and its mask are concerned.
+"""What an expression is, as far as a loss and its mask are concerned.
 
-The analyser computes with these in place of tensors. A value says what is *known*; where two
-paths of a program disagree, their `join` is UNKNOWN, and a rule stays silent.
+`walk` makes values from one file alone. What another function, class or file decides is a *term*
+there (`Param`, `Import`, `Member`, `Called`, ...), which `resolve` replaces when all are known.
 """
 
 from __future__ import annotations
 
-import ast
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from masked_loss_lint.project import ClassInfo, FunctionInfo, ModuleInfo, Scope
-    from masked_loss_lint.source import Source
+    from masked_loss_lint.program import ClassInfo, FunctionInfo, Module
     from masked_loss_lint.torch_losses import LossSpec
+
+_DEEPEST = 24  # terms inside terms; a program that nests more is not understood
 
 
 @dataclass(frozen=True, order=True)
@@ -25,60 +26,204 @@ class Place:
     cell: int  # of a notebook, else 0
     line: int
     column: int
-    source: Source = field(compare=False, repr=False)
-    lines: tuple[int, int] = field(compare=False)  # first and last, in the text of `source`
-
-    @property
-    def file(self) -> str:
-        return f"{self.path}:cell {self.cell}" if self.cell else self.path
-
-    def silences(self, code: str) -> bool:
-        """True when a `# noqa` comment on its first or last line covers `code`."""
-        return self.source.silences(*self.lines, code)
+    lines: tuple[int, int] = field(default=(0, 0), compare=False)  # first and last, of the text
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return (
+            f"{self.path}:cell {self.cell}:{self.line}" if self.cell else f"{self.path}:{self.line}"
+        )
 
 
 class Value:
-    """Base of all abstract values; itself the value of which nothing is known."""
+    """Base of all values; itself the value of which nothing is known."""
 
-    __slots__ = ()
+    depth = 0
+
+
+V = TypeVar("V", bound=Value)
+
+
+def bounded(value: V, *inside: Value) -> V | Value:
+    """`value`, or UNKNOWN where the terms inside it are nested too deeply."""
+    depth = 1 + max((v.depth for v in inside), default=0)
+    if depth > _DEEPEST:
+        return UNKNOWN
+    object.__setattr__(value, "depth", depth)
+    return value
 
 
 UNKNOWN = Value()
+FOREIGN = Value()  # an object of another library: what its attributes hold is nobody's guess
+NUMBER = Value()  # a number, or a tensor of one element
 
 
 @dataclass(frozen=True)
 class Const(Value):
-    """A constant: None, a string, a bool, a number."""
+    """None, a string, a bool, a number."""
 
     value: object
 
 
+NONE = Const(None)
+
+
+# Losses, masks and what is computed from them
+
+
 @dataclass(frozen=True)
-class Number(Value):
-    """A number or a tensor of one element: multiplying by it only scales."""
+class Loss(Value):
+    """What a loss function returned, or a number made of it."""
+
+    function: str
+    reduction: str | Value  # "none", "mean", "sum", or the term that decides
+    place: Place
+    ignores: Value | None = None  # its ignore_index, if the program names one
+    uneven: bool = False  # a mean over those tokens only that a mask selects
+    detached: bool = False
+
+    @property
+    def reduced(self) -> bool:
+        return self.reduction != "none"
+
+
+@dataclass(frozen=True)
+class Mask(Value):
+    """A tensor of zeros and ones, known by how it was computed."""
+
+    key: str
+    never_empty: bool = False  # made of lengths or of padding: a sequence has a token
+
+
+@dataclass(frozen=True)
+class Count(Value):
+    """The sum of a tensor; `guarded` where it cannot be 0."""
+
+    key: object
+    dims: str
+    never_empty: bool = False
+    guarded: bool = False
+    of_mask: bool = False
+
+
+@dataclass(frozen=True)
+class Sliced(Value):
+    """x[..., :-1, :], or x[..., 1:] (the tail); `copied`: by contiguous(), where."""
+
+    tail: bool
+    second: bool = False  # it is the second dimension that was sliced
+    copied: Place | None = None
+
+
+@dataclass(frozen=True)
+class Factor:
+    value: Value
+    key: object  # equal keys: the same tensor
+    text: str
+    kind: str  # "mask", "weights" by its name, or ""
+    never_empty: bool = False
+
+
+@dataclass(frozen=True)
+class Product(Value):
+    factors: tuple[Factor, ...]
+    place: Place
+
+
+@dataclass(frozen=True)
+class Reduced(Value):
+    """base.sum() or base.mean(); over `dims` only, if these are given."""
+
+    op: str
+    base: Value
+    place: Place
+    dims: str = ""
+    is_loss: bool = False  # its name, or that of its function, says so
+
+
+@dataclass(frozen=True)
+class Ratio(Value):
+    """A sum divided by the sum of a mask."""
+
+    base: Value
+    place: Place
+    is_loss: bool = False
+
+
+# Terms
+
+
+@dataclass(frozen=True)
+class Param(Value):
+    function: FunctionInfo
+    name: str
+
+
+@dataclass(frozen=True)
+class Import(Value):
+    paths: tuple[str, ...]  # of which the first that exists is meant
+    importer: Module
+    level: int = 0
+
+
+@dataclass(frozen=True)
+class Member(Value):
+    """owner.key, owner["key"] or owner[0]; key None: any of its elements."""
+
+    owner: Value
+    key: str | int | None
+    reader: Module
+
+
+@dataclass(frozen=True)
+class Called(Value):
+    callee: Value
+    args: tuple[Value, ...]
+    keywords: tuple[tuple[str, Value], ...]
+    place: Place
+    reader: Module
+    wraps: int = -1  # which argument is a model by its name: a library may give it back
+    spread: bool = False  # *args or **kwargs may hold anything
+
+
+@dataclass(frozen=True)
+class Either(Value):
+    test: Value
+    yes: Value
+    no: Value
+
+
+@dataclass(frozen=True)
+class Test(Value):
+    op: str  # "==", "truth", "not"
+    left: Value
+    right: Value = NONE
+
+
+@dataclass(frozen=True)
+class Added(Value):
+    left: Value
+    right: Value
+
+
+# Objects
 
 
 @dataclass(frozen=True)
 class External(Value):
-    """Something outside the analysed files, by its canonical name: torch.nn.functional.
-
-    What it returns has () in its name: an object of which only this is known.
-    """
+    """Something of torch, masked_loss or Python by its full name."""
 
     path: str
 
-    @property
-    def is_object(self) -> bool:
-        """False for what is called by its name: a module, a class, a function."""
-        return "()" in self.path or self.path.startswith("builtins.")
+
+@dataclass(frozen=True)
+class ModuleRef(Value):
+    module: Module
 
 
 @dataclass(frozen=True)
-class Module(Value):
-    info: ModuleInfo
+class Function(Value):
+    info: FunctionInfo
+    receiver: Value | None = None
 
 
 @dataclass(frozen=True)
@@ -88,80 +233,45 @@ class Class(Value):
 
 @dataclass(frozen=True)
 class Instance(Value):
-    """An object of a class in the analysed files."""
-
     info: ClassInfo
+    call: Called | None = None  # how it was made, if known
 
 
 @dataclass(frozen=True)
-class Function(Value):
-    """A function of the analysed files, with the scope it closes over and its bound `self`."""
-
-    info: FunctionInfo
-    scope: Scope | None = None
-    receiver: Value | None = None
-
-
-@dataclass(frozen=True)
-class Partial(Value):
-    """functools.partial: a callable with arguments already given."""
-
-    callee: Value
-    args: tuple[ast.expr, ...]
-    keywords: tuple[ast.keyword, ...]
+class Super(Value):
+    info: ClassInfo
+    receiver: Value
 
 
 @dataclass(frozen=True)
 class LossModule(Value):
-    """nn.CrossEntropyLoss(...): calling it computes a loss. `reduction` None means not known."""
-
     spec: LossSpec
-    reduction: str | None
-    uneven: bool
+    reduction: str | Value
+    ignores: Value | None = None
 
 
 @dataclass(frozen=True)
-class Product:
-    """The factor a loss was multiplied with, and where."""
-
-    key: str
-    place: Place
-    summed: bool = False
+class Partial(Value):
+    callee: Value
+    args: tuple[Value, ...]
+    keywords: tuple[tuple[str, Value], ...]
 
 
 @dataclass(frozen=True)
-class Loss(Value):
-    """A loss: one number if `reduced`, else one number per token or sample."""
+class Record(Value):
+    """Named fields over a base: an output object, a dictionary."""
 
-    reduced: bool
-    reduction: str | None  # "mean", "sum": how it became a scalar; None: per token, or mixed
-    function: str  # cross_entropy
-    origin: Place
-    uneven: bool = False  # its mean counts only some tokens, so micro-batches weigh differently
-    product: Product | None = None
+    base: Value
+    fields: tuple[tuple[str | int, Value], ...]
 
+    def get(self, key: str | int) -> Value | None:
+        return next((value for name, value in self.fields if name == key), None)
 
-@dataclass(frozen=True)
-class Mask(Value):
-    """A tensor that holds a weight for each token; `key` names it across views and casts."""
-
-    key: str
-
-
-@dataclass(frozen=True)
-class Count(Value):
-    """`x.sum()`: a scalar, and zero when x is a mask that masks everything."""
-
-    key: str
-
-
-@dataclass(frozen=True)
-class Sliced(Value):
-    """`x[..., :-1, :]` (head) or `x[..., 1:]` (tail); `copied` is its .contiguous()."""
-
-    tail: bool
-    copied: Place | None = None
-    second: bool = False  # it is dimension 1 still, which cross_entropy takes for the classes
+    def set(self, key: str | int, value: Value) -> Value:
+        others = tuple(f for f in self.fields if f[0] != key)
+        return bounded(
+            Record(self.base, (*others, (key, value))), self.base, *(v for _, v in others), value
+        )
 
 
 @dataclass(frozen=True)
@@ -170,77 +280,77 @@ class Tuple(Value):
 
 
 @dataclass(frozen=True)
-class Losses(Value):
-    """A list or a generator of losses that are all like this one."""
+class Many(Value):
+    """A list of values of one kind."""
 
-    each: Loss
-
-
-@dataclass(frozen=True)
-class Record(Value):
-    """A dict, a dataclass or a model's output: values by name."""
-
-    fields: tuple[tuple[str, Value], ...]
-
-    def get(self, name: str) -> Value:
-        return dict(self.fields).get(name, UNKNOWN)
-
-    def set(self, name: str, value: Value) -> Record:
-        return Record(tuple({**dict(self.fields), name: value}.items()))
+    each: Value
 
 
-NONE = Const(None)
-NUMBER = Number()
+TERMS = (Param, Import, Member, Called, Either, Added, Product, Reduced, Ratio)
+CARRIERS = (Loss, *TERMS)
 
 
 def is_number(value: Value) -> bool:
-    """True for what can only scale a loss: a number, a count, a one-element tensor."""
     if isinstance(value, Const):
         return isinstance(value.value, (int, float))
-    return isinstance(value, (Number, Count))
+    return value is NUMBER or isinstance(value, Count)
 
 
-def _either(left: Product | None, right: Product | None) -> Product | None:
-    """The factor of two paths, one of which may not have multiplied."""
-    if left is None or right is None:
-        return left or right
-    return left if left == right else None
+def same(a: Value, b: Value) -> bool:
+    """Equality, and False for terms that are too large to compare."""
+    return a is b or (type(a) is type(b) and a.depth < 8 and b.depth < 8 and a == b)
 
 
-def join(left: Value | None, right: Value | None) -> Value:
-    """What is known when the value is `left` on one path and `right` on another.
+def alternatives(value: Value) -> Iterator[Value]:
+    """The values that the branches of a program leave."""
+    pending = [value]
+    for _ in range(16):
+        if not pending:
+            return
+        current = pending.pop()
+        if isinstance(current, Either):
+            pending += [current.no, current.yes]
+        else:
+            yield current
 
-    A path on which the value is None or not yet assigned says nothing: the program could not
-    multiply it. A loss accumulator that starts from 0 is a loss.
-    """
-    if left is None or left == NONE:
-        return NONE if right is None else right
-    if right is None or right == NONE or left == right:
-        return left
-    if isinstance(left, Loss) and isinstance(right, Loss) and left.reduced == right.reduced:
-        return replace(
-            left,
-            reduction=left.reduction if left.reduction == right.reduction else None,
-            uneven=left.uneven and right.uneven,
-            product=_either(left.product, right.product),
-        )
-    if isinstance(left, Loss) and is_number(right):
-        return left
-    if isinstance(right, Loss) and is_number(left):
-        return right
-    if is_number(left) and is_number(right):
-        return NUMBER
-    if isinstance(left, Mask) and isinstance(right, Mask):
-        return left
-    if isinstance(left, LossModule) and isinstance(right, LossModule):
-        same = left.reduction == right.reduction
-        return replace(left, reduction=left.reduction if same else None, uneven=False)
-    if isinstance(left, Tuple) and isinstance(right, Tuple):
-        if len(left.items) != len(right.items):
-            return UNKNOWN
-        return Tuple(tuple(join(a, b) for a, b in zip(left.items, right.items, strict=True)))
-    if isinstance(left, Record) and isinstance(right, Record):
-        names = [*dict(left.fields), *(n for n, _ in right.fields if n not in dict(left.fields))]
-        a, b = dict(left.fields), dict(right.fields)
-        return Record(tuple((name, join(a.get(name), b.get(name))) for name in names))
-    return UNKNOWN
+
+def join(a: Value | None, b: Value | None) -> Value:
+    """What is known of something that is either a or b."""
+    if a is None or b is None:
+        return a or b or UNKNOWN
+    if a is b or a == NONE or (is_number(a) and isinstance(b, Loss) and b.reduced):
+        return b
+    if b == NONE or (is_number(b) and isinstance(a, Loss) and a.reduced):
+        return a
+    if is_number(a) and is_number(b):
+        return a if a == b else NUMBER
+    match a, b:
+        case Loss(), Loss():
+            if a.reduced != b.reduced or isinstance(a.reduction, Value):
+                return UNKNOWN
+            first = min(a, b, key=lambda loss: loss.place)
+            return replace(first, uneven=a.uneven and b.uneven)
+        case LossModule(), LossModule():
+            known = isinstance(a.reduction, str) and isinstance(b.reduction, str)
+            return a if known and (a.reduction == "none") == (b.reduction == "none") else UNKNOWN
+        case Mask(), Mask():
+            return a
+        case Tuple(), Tuple() if len(a.items) == len(b.items):
+            return Tuple(tuple(map(join, a.items, b.items)))
+        case Many(), Many():
+            return Many(join(a.each, b.each))
+        case Instance(), Instance() if a.info is b.info:
+            return a if a.call == b.call else Instance(a.info)
+        case (Record(), _) | (_, Record()):
+            return _join_records(a, b)
+    return a if a.depth < 8 and type(a) is type(b) and a == b else UNKNOWN
+
+
+def _join_records(a: Value, b: Value) -> Value:
+    """The fields of both: what one branch adds to an object, the other may have too."""
+    a, b = (v if isinstance(v, Record) else Record(v, ()) for v in (a, b))
+    if isinstance(a.base, LossModule) or isinstance(b.base, LossModule):
+        return UNKNOWN  # criterion.reduction = ... on one of them
+    names = dict.fromkeys([name for name, _ in (*a.fields, *b.fields)])
+    fields = tuple((name, join(a.get(name), b.get(name))) for name in names)
+    return Record(a.base if a.base is b.base else join(a.base, b.base), fields)

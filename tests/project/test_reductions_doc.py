@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import masked_loss
 from masked_loss_lint import RULES, check
-from masked_loss_lint.source import read
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAMES = ("size_average", "reduce", "reduction")
@@ -112,7 +111,7 @@ def test_every_rule_has_a_page() -> None:
 def test_the_linter_agrees_with_its_page(rule: str, kind: str, code: str, tmp_path: Path) -> None:
     path = tmp_path / "example.py"
     path.write_text(code)
-    assert {f.code for f in check([read(path)])} == ({rule} if kind == "wrong" else set())
+    assert {f.code for f in check([path]).findings} == ({rule} if kind == "wrong" else set())
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce")

@@ -7,4 +7,4 @@ def cross_entropy(logits, labels):
 
 
 def loss_of(logits, labels, mask):
-    return (cross_entropy(logits, labels) * mask).sum() / mask.sum()
+    return (cross_entropy(logits, labels) * mask).sum() / mask.sum()  # expect: ML003

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Calls of one file as values: losses, Python's own functions, and those of other files."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+
+from masked_loss_lint import local, names
+from masked_loss_lint import values as V
+from masked_loss_lint.tensors import Tensors
+from masked_loss_lint.torch_losses import SPECS, LossSpec, arguments_of, legacy_reduction
+from masked_loss_lint.values import NONE, NUMBER, UNKNOWN, Value, bounded
+
+_MODELS = {"model", "module", "net", "network", "engine", "self"}
+_MAPPERS = {"map", "vmap", "starmap", "grad", "vmap_"}
+_NUMERIC = {"float", "int", "len", "bool", "round", "max", "min", "abs"}
+
+
+class Calls(Tensors):
+    def call(self, node: ast.Call) -> Value:
+        function = node.func
+        if isinstance(function, ast.Attribute):
+            if isinstance(function.value, ast.Call) and names.text(function.value.func) == "super":
+                return self._called(node, V.Member(self._super(), function.attr, self.module))
+            reads = len(self.frame.read)
+            receiver = self.value(function.value)
+            result = self._method(node, function, receiver, reads)
+            if result is not None:
+                return result
+        return self._call(self.value(function), node)
+
+    def _super(self) -> Value:
+        owner = self.frame.info.owner
+        return UNKNOWN if owner is None else V.Super(owner, self.receiver())
+
+    def receiver(self) -> Value:
+        """What `self` is here."""
+        params = self.frame.info.params
+        return (params and self.frame.scope.lookup(params[0])) or UNKNOWN
+
+    def _arguments(self, node: ast.Call) -> tuple[list[Value], dict[str, Value]]:
+        positional = [self.value(argument) for argument in node.args]
+        keywords = {k.arg or "**": self.value(k.value) for k in node.keywords}
+        for value in (*positional, *keywords.values()):
+            if isinstance(value, V.Function) and value.info.name == "<lambda>":
+                value.info.given_away = True
+        return positional, keywords
+
+    def _call(self, callee: Value, node: ast.Call) -> Value:
+        if isinstance(callee, V.External):
+            return self._external(callee, node)
+        if isinstance(callee, V.LossModule):
+            return self._compute(callee.spec, node, callee)
+        return self._called(node, callee)
+
+    def _called(self, node: ast.Call, callee: Value) -> Value:
+        """A call that is understood when all files are known."""
+        positional, keywords = self._arguments(node)
+        starred = any(isinstance(argument, ast.Starred) for argument in node.args)
+        last = names.last_name(node.func)
+        if last in _MAPPERS:
+            self.module.mapped += positional
+        if last[:1].isupper() or last == "dict":
+            for name, value in keywords.items():
+                self.store(name, value)
+        self._note_fills(node, last)
+        wraps = next(
+            (i for i, a in enumerate(node.args) if _MODELS & set(names.words(names.last_name(a)))),
+            -1,
+        )
+        known = isinstance(
+            callee,
+            (V.Function, V.Class, V.Instance, V.Super, V.External, V.Partial, V.Record, *V.TERMS),
+        )
+        if not known and "labels" not in keywords:
+            return UNKNOWN
+        items = tuple((name, value) for name, value in keywords.items() if name != "**")
+        spread = starred or "**" in keywords
+        place = self.place(node)
+        call = V.Called(callee, tuple(positional), items, place, self.module, wraps, spread)
+        call = bounded(call, callee, *positional, *keywords.values())  # type: ignore[assignment]
+        if isinstance(call, V.Called):
+            self.frame.info.calls.append((call, tuple(self.frame.conditions)))
+            owner = self.frame.info.owner
+            if (
+                isinstance(callee, V.Member)
+                and isinstance(callee.owner, V.Super)
+                and owner is not None
+            ) and callee.key == "__init__":
+                owner.base_init = call
+        return call
+
+    # PyTorch, masked_loss, Python
+
+    def _external(self, callee: V.External, node: ast.Call) -> Value:
+        path, last = callee.path, callee.path.rpartition(".")[2]
+        spec = SPECS.get(path)
+        if spec is not None:
+            return (
+                self._loss_module(spec, node) if spec.is_module else self._compute(spec, node, None)
+            )
+        if path.startswith("torch.") or last in {"max", "min"}:
+            result = self._torch(last, node)
+            if result is not None:
+                return result
+        positional, keywords = self._arguments(node)
+        first = positional[0] if positional else UNKNOWN
+        if last in _MAPPERS:
+            for value in positional:
+                if isinstance(value, V.Function):
+                    value.info.per_sample = True
+            self.module.mapped += positional
+            return UNKNOWN
+        if path == "functools.partial" and positional:
+            return self.partial(node, positional, keywords)
+        if path == "builtins.getattr" and len(node.args) > 1:
+            return self._getattr(node, first, positional[1])
+        if path == "builtins.setattr" and len(node.args) == 3:
+            self._setattr(node, positional[1], positional[2])
+            return NONE
+        if path == "builtins.sum":
+            return first.each if isinstance(first, V.Many) else UNKNOWN
+        if path in {"builtins.dict", "types.SimpleNamespace"} and "**" not in keywords:
+            for name, value in keywords.items():
+                self.store(name, value)
+            return bounded(V.Record(NUMBER, tuple(keywords.items())), *keywords.values())
+        if path.startswith("builtins."):
+            if hasattr(builtins, last):
+                return NUMBER if last in _NUMERIC and not isinstance(first, V.CARRIERS) else UNKNOWN
+            return self._called(node, UNKNOWN)
+        if path.startswith(("random.", "math.")):
+            return NUMBER
+        if path.endswith(("ModuleDict", "ModuleList")) and isinstance(first, (V.Record, V.Many)):
+            return first
+        return self._called(node, callee)
+
+    def _getattr(self, node: ast.Call, owner: Value, name: Value) -> Value:
+        if isinstance(name, V.Const) and isinstance(name.value, str):
+            return self.member(owner, name.value)
+        some = {"torch.nn": "CrossEntropyLoss", "torch.nn.functional": "cross_entropy"}
+        path = owner.path if isinstance(owner, V.External) else ""
+        if path in some and names.is_loss(names.text(node.args[1])):
+            return V.External(f"{path}.{some[path]}")  # a loss of torch, whichever it is
+        return UNKNOWN
+
+    def _setattr(self, node: ast.Call, name: Value, value: Value) -> None:
+        """setattr(owner, name, value); a name that is not known may be that of the reduction."""
+        known = isinstance(name, V.Const) and isinstance(name.value, str)
+        attribute = str(name.value) if isinstance(name, V.Const) and known else "reduction"
+        target = ast.Attribute(node.args[0], attribute, ast.Store())
+        self.assign(ast.copy_location(target, node), value if known else UNKNOWN)
+
+    # Methods
+
+    def _method(
+        self, node: ast.Call, function: ast.Attribute, receiver: Value, reads: int
+    ) -> Value | None:
+        """A method of a tensor, a list or a dictionary; None: something else is called."""
+        name = function.attr
+        if name in {"size", "dim", "numel"}:
+            del self.frame.read[reads:]
+        if isinstance(receiver, (V.External, V.Function, V.Class)):
+            return None
+        if isinstance(receiver, V.LossModule):
+            known = name in names.VIEWS | {"forward", "__call__", "train", "eval", "apply"}
+            if not known:
+                return None
+            return self._call(receiver, node) if name in {"forward", "__call__"} else receiver
+        if name == "__setitem__" and len(node.args) == 2:
+            item = ast.Subscript(function.value, node.args[0], ast.Store())
+            self.assign(ast.copy_location(item, node), self.value(node.args[1]))
+            return NONE
+        if isinstance(receiver, V.Record) and name in {"get", "pop"} and node.args:
+            key = self.value(node.args[0])
+            return (
+                self.member(receiver, key.value)
+                if isinstance(key, V.Const) and isinstance(key.value, str)
+                else UNKNOWN
+            )
+        if name == "update" and isinstance(receiver, V.Record):
+            return self._update(node, function, receiver)
+        if isinstance(receiver, V.Many) and name == "append" and len(node.args) == 1:
+            value = self.value(node.args[0])
+            empty = receiver.each is UNKNOWN and receiver.depth == 0
+            self.assign(function.value, self.many([value] if empty else [receiver.each, value]))
+            return NONE
+        return self._tensor_method(node, function.value, name, receiver)
+
+    def _update(self, node: ast.Call, function: ast.Attribute, receiver: V.Record) -> Value:
+        positional, keywords = self._arguments(node)
+        for name, value in keywords.items():
+            self.store(name, value)
+        changed: Value = receiver
+        fields: list[tuple[str | int, Value]] = [*keywords.items()]
+        for argument in positional:
+            fields += argument.fields if isinstance(argument, V.Record) else [("**", UNKNOWN)]
+        for key, value in fields:
+            changed = (
+                changed.set(key, value)
+                if isinstance(changed, V.Record) and key != "**"
+                else UNKNOWN
+            )
+        self.assign(function.value, changed)
+        return NONE
+
+    # Losses
+
+    def _loss_module(self, spec: LossSpec, node: ast.Call) -> Value:
+        self._arguments(node)
+        local.legacy_arguments(self, node, spec)
+        reduction, ignores = self.reduction(spec, node)
+        return V.LossModule(spec, reduction, ignores)
+
+    def _compute(self, spec: LossSpec, node: ast.Call, module: V.LossModule | None) -> Value:
+        reads = len(self.frame.read)
+        positional, keywords = self._arguments(node)
+        named = ("input", "target") if module else spec.parameters[:2]
+        inputs = [*positional, *(keywords[n] for n in named if n in keywords)]
+        local.copied_logits(self, node, spec, inputs, reads)
+        if module is None:
+            local.legacy_arguments(self, node, spec)
+            reduction, ignores = self.reduction(spec, node)
+        else:
+            reduction, ignores = module.reduction, module.ignores
+        uneven = False
+        if spec.is_ours:
+            uneven = keywords.get("normalizer", NONE) == NONE and (
+                spec.name == "masked_mean"
+                or _is_masked(spec, module is not None, positional, keywords)
+            )
+            ignores = ignores if keywords.get("normalizer", NONE) == NONE else None
+        loss = V.Loss(spec.function, reduction, self.place(node), ignores, uneven)
+        stats = keywords.get("return_stats", V.Const(False))
+        if stats == V.Const(True):
+            return V.Tuple((loss, UNKNOWN))
+        return loss if isinstance(stats, V.Const) else UNKNOWN
+
+    def reduction(self, spec: LossSpec, node: ast.Call) -> tuple[str | Value, Value | None]:
+        """The reduction a call asks for, and the ignore_index it names."""
+        given = arguments_of(spec, node)
+        if given is None:  # ** may hold the reduction, unless it is there
+            given = {k.arg: k.value for k in node.keywords if k.arg}
+            if "reduction" not in given:
+                return UNKNOWN, None
+        ignores = self.value(given["ignore_index"]) if "ignore_index" in given else None
+        if spec.name == "masked_mean":
+            return "mean", None
+        legacy = [self.value(given[n]) if n in given else NONE for n in ("size_average", "reduce")]
+        if legacy != [NONE, NONE]:
+            if not all(isinstance(value, V.Const) for value in legacy):
+                return UNKNOWN, ignores
+            flags = [None if v == NONE else bool(v.value) for v in legacy if isinstance(v, V.Const)]
+            return legacy_reduction(flags[0], flags[1]), ignores
+        if "reduction" not in given:
+            return "mean", ignores
+        value = self.value(given["reduction"])
+        if isinstance(value, V.Const):
+            return (value.value if isinstance(value.value, str) else UNKNOWN), ignores
+        return value, ignores
+
+    def partial(self, node: ast.Call, positional: list[Value], keywords: dict[str, Value]) -> Value:
+        callee = positional[0]
+        spec = SPECS.get(callee.path) if isinstance(callee, V.External) else None
+        if spec is not None:
+            later = ast.copy_location(ast.Call(node.func, node.args[1:], node.keywords), node)
+            local.legacy_arguments(self, later, spec, partial=True)
+        items = tuple((name, value) for name, value in keywords.items())
+        return bounded(
+            V.Partial(callee, tuple(positional[1:]), items), *positional, *keywords.values()
+        )
+
+
+def _is_masked(
+    spec: LossSpec, module: bool, positional: list[Value], keywords: dict[str, Value]
+) -> bool:
+    """True when a loss of masked_loss is given a mask."""
+    parameters = spec.parameters
+    if module:
+        first = ["hidden", "weight"] if spec.function == "linear_cross_entropy" else ["logits"]
+        parameters = (*first, "target", "mask")
+    given = dict(zip(parameters, positional, strict=False)) | keywords
+    return given.get("mask", NONE) != NONE

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`--fix` rewrites size_average and reduce, and nothing else."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from masked_loss_lint.__main__ import main
+
+BUGGY = """\
+import torch.nn.functional as F
+
+
+def loss_of(logits, labels):
+    return F.cross_entropy(logits, labels, size_average=True)
+"""
+
+
+@pytest.fixture
+def buggy(tmp_path: Path) -> Path:
+    path = tmp_path / "buggy.py"
+    path.write_text(BUGGY)
+    return path
+
+
+FIXES = {
+    "F.cross_entropy(x, y, size_average=True)": 'F.cross_entropy(x, y, reduction="mean")',
+    "F.cross_entropy(x, y, size_average=False)": 'F.cross_entropy(x, y, reduction="sum")',
+    "F.cross_entropy(x, y, reduce=False)": 'F.cross_entropy(x, y, reduction="none")',
+    "F.nll_loss(x, y, w, False, -1)": 'F.nll_loss(x, y, w, reduction="sum", ignore_index=-1)',
+    "F.nll_loss(x, y, w, False, -1, False)": (
+        'F.nll_loss(x, y, w, reduction="none", ignore_index=-1)'
+    ),
+    "F.mse_loss(x, y, size_average=False, reduce=True)": 'F.mse_loss(x, y, reduction="sum")',
+    'F.mse_loss(x, y, reduction="mean", reduce=False)': 'F.mse_loss(x, y, reduction="none")',
+    "F.mse_loss(x, y, size_average=None)": "F.mse_loss(x, y)",
+    "nn.MSELoss(False)": 'nn.MSELoss(reduction="sum")',
+    "nn.MSELoss(None, False)": 'nn.MSELoss(reduction="none")',
+    "nn.CrossEntropyLoss(w, size_average=False)": 'nn.CrossEntropyLoss(w, reduction="sum")',
+    "nn.BCELoss(size_average=None, weight=w)": "nn.BCELoss(weight=w)",
+    "f('é'), F.l1_loss(x, y, reduce=False)": "f('é'), F.l1_loss(x, y, reduction=\"none\")",
+    # Parentheses and commas are not in the syntax tree.
+    "nn.MSELoss(size_average=None, reduce=None)": "nn.MSELoss()",
+    "nn.MSELoss(size_average=None, reduce=None,)": "nn.MSELoss()",
+    "F.mse_loss(x, (y), size_average=None)": "F.mse_loss(x, (y))",
+    "F.mse_loss(x, (y), size_average=None,)": "F.mse_loss(x, (y),)",
+    "F.mse_loss((x), y, reduce=(False))": 'F.mse_loss((x), y, reduction="none")',
+    "F.cross_entropy(x, y, None, (False))": 'F.cross_entropy(x, y, None, reduction="sum")',
+    "F.nll_loss(x, y, w, False, (-1))": ('F.nll_loss(x, y, w, reduction="sum", ignore_index=(-1))'),
+    "F.nll_loss(x, y, w, False, f(1, 2))": (
+        'F.nll_loss(x, y, w, reduction="sum", ignore_index=f(1, 2))'
+    ),
+    "(F.mse_loss)(x, [y, ')'], reduce=False)": "(F.mse_loss)(x, [y, ')'], reduction=\"none\")",
+    "(F.mse_loss(F.mse_loss(x, y, reduce=False), y, size_average=False))": (
+        '(F.mse_loss(F.mse_loss(x, y, reduction="none"), y, reduction="sum"))'
+    ),
+    "F.mse_loss(x, y, reduce=None,  # why\n    size_average=None)": (
+        "F.mse_loss(x, y, reduce=None,  # why\n    size_average=None)"
+    ),
+    # The value would end at the first comma if it became a keyword.
+    "F.nll_loss(x, y, w, False, n := 3)": "F.nll_loss(x, y, w, False, n := 3)",
+    "F.l1_loss(x, y, reduce=flag)": "F.l1_loss(x, y, reduce=flag)",
+    "F.l1_loss(*pair, reduce=False)": "F.l1_loss(*pair, reduce=False)",
+    "F.l1_loss(x, y, reduce=False, **more)": "F.l1_loss(x, y, reduce=False, **more)",
+}
+HEAD = "import torch.nn.functional as F\nfrom torch import nn\n\n# a comment stays\nvalue = "
+
+
+@pytest.mark.parametrize("call", FIXES)
+def test_fix_rewrites_the_call_and_nothing_else(call: str, tmp_path: Path) -> None:
+    path = tmp_path / "old.py"
+    path.write_bytes(f"{HEAD}{call}\r\nend = 1\r\n".encode())
+    status = main([str(path), "--fix", "--select", "ML002"])
+    assert path.read_bytes().decode() == f"{HEAD}{FIXES[call]}\r\nend = 1\r\n"
+    assert status == (1 if call == FIXES[call] else 0)
+    again = path.read_bytes()
+    main([str(path), "--fix", "--select", "ML002"])
+    assert path.read_bytes() == again
+
+
+def test_fix_over_several_lines(tmp_path: Path) -> None:
+    path = tmp_path / "old.py"
+    path.write_text(
+        "import torch.nn.functional as F\n"
+        "loss = F.cross_entropy(\n    x,\n    y,\n    size_average=False,  # old\n"
+        "    reduce=True,\n)\n"
+    )
+    assert main([str(path), "--fix"]) == 0
+    compile(path.read_text(), "old.py", "exec")
+    assert path.read_text().endswith('(\n    x,\n    y,\n    reduction="sum",  # old\n)\n')
+
+
+def test_fix_of_a_file_that_cannot_be_written(
+    buggy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert main([str(buggy), "--fix"]) == 2
+    out, err = capsys.readouterr()
+    assert "ML002" in out
+    assert f"error: {buggy}: cannot write: read-only" in err
+
+
+def test_fix_leaves_alone_what_is_written_elsewhere(tmp_path: Path) -> None:
+    """The arguments of a partial are not where it is called, nor even in that file."""
+    head = "import torch.nn.functional as F\nfrom functools import partial\n\n"
+    programs = {
+        "a.py": f"{head}ce_loss = partial(F.cross_entropy, size_average=False)\n",
+        "b.py": "from a import ce_loss\n\n\nresult = [ce_loss(logits[0], y), (1, 2), 345678]\n",
+        "c.py": f"{head}mean = partial(F.l1_loss, reduce=False)\nvalue = mean(x, y) + mean(y, x)\n",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+    assert main([str(tmp_path), "--fix"]) == 1
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == programs
+
+
+def test_a_string_in_place_of_a_flag_is_not_rewritten(
+    buggy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """reduce="sum" gives the mean: what was meant is for people to say."""
+    text = BUGGY.replace("size_average=True", 'reduce="sum"')
+    buggy.write_text(text)
+    assert main([str(buggy), "--fix"]) == 1
+    assert buggy.read_text() == text
+    assert "was reduction='sum' meant?" in capsys.readouterr().out
+
+
+def test_without_libcst_it_says_what_to_install(
+    buggy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *arguments: Any) -> Any:
+        if name == "masked_loss_lint.fix":
+            raise ModuleNotFoundError("No module named 'libcst'")
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main([str(buggy), "--fix"]) == 2
+    assert "pip install 'masked_loss_lint[fix]'" in capsys.readouterr().err
