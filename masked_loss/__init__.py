@@ -7,6 +7,7 @@
 >>> loss = masked_loss.masked_cross_entropy(logits, target, mask)
 """
 
+from masked_loss import _flops  # noqa: F401  # registers its formulas
 from masked_loss.detect import detect_reduced_loss
 from masked_loss.distributed import global_normalizer
 from masked_loss.divergence import masked_divergence

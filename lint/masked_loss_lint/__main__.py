@@ -83,7 +83,7 @@ def _print(arguments: argparse.Namespace, report: Report) -> int:
         try:
             report.findings = _fixed(report.findings, errors)
         except ModuleNotFoundError:
-            print("error: --fix needs libcst: pip install 'masked_loss_lint[fix]'", file=sys.stderr)
+            print("error: --fix needs libcst: pip install libcst", file=sys.stderr)
             return 2
         fixed = before - len(report.findings)
     for text in errors:

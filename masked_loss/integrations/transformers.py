@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,9 +11,28 @@ from torch import Tensor
 
 from masked_loss.functional import masked_cross_entropy
 
-__all__ = ["causal_lm_loss"]
+__all__ = ["FROM_MODELS", "causal_lm_loss"]
 
 _WHO = "causal_lm_loss"
+
+FROM_MODELS = frozenset((
+    # transformers.utils.generic.TransformersKwargs, which models take and pass on
+    "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k", "max_length_q",
+    "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "seq_idx",
+    # what some models add, and what a model's forward does not name but gets nevertheless
+    "cache_position", "pad_token_id", "return_dict", "use_cache",
+    # what tokenizers put into a batch
+    "length", "offset_mapping", "overflow_to_sample_mapping", "special_tokens_mask",
+    "token_type_ids",
+))  # fmt: skip
+"""Keywords that models hand to their loss function by themselves. They say nothing about a loss."""
+
+_RENAMED = {"weight": "class_weight"}  # torch.nn.functional.cross_entropy's name
+_OPTIONS = frozenset(
+    name
+    for name, parameter in inspect.signature(masked_cross_entropy).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+) - {"return_stats"}  # a loss function returns a loss
 
 
 def causal_lm_loss(
@@ -47,16 +67,19 @@ def causal_lm_loss(
             or a tensor of one element, on any device.
         ignore_index: a label with this value does not count.
         shift_labels: [..., T] labels that are shifted already: label t is the target of logits t.
-        kwargs: ``mask`` ([..., T], aligned with the labels), ``label_smoothing``, ``z_loss`` and
-            ``class_weight`` are those of :func:`masked_loss.masked_cross_entropy`; what else a
-            model passes on to its loss function is not for a loss and is ignored, as transformers
-            does.
+        kwargs: ``mask`` ([..., T], aligned with the labels), and every keyword of
+            :func:`masked_loss.masked_cross_entropy` but ``return_stats``; ``weight`` is
+            ``class_weight``. ``normalizer`` takes the place of ``num_items_in_batch``, and
+            ``shift=False`` that of ``shift_labels``. What models hand over by themselves, the names
+            in ``FROM_MODELS``, is ignored; every other keyword is an error.
 
     Returns:
-        The loss, a 0-dim float32 tensor (float64 for float64 logits).
+        The loss, a 0-dim float32 tensor (float64 for float64 logits); [..., T] with
+        ``reduction="none"``.
 
     Raises:
-        ValueError: shapes that do not fit, no labels.
+        TypeError: a keyword that is not known.
+        ValueError: shapes that do not fit, no labels, keywords that contradict each other.
 
     Source: https://github.com/huggingface/transformers/blob/main/src/transformers/loss/loss_utils.py
 
@@ -67,7 +90,11 @@ def causal_lm_loss(
     >>> from functools import partial
     >>> smoothed = partial(causal_lm_loss, label_smoothing=0.1)  # also a model.loss_function
     """
-    shift = shift_labels is None
+    options = _options_of(kwargs)
+    mask = options.pop("mask", None)
+    shift = options.pop("shift", shift_labels is None)
+    if shift and shift_labels is not None:
+        raise ValueError(f"{_WHO}: shift_labels are shifted already, got shift={shift} besides")
     target = labels if shift_labels is None else shift_labels
     if target is None:
         raise ValueError(f"{_WHO}: labels or shift_labels must be given, got None for both")
@@ -76,23 +103,11 @@ def causal_lm_loss(
             f"{_WHO}: logits must have shape [..., {vocab_size}] (vocab_size), "
             f"got {list(logits.shape)}"
         )
-    options = {
-        name: kwargs[name]
-        for name in ("label_smoothing", "z_loss", "class_weight")
-        if kwargs.get(name) is not None
-    }
-    mask = kwargs.get("mask")
+    normalizer = _normalizer_of(num_items_in_batch, options, logits.device)
     target = target.to(logits.device)
     if not shift and logits.shape[:-1] != target.shape:
         logits, target = logits.reshape(-1, vocab_size), target.reshape(-1)
         mask = None if mask is None else mask.reshape(-1)
-    normalizer: Tensor | float | None = num_items_in_batch
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(
-                f"{_WHO}: num_items_in_batch must have one element, got {list(normalizer.shape)}"
-            )
-        normalizer = normalizer.reshape(()).to(logits.device, torch.float64)
     loss: Tensor = masked_cross_entropy(
         logits,
         target,
@@ -103,3 +118,45 @@ def causal_lm_loss(
         **options,
     )
     return loss
+
+
+def _options_of(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of the loss among those that a model, or functools.partial, hands over."""
+    options: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        known = _RENAMED.get(name, name)
+        if name in FROM_MODELS:
+            continue
+        if known != "mask" and known not in _OPTIONS:
+            expected = ", ".join(sorted({"mask", *_RENAMED, *_OPTIONS}))
+            raise TypeError(
+                f"{_WHO}: got {name}=, which is neither a keyword of the loss ({expected}) nor one "
+                "that models hand over by themselves (FROM_MODELS)"
+            )
+        if value is not None and known in options:
+            raise ValueError(f"{_WHO}: weight and class_weight are the same, got both")
+        if value is not None:
+            options[known] = value
+    return options
+
+
+def _normalizer_of(
+    items: Tensor | float | None, options: dict[str, Any], device: torch.device
+) -> Tensor | float | None:
+    given: Tensor | float | None = options.pop("normalizer", None)
+    if items is None:
+        return given
+    if given is not None:
+        raise ValueError(f"{_WHO}: num_items_in_batch and normalizer must not both be given")
+    if options.get("reduction", "mean") not in ("mean", "sum"):
+        raise ValueError(
+            f"{_WHO}: reduction must be 'mean' or 'sum' with num_items_in_batch, which counts "
+            f"tokens, got {options['reduction']!r}"
+        )
+    if not isinstance(items, Tensor):
+        return items
+    if items.numel() != 1:
+        raise ValueError(
+            f"{_WHO}: num_items_in_batch must have one element, got {list(items.shape)}"
+        )
+    return items.reshape(()).to(device, torch.float64)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""causal_lm_loss: a keyword that would change the loss is used or refused, none is ignored."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from masked_loss import masked_cross_entropy
+from masked_loss.integrations.transformers import FROM_MODELS, causal_lm_loss
+
+V = 23
+LOGITS, LABELS = torch.randn(2, 6, V), torch.randint(V, (2, 6))
+WEIGHT = torch.linspace(0.5, 2, V)
+# A value that is no default, for each keyword of masked_cross_entropy that a loss function takes.
+CHANGES: dict[str, Any] = {
+    "reduction": "sum",
+    "normalizer": 7,
+    "class_weight": WEIGHT,
+    "label_smoothing": 0.2,
+    "z_loss": 0.1,
+    "softcap": 1.5,
+    "shift": False,
+    "mask": torch.tensor([[1, 1, 1, 1, 0, 0], [1, 0, 1, 0, 0, 0]]),
+    "temperature": 2.0,
+    "inplace_backward": True,
+}
+KEYWORDS = [
+    name
+    for name, p in inspect.signature(masked_cross_entropy).parameters.items()
+    if p.kind is p.KEYWORD_ONLY and name not in ("return_stats", "ignore_index", "cu_seqlens")
+]
+
+
+@pytest.mark.parametrize("name", [*KEYWORDS, "mask"])
+def test_every_keyword_of_the_loss_is_used(name: str) -> None:
+    options = {name: CHANGES[name]}
+    got = partial(causal_lm_loss, **options)(LOGITS, LABELS, V, output_attentions=True)
+    expected = masked_cross_entropy(LOGITS, LABELS, **{"shift": True, **options})
+    assert torch.equal(got, expected)
+    if name != "inplace_backward":
+        assert not torch.allclose(got, causal_lm_loss(LOGITS, LABELS, V))
+
+
+def test_names_of_pytorch_and_results_per_token() -> None:
+    got = causal_lm_loss(LOGITS, LABELS, V, weight=WEIGHT)
+    assert torch.equal(got, causal_lm_loss(LOGITS, LABELS, V, class_weight=WEIGHT))
+    assert causal_lm_loss(LOGITS, LABELS, V, reduction="none").shape == LABELS.shape
+    aligned = causal_lm_loss(LOGITS, None, V, shift_labels=LABELS)
+    assert torch.equal(aligned, causal_lm_loss(LOGITS, LABELS, V, shift=False))
+
+
+@pytest.mark.parametrize(
+    "name", ["loss_mask", "loss_scale", "return_stats", "label_smoothng", "size_average", "reduce"]
+)
+def test_every_other_keyword_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"causal_lm_loss: got {name}=, .*label_smoothing, mask"):
+        causal_lm_loss(LOGITS, LABELS, V, **{name: torch.ones(2, 6)})
+
+
+def test_keywords_that_contradict_each_other() -> None:
+    calls: list[tuple[str, dict[str, Any]]] = [
+        ("must not both be given", {"num_items_in_batch": 5, "normalizer": 5}),
+        ("shifted already, got shift=True", {"shift_labels": LABELS, "shift": True}),
+        ("weight and class_weight are the same", {"weight": WEIGHT, "class_weight": WEIGHT}),
+        ("counts tokens, got 'sequence_mean'", {"num_items_in_batch": 5, "reduction": "sequence_mean"}),
+        ("counts tokens, got 'none'", {"num_items_in_batch": 5, "reduction": "none"}),
+    ]  # fmt: skip
+    for message, options in calls:
+        with pytest.raises(ValueError, match=f"causal_lm_loss: .*{message}"):
+            causal_lm_loss(LOGITS, LABELS, V, **options)
+
+
+@pytest.mark.parametrize("name", sorted(FROM_MODELS))
+def test_what_models_hand_over_changes_nothing(name: str) -> None:
+    value: Tensor = torch.arange(6).expand(2, 6)
+    got = causal_lm_loss(LOGITS, LABELS, V, **{name: value})
+    assert torch.equal(got, causal_lm_loss(LOGITS, LABELS, V))
+
+
+def test_the_list_holds_all_that_transformers_hands_over() -> None:
+    """What each model's forward passes to self.loss_function, by name or in its own kwargs."""
+    transformers = pytest.importorskip("transformers")
+    generic = pytest.importorskip("transformers.utils.generic")
+    known = {*FROM_MODELS, *inspect.signature(causal_lm_loss).parameters}
+    assert set(generic.TransformersKwargs.__annotations__) <= known
+    models = Path(transformers.__file__).parent / "models"
+    unknown = {
+        (model, name)
+        for path in models.glob("*/modeling_*.py")
+        for model, call in loss_calls(path.read_text(encoding="utf-8"))
+        for name in {keyword.arg for keyword in call.keywords} - known - {None}
+    }
+    assert not unknown
+
+
+def loss_calls(source: str) -> Iterator[tuple[str, ast.Call]]:
+    """The calls of self.loss_function in causal language models, without parsing the whole file."""
+    for model in re.split(r"^class ", source, flags=re.MULTILINE)[1:]:
+        name = model.split("(")[0]
+        for match in re.finditer(r"self\.loss_function\(", model):
+            end = match.end()
+            while name.endswith("ForCausalLM"):
+                end = model.index(")", end) + 1
+                try:
+                    yield name, ast.parse(model[match.start() : end], mode="eval").body  # type: ignore[misc]
+                    break
+                except SyntaxError:  # a parenthesis of an argument
+                    continue
