@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_any, tree_map_only
 
 from masked_loss.functional import cross_entropy
-from masked_loss.fuse.losses import LOSSES, fused_loss
+from masked_loss.fuse.losses import LOSSES, REDUCES, fused_loss
 from masked_loss.fuse.parts import Parts, noted, torch_functions, torch_getters
 from masked_loss.fuse.snapshot import Snapshot
 
@@ -37,6 +37,7 @@ _METADATA = torch_getters(
     "is_signed", "is_conj", "is_neg", "__hash__", "_is_view",
 )  # fmt: skip
 _REPLAY = {Tensor.view: Tensor.reshape}  # the stand-in is contiguous where logits may not be
+_ROWS = torch_functions("unbind", "__iter__")
 _CONCATENATE = torch_functions("cat", "concat", "concatenate")
 _BACKWARDS = frozenset((torch.autograd.grad, torch.autograd.backward))
 _HOOKS = torch_functions("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
@@ -102,9 +103,10 @@ class LazyLogits(Tensor):
 
     Shape, dtype, device and autograd state are those of the logits. Slices, ``view``, ``reshape``,
     ``flatten``, ``transpose``, ``contiguous``, casts to a wider type, products with a number, the
-    sum with a constant [V] and ``tanh`` give another one of these; ``F.cross_entropy``
-    (``nn.CrossEntropyLoss`` too) and masked_loss's losses give
-    :func:`masked_loss.linear_cross_entropy` of the hidden states; everything else gets the logits
+    sum with a constant [V], ``tanh``, ``log_softmax`` and iteration give others of these.
+    ``F.cross_entropy`` (``nn.CrossEntropyLoss`` too), masked_loss's losses, and ``gather``,
+    ``nll_loss`` or indices of one class a token after ``log_softmax`` give
+    :func:`masked_loss.linear_cross_entropy` of the hidden states. Everything else gets the logits
     as a plain tensor.
 
     The hidden states and the weight must still be what they were when the logits are computed:
@@ -119,6 +121,7 @@ class LazyLogits(Tensor):
     _dense: Tensor | None
     _dense_of: Tensor | None  # the parent's that _dense was made from
     _fused: bool
+    _from_rows: bool = False  # one of many: computed together with its neighbours
     _uncompiled: Callable[..., Any] | None = None  # _answer, where torch.compile leaves it alone
 
     @classmethod
@@ -154,6 +157,7 @@ class LazyLogits(Tensor):
             self._uses = Uses(trained=self._requires_grad())
         else:
             self._snapshot, self._uses = parent._snapshot, parent._uses
+            self._from_rows = parent._from_rows
         return self
 
     @classmethod
@@ -213,8 +217,13 @@ class LazyLogits(Tensor):
         """What ``func`` gives without the logits, None where it needs them."""
         if self._materialized_ancestor() is not None or not self._is_attached():
             return None
-        if func in LOSSES:
-            return self._loss(func, args, kwargs)
+        if func in REDUCES:
+            result = self._loss(func, args, kwargs)
+            if result is not None:
+                return result
+        if func in _ROWS:
+            rows = self._rows(*args, **kwargs)
+            return iter(rows) if rows is not None and func is Tensor.__iter__ else rows
         with torch._C.DisableTorchFunctionSubclass():
             parts = noted(self._parts, func, args, kwargs)
         if parts is None:
@@ -237,6 +246,20 @@ class LazyLogits(Tensor):
             result: Tensor | tuple[Any, ...] = loss()
         self._uses.losses += 1
         return result
+
+    def _rows(self, dim: int = 0) -> Any:
+        """These logits one by one; code for batches of unequal length goes through them so."""
+        shape = self._parts.shape
+        if len(shape) < 3 or dim % len(shape) == self._parts.class_dim % len(shape):
+            return None
+        rows = []
+        for i in range(shape[dim]):
+            row = self._lazily(Tensor.select, (dim, i), {})
+            if not isinstance(row, LazyLogits):
+                return None
+            row._from_rows = True
+            rows.append(row)
+        return tuple(rows)
 
     def _detach_in_place(self) -> LazyLogits:
         with torch._C.DisableTorchFunctionSubclass():
@@ -305,7 +328,9 @@ class LazyLogits(Tensor):
 
     def _compute(self, reason: str) -> Tensor:
         """The logits, with the graph that they always had; ``reason`` is who asks for them."""
-        if self._parent is not None and self._parent._materialized_ancestor() is not None:
+        if self._parent is not None and (
+            self._from_rows or self._parent._materialized_ancestor() is not None
+        ):
             source = self._parent._compute(reason)
             if self._dense is None or self._dense_of is not source:
                 self._dense, self._dense_of = self._replay(source), source
@@ -368,4 +393,4 @@ def _kind(parts: Parts, dim: int) -> tuple[Any, ...]:
     """What logits that are to be joined along ``dim`` have in common."""
     head = [None if x is None else (x.data_ptr(), x.shape, x.stride()) for x in parts[1:3]]
     sizes = [n for d, n in enumerate(parts.shape) if d != dim]
-    return head, sizes, parts.dtype, parts.scaling, parts.class_dim, parts.hidden.dtype
+    return head, sizes, parts.hidden.dtype, parts.dtype, parts.scaling, parts.normalized

@@ -11,22 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masked_loss.functional import cross_entropy, masked_cross_entropy
-from masked_loss.fuse.parts import Parts
+from masked_loss.fuse.parts import Parts, torch_functions
 from masked_loss.linear import linear_cross_entropy
 
 LOSSES = frozenset((F.cross_entropy, cross_entropy, masked_cross_entropy))
+_GATHER = torch_functions("gather")
+# What takes logits, or their log_softmax, and gives one number a token or less.
+REDUCES = LOSSES | {F.nll_loss} | _GATHER | {Tensor.__getitem__}
+_NO_INDEX = -(1 << 62)  # an ignore_index that no index is equal to
 
 
 def fused_loss(
     parts: Parts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[], Any] | None:
     """What computes ``func(logits, *args, **kwargs)``, None where the arguments need logits."""
+    if parts.normalized != (func not in LOSSES):
+        return None
     last = parts.class_dim == -1
     cap = parts.scaling.cap
     if cap is not None and cap <= 0:
         return None
     if abs(parts.scaling.factor) > 1 and parts.hidden.dtype == torch.float16:
         return None  # factor * hidden may overflow where factor * logits does not
+    if func in _GATHER or func is Tensor.__getitem__:
+        pick = _gathered if func in _GATHER else _indexed
+        return pick(parts, *args, **kwargs) if last else None
     if func is masked_cross_entropy:
         if not last or (cap and kwargs.get("softcap") is not None):
             return None
@@ -42,6 +51,39 @@ def fused_loss(
     if cap is not None:
         options["softcap"] = cap
     return lambda: _linear_loss(parts, target, mask, options)
+
+
+def _gathered(parts: Parts, dim: int, index: Tensor, **kwargs: Any) -> Callable[[], Tensor] | None:
+    """``log_softmax(...).gather(-1, index)`` of one index a token."""
+    tokens = parts.hidden.shape[:-1]
+    if kwargs or dim not in (-1, len(tokens)) or index.shape != (*tokens, 1):
+        return None
+    return lambda: _log_probs(parts, index.squeeze(-1)).unsqueeze(-1)
+
+
+def _indexed(parts: Parts, index: Any) -> Callable[[], Tensor] | None:
+    """``log_softmax(...)[i, ..., k]`` of tensors of indices, one for each dimension."""
+    if not isinstance(index, tuple) or len(index) != len(parts.shape):
+        return None
+    if not all(isinstance(i, Tensor) and i.dtype == torch.int64 for i in index):
+        return None
+
+    def computed() -> Tensor:
+        *tokens, target = torch.broadcast_tensors(*index)
+        chosen = parts._replace(hidden=parts.hidden[tuple(tokens)])
+        return _log_probs(chosen, torch.where(target < 0, target + parts.weight.shape[0], target))
+
+    return computed
+
+
+def _log_probs(parts: Parts, target: Tensor) -> Tensor:
+    """The log-probability of one class a token: minus its cross entropy."""
+    cap = {} if parts.scaling.cap is None else {"softcap": parts.scaling.cap}
+    loss = _linear_loss(
+        parts, target, None, {"reduction": "none", "ignore_index": _NO_INDEX, **cap}
+    )
+    assert isinstance(loss, Tensor)
+    return -loss
 
 
 def _linear_loss(

@@ -37,6 +37,7 @@ MULTIPLY = torch_functions("mul", "multiply", "__mul__", "__rmul__")
 DIVIDE = torch_functions("div", "divide", "true_divide", "__truediv__")
 ADD = torch_functions("add", "__add__", "__radd__")
 TANH = torch_functions("tanh")
+LOG_SOFTMAX = torch_functions("log_softmax") | {F.log_softmax, torch.special.log_softmax}
 CAST = {Tensor.float: torch.float32, Tensor.double: torch.float64}
 WIDER = {
     torch.float16: (torch.float32, torch.float64),
@@ -78,6 +79,7 @@ class Parts(NamedTuple):
     dtype: torch.dtype
     scaling: Scaling = Scaling()
     offset: Tensor | None = None  # [V], a constant added after scaling
+    normalized: bool = False  # log_softmax of all that over the classes
     class_dim: int = -1  # where V stands among the dimensions; counted from the front if not last
 
     @property
@@ -107,6 +109,8 @@ class Parts(NamedTuple):
                 logits = cap * logits.tanh()
             if self.offset is not None:
                 logits = logits + self.offset
+            if self.normalized:
+                logits = logits.log_softmax(-1)
         return logits.movedim(-1, self.class_dim) if self.class_dim != -1 else logits
 
 
@@ -116,10 +120,14 @@ def noted(
     """The parts of ``func(logits, *args, **kwargs)``, None where it takes the logits themselves."""
     if func in ARRANGE:
         return _arranged(parts, func, args, kwargs)
-    if func in ADD:
-        return _offset(parts, *args) if len(args) == 1 and not kwargs else None
     if func is Tensor.to or func in CAST:
         return _cast(parts, func, args, kwargs)
+    if parts.normalized:
+        return None
+    if func in LOG_SOFTMAX:
+        return _log_softmax(parts, *args, **kwargs)
+    if func in ADD:
+        return _offset(parts, *args) if len(args) == 1 and not kwargs else None
     return None if kwargs or parts.offset is not None else _scaled(parts, func, args)
 
 
@@ -187,6 +195,20 @@ def _offset(parts: Parts, given: Any) -> Parts | None:
         return None
     # A copy: whoever writes into the buffer later does not change these logits.
     return parts._replace(dtype=dtype, offset=given.detach().reshape(-1).clone())
+
+
+def _log_softmax(
+    parts: Parts,
+    dim: int | None = None,
+    *more: Any,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> Parts | None:
+    dims = (-1, len(parts.shape) - 1) if parts.class_dim == -1 else (parts.class_dim,)
+    dtype = dtype or parts.dtype
+    if dim not in dims or more or dtype not in (parts.dtype, *WIDER.get(parts.dtype, ())):
+        return None
+    return parts._replace(dtype=dtype, normalized=True)
 
 
 def _cast(

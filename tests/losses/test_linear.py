@@ -1097,7 +1097,7 @@ def test_peak_memory(case: str, reduction: str, share: float) -> None:
     dtype, shape, most = PEAKS[case]
     script = MEMORY.format(dtype=dtype, shape=shape, reduction=reduction, share=share)
     peaks: list[float] = []
-    # What the step needs is the least that it was seen to take: on a machine that is busy otherwise,
+    # What a step needs is the least that it was seen to take: on a machine that is busy otherwise,
     # threads that start late get heaps of their own, which only ever adds.
     while len(peaks) < 4 and (not peaks or min(peaks) > most):
         run = subprocess.run(

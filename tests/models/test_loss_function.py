@@ -68,12 +68,13 @@ def test_every_other_keyword_is_refused(name: str) -> None:
 
 
 def test_keywords_that_contradict_each_other() -> None:
+    items = {"num_items_in_batch": 5}
     calls: list[tuple[str, dict[str, Any]]] = [
-        ("must not both be given", {"num_items_in_batch": 5, "normalizer": 5}),
+        ("must not both be given", {**items, "normalizer": 5}),
         ("shifted already, got shift=True", {"shift_labels": LABELS, "shift": True}),
         ("weight and class_weight are the same", {"weight": WEIGHT, "class_weight": WEIGHT}),
-        ("counts tokens, got 'sequence_mean'", {"num_items_in_batch": 5, "reduction": "sequence_mean"}),
-        ("counts tokens, got 'none'", {"num_items_in_batch": 5, "reduction": "none"}),
+        ("counts tokens, got 'sequence_mean'", {**items, "reduction": "sequence_mean"}),
+        ("counts tokens, got 'none'", {**items, "reduction": "none"}),
     ]  # fmt: skip
     for message, options in calls:
         with pytest.raises(ValueError, match=f"causal_lm_loss: .*{message}"):
