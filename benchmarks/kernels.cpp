@@ -46,7 +46,7 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
     tokens[TokenField::kWeight * rows + row] = kernel == "masked" ? A(0) : A(1);
     tokens[TokenField::kTop * rows + row] = A(10);
     tokens[TokenField::kSum * rows + row] = A(2);
-    tokens[TokenField::kMass * rows + row] = A(1);
+    tokens[TokenField::kTargetMass * rows + row] = A(1);
   }
 
   if (kernel == "weigh") {
@@ -71,14 +71,14 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
     args.loss = &loss;
     cpu::reduce(args, alone);
   } else if (kernel != "nothing") {
-    CrossEntropyArgs args{};
+    RowArgs args{};
     args.logits = logits.data();
     args.dtype = dtype;
     args.rows = args.steps = args.group_size = rows;
-    args.cols = args.step_stride = args.grad_step_stride = cols;
+    args.cols = args.classes = args.step_stride = args.grad_step_stride = cols;
     args.target = target.data();
     args.target_type = DType::kInt64;
-    args.tokens = tokens.data();
+    args.table = tokens.data();
     args.forward = kernel != "backward";
     args.dlogits = kernel == "forward" ? nullptr : gradient.data();
     args.stream = true;

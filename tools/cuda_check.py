@@ -26,7 +26,7 @@ from sass import Instruction, Kernel
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 
 # Registers of a multiprocessor, and the threads that a kernel's team size is planned for
-# (csrc/kernels/cuda/cross_entropy.cu): 1024, or 512 in general and for float64.
+# (csrc/kernels/cuda/plan.cu): 1024, or 512 in general and for float64.
 REGISTERS = 65536
 
 # Rows whose instructions are counted: every team of warps, forward and fused.

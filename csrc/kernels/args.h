@@ -29,8 +29,8 @@ struct TokenField {
     kLoss,    // cross entropy, without weight and z-loss
     kTop,     // logsumexp of the row's logits = top + log(sum); kept apart, since their sum would
     kSum,     //   round away what tells large logits apart
-    kMass,    // the sum of the target distribution, class weights included
-    kSaved,   // up to here saved for backward
+    kTargetMass,  // the sum of the target distribution, class weights included
+    kSaved,       // up to here saved for backward
     kEntropy = kSaved,
     kCorrect,
     kCount
@@ -82,20 +82,29 @@ struct WeighArgs {
   void* scratch;             // what Backend::weigh_scratch wants
 };
 
-struct CrossEntropyArgs {
+// The upstream gradient of a result: of the accumulation type, one or [rows]; null: 1.
+struct Upstream {
+  const void* values;
+  bool per_token;
+};
+
+struct RowArgs {
   // logits [rows, cols]: row r begins at (r / steps) * batch_stride + (r % steps) * step_stride.
   // Offsets are 64-bit: a vocabulary times a batch passes 2^31 easily.
   const void* logits;
   DType dtype;
   int64_t rows, steps, cols;
   int64_t batch_stride, step_stride;
-  bool shift;          // row t of a sequence scores its token t + 1
-  const void* target;  // [rows] class indices, or null
+  int64_t first, classes;  // column j is class first + j of so many
+  bool shift;              // row t of a sequence scores its token t + 1
+  const void* target;      // [rows] class indices, or null
   DType target_type;
   const void* probs;         // [rows, cols] class probabilities of the logits' type, or null
-  const void* class_weight;  // [cols] of the accumulation type, or null
+  const void* class_weight;  // [classes] of the accumulation type, or null
   double label_smoothing, z_loss, softcap;  // softcap 0: none
-  void* tokens;  // TokenField table [.., rows]; weight in, the rest out (in, for backward)
+  double temperature = 1;                   // what capped logits are divided by
+  const void* temperatures;  // or one for each token, [rows] of the accumulation type; else null
+  void* table;   // TokenField table [.., rows]; weight in, the rest out (in, for backward)
   bool stats;    // fill kEntropy and kCorrect too
   bool forward;  // compute the rows' losses
   // Gradient, where dlogits is not null; it may be the logits themselves.
@@ -104,9 +113,8 @@ struct CrossEntropyArgs {
   bool stream;           // dlogits is larger than the caches: write around them what is not there
   const double* groups;  // [rows / group_size, GroupField]
   int64_t group_size;
-  const void* dloss;  // of the accumulation type, one or [rows]; null: 1
-  bool dloss_per_token;
-  void* scratch;  // as in WeighArgs
+  Upstream upstream[2];  // of each result of the loss
+  void* scratch;         // as in WeighArgs
 };
 
 // From the token table to the loss and the statistics.

@@ -16,9 +16,9 @@ struct Backend {
   // Weights and scales. Returns the first token whose target is out of range, or -1; CUDA asserts
   // on the device.
   int64_t (*weigh)(const WeighArgs& args, Queue queue);
-  void (*cross_entropy)(const CrossEntropyArgs& args, Queue queue);
+  void (*cross_entropy)(const RowArgs& args, Queue queue);
   // The gradient anew where dloss is not 1, for which args.dlogits holds it already.
-  void (*rescale)(const CrossEntropyArgs& args, Queue queue);
+  void (*rescale)(const RowArgs& args, Queue queue);
   void (*load_values)(const ValuesArgs& args, Queue queue);
   void (*reduce)(const ReduceArgs& args, Queue queue);
   void (*mask_grad)(const MaskGradArgs& args, Queue queue);
@@ -26,7 +26,7 @@ struct Backend {
 
   // Bytes that a kernel wants to find in args.scratch.
   int64_t (*weigh_scratch)(const WeighArgs& args);
-  int64_t (*cross_entropy_scratch)(const CrossEntropyArgs& args);
+  int64_t (*cross_entropy_scratch)(const RowArgs& args);
   int64_t (*reduce_scratch)(const ReduceArgs& args);
 
   int64_t cache_bytes;  // a larger output is written around the caches

@@ -2,17 +2,46 @@
 // The mathematics of masked_loss, written once.
 //
 // Included inside a backend's namespace, after the backend has defined, for its value type V,
-// arithmetic, exp, log, tanh, max(a, b) = a > b ? a : b, any_greater and ML_FN. It has no guard and
-// includes nothing: an instruction set's code must be compiled inside that instruction set's target
-// region.
+// arithmetic, fma, exp, log, tanh, max(a, b) = a > b ? a : b, any_greater and ML_FN. It has no
+// guard and includes nothing: an instruction set's code must be compiled inside that instruction
+// set's target region.
 //
-// One token: x_j are its logits, y_j = softcap(x_j), p = softmax(y), q its target distribution:
+// One token: x_j are its logits, y_j = softcap(x_j) / temperature, p = softmax(y), q its target
+// distribution:
 //   ce      = sum_j q_j (lse - y_j),   lse = log sum_j exp(y_j)
 //   z       = z_loss lse^2
 //   q_j     = (1 - smoothing) c_t [j = t]  +  c_j (probs_scale probs_j + uniform)
 //              -- the hard part, class t --     -- the soft part, every class --
 // A class index has probs_scale = 0 and uniform = smoothing / V; class probabilities have no hard
 // part, probs_scale = 1 - smoothing and the same uniform.
+
+// Sums over a row
+//
+// What a look at a row tells is kept relative to the largest y_j so far. Such sums are a monoid:
+// raise() both to a common top, then add(). Vector lanes, threads, segments of a row, blocks and
+// shards of a vocabulary are all merged by these two.
+
+// How far below the top a logit can matter: exp(-kUnderflow) is 0. The distance is clamped there,
+// so that -inf, whose exponential is 0, does not make 0 * inf.
+template <class V>
+ML_FN V below_top(V y, V top) {
+  return max(V(-Limits<V>::underflow()), y - top);
+}
+
+template <class V, int N>
+ML_FN V peak_of(V top, const V (&y)[N]) {
+  for (int i = 0; i < N; ++i) top = max(y[i], top);
+  return top;
+}
+
+// Overwrites its terms. A long chain of additions would lose digits.
+template <class V, int N>
+ML_FN V tree_sum(V (&terms)[N]) {
+  for (int width = N / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) terms[i] = terms[i] + terms[i + width];
+  }
+  return terms[0];
+}
 
 // log sum_j exp(y_j) in one pass. Invariant: sum = sum_j exp(y_j - top) over all y pushed so far.
 // top starts at the lowest finite number: with -inf, a first value of -inf would give
@@ -33,25 +62,113 @@ struct LogSumExp {
   // N exponentials, and one more where the maximum grows, not 2 N. A NaN reaches sum.
   template <int N>
   ML_FN void push(const V (&y)[N]) {
-    V peak = top;
-    for (int i = 0; i < N; ++i) peak = max(y[i], peak);
+    const V peak = peak_of(top, y);
     if (any_greater(peak, top)) raise(peak);
-    V part[N];
-    for (int i = 0; i < N; ++i) part[i] = exp(y[i] - top);
-    for (int width = N / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) part[i] = part[i] + part[i + width];
-    }
-    sum = sum + part[0];
+    V e[N];
+    for (int i = 0; i < N; ++i) e[i] = exp(y[i] - top);
+    sum = sum + tree_sum(e);
   }
 
-  ML_FN void merge(const LogSumExp& other) {
-    const V peak = max(top, other.top);
-    sum = sum * exp(top - peak) + other.sum * exp(other.top - peak);
-    top = peak;
-  }
+  // Of the same top.
+  ML_FN void add(const LogSumExp& other) { sum = sum + other.sum; }
 
   ML_FN V value() const { return top + log(sum); }
 };
+
+// And the entropy of p: log(sum) + entropy_sum / sum, entropy_sum = sum_j e_j (top - y_j),
+// e_j = exp(y_j - top). Nothing cancels, however large the logits are.
+template <class V>
+struct EntropySums : LogSumExp<V> {
+  V entropy_sum;
+
+  ML_FN EntropySums() : entropy_sum(V(0)) {}
+
+  ML_FN void raise(V to) {
+    entropy_sum = (entropy_sum - this->sum * below_top(this->top, to)) * exp(this->top - to);
+    LogSumExp<V>::raise(to);
+  }
+
+  template <int N>
+  ML_FN void push(const V (&y)[N]) {
+    const V peak = peak_of(this->top, y);
+    if (any_greater(peak, this->top)) raise(peak);
+    V e[N], below[N];
+    for (int i = 0; i < N; ++i) {
+      e[i] = exp(y[i] - this->top);
+      below[i] = e[i] * below_top(y[i], this->top);
+    }
+    this->sum = this->sum + tree_sum(e);
+    entropy_sum = entropy_sum - tree_sum(below);
+  }
+
+  ML_FN void add(const EntropySums& other) {
+    LogSumExp<V>::add(other);
+    entropy_sum = entropy_sum + other.entropy_sum;
+  }
+};
+
+template <class V>
+ML_FN V entropy_term(V e, V y, V top) {
+  return V(0) - e * below_top(y, top);
+}
+template <class A>
+ML_FN A entropy(A sum, A entropy_sum) {
+  return log(sum) + entropy_sum / sum;
+}
+
+// And the soft part of ce: its two sums over the row, and whether another logit wins against the
+// target's. For one lane.
+template <class A>
+struct TargetSums : EntropySums<A> {
+  A soft_loss, soft_mass;  // sum_j q_j (top - y_j) and sum_j q_j over the soft part
+  int beaten;
+
+  ML_FN TargetSums() : soft_loss(A(0)), soft_mass(A(0)), beaten(0) {}
+  template <class B>
+  ML_FN explicit TargetSums(const TargetSums<B>& other)
+      : soft_loss(other.soft_loss), soft_mass(other.soft_mass), beaten(other.beaten) {
+    this->top = other.top, this->sum = other.sum, this->entropy_sum = other.entropy_sum;
+  }
+
+  ML_FN void raise(A to) {
+    // Of a row of nothing but -inf the top is no logit, and soft_loss infinite, whatever the top.
+    if (this->sum != A(0)) soft_loss = soft_loss + soft_mass * (to - this->top);
+    EntropySums<A>::raise(to);
+  }
+
+  template <int N>
+  ML_FN void push(const A (&y)[N], bool with_entropy) {
+    const A peak = peak_of(this->top, y);
+    if (peak > this->top) raise(peak);
+    for (int i = 0; i < N; ++i) {
+      const A e = exp(y[i] - this->top);
+      this->sum = this->sum + e;
+      if (with_entropy) this->entropy_sum = this->entropy_sum + entropy_term(e, y[i], this->top);
+    }
+  }
+  // After push() of the same y, so that top is not below it.
+  ML_FN void push_target(A y, A q) {
+    soft_loss = soft_loss + q * (this->top - y);
+    soft_mass = soft_mass + q;
+  }
+
+  ML_FN void add(const TargetSums& other) {
+    EntropySums<A>::add(other);
+    soft_loss = soft_loss + other.soft_loss;
+    soft_mass = soft_mass + other.soft_mass;
+    beaten |= other.beaten;
+  }
+};
+
+template <class Sums>
+ML_FN void merge(Sums* all, Sums next) {
+  const auto top = max(all->top, next.top);
+  all->raise(top);
+  next.raise(top);
+  all->add(next);
+}
+
+// From a logit of the model to y.
 
 // y = cap tanh(x / cap), and dy/dx from t = tanh(x / cap).
 template <class V>
@@ -62,6 +179,25 @@ template <class V>
 ML_FN V tanh_slope(V t) {
   return V(1) - t * t;
 }
+
+// 1 / temperature = high + low, low > 0. x high + x low is x / temperature to one rounding, and an
+// infinite x stays infinite; a product with a rounded inverse would be off by up to three.
+template <class A>
+struct InverseTemperature {
+  A high, low;
+
+  ML_FN explicit InverseTemperature(double temperature) {
+    const double inverse = 1 / temperature;
+    high = static_cast<A>(inverse * (1 - Limits<A>::epsilon()));
+    low = static_cast<A>(inverse - static_cast<double>(high));
+  }
+};
+template <class V, class A>
+ML_FN V cooled(V x, const InverseTemperature<A>& inverse) {
+  return fma(x, V(inverse.high), x * V(inverse.low));
+}
+
+// Cross entropy
 
 // The soft part of q_j.
 template <class V>
@@ -76,96 +212,8 @@ ML_FN A hard_loss(const LogSumExp<A>& lse, A y, A q) {
   return q * ((lse.top - y) + log(lse.sum));
 }
 
-// The soft part of ce, from its two sums over the row: sum_j q_j (top - y_j) and sum_j q_j.
-template <class A>
-ML_FN A soft_loss(const LogSumExp<A>& lse, A below, A mass) {
-  return below + mass * log(lse.sum);
-}
-
 template <class A>
 ML_FN A z_term(A top, A sum, A z_loss) {
   const A lse = top + log(sum);
   return z_loss * lse * lse;
 }
-
-// d(ce_scale ce + z_scale z) / dy_j = softmax exp(y_j - top) - soft q_j(soft part) - [j = t] hard
-template <class A>
-struct LogitGrad {
-  A softmax, soft, hard;
-  A mass, z;  // for target_grad(): the target distribution's over sum, and the z-loss's share
-};
-template <class A>
-ML_FN LogitGrad<A> logit_grad(const LogSumExp<A>& lse, A mass, A hard, A z_loss, A ce_scale,
-                              A z_scale) {
-  // Without a z-loss its term must not appear at all: 0 * lse is NaN for an infinite lse.
-  const A z = z_loss != A(0) ? A(2) * z_scale * z_loss * lse.value() / lse.sum : A(0);
-  return {ce_scale * mass / lse.sum + z, ce_scale, ce_scale * hard, mass / lse.sum, z};
-}
-template <class V>
-ML_FN V softmax_grad(V y, V top, V softmax) {
-  return softmax * exp(y - top);
-}
-
-// All of it at the target, whose whole part is q. Where p is almost 1 this is a difference of
-// almost equal numbers: they are subtracted first, and a z-loss is added to what is left.
-template <class A>
-ML_FN A target_grad(A y, A top, A q, const LogitGrad<A>& g) {
-  const A e = exp(y - top);
-  return g.soft * (g.mass * e - q) + g.z * e;
-}
-
-// The entropy of p from spread = sum_j e_j (top - y_j), e_j = exp(y_j - top). y = -inf has e = 0:
-// 0 * inf must not be made.
-template <class V>
-ML_FN V spread_term(V e, V y, V top) {
-  return e * (V(0) - max(V(Limits<V>::lowest()), y - top));
-}
-template <class A>
-ML_FN A entropy(A sum, A spread) {
-  return log(sum) + spread / sum;
-}
-
-// Everything that one look at a row can tell: beside its logsumexp the sums of soft_loss() and the
-// entropy, all kept relative to a top that grows. For one lane.
-template <class A>
-struct RowSums {
-  LogSumExp<A> lse;
-  A below, mass;  // sum_j q_j (top - y_j) and sum_j q_j over the soft part
-  A spread;       // sum_j exp(y_j - top) (top - y_j)
-
-  ML_FN RowSums() : below(A(0)), mass(A(0)), spread(A(0)) {}
-
-  ML_FN void raise(A to) {
-    const A step = to - lse.top;
-    if (lse.sum != A(0)) {  // else step may be infinite, and nothing depends on it
-      below = below + mass * step;
-      spread = (spread + lse.sum * step) * exp(-step);
-    }
-    lse.raise(to);
-  }
-
-  template <int N>
-  ML_FN void push(const A (&y)[N]) {
-    A peak = lse.top;
-    for (int i = 0; i < N; ++i) peak = max(y[i], peak);
-    if (peak > lse.top) raise(peak);
-    for (int i = 0; i < N; ++i) {
-      const A p = exp(y[i] - lse.top);
-      lse.sum = lse.sum + p;
-      spread = spread + spread_term(p, y[i], lse.top);
-    }
-  }
-  // After push() of the same y, so that top is not below it.
-  ML_FN void push_target(A y, A q) {
-    below = below + q * (lse.top - y);
-    mass = mass + q;
-  }
-
-  // Of the same top.
-  ML_FN void add(const RowSums& other) {
-    lse.sum = lse.sum + other.lse.sum;
-    below = below + other.below;
-    mass = mass + other.mass;
-    spread = spread + other.spread;
-  }
-};

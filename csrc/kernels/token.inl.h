@@ -275,7 +275,7 @@ ML_FN void write_mask_grad(const MaskGradArgs& args, const Piece& piece, int64_t
                          : A(1);
     d = group[GroupField::kScaleLoss] *
         (table(TokenField::kLoss, i) - c * group[GroupField::kMeanLoss]);
-    // As in logit_grad(): weights that cancel make scale_z infinite.
+    // As in CrossEntropy::grad(): weights that cancel make scale_z infinite.
     if (args.z_loss != 0) {
       d += group[GroupField::kScaleZ] * (z_of(table, args.z_loss, i) - group[GroupField::kMeanZ]);
     }

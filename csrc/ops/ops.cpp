@@ -112,7 +112,7 @@ struct Problem {
   std::optional<Tensor> class_weight;
   Shape token_shape;
   const Device& device;
-  CrossEntropyArgs args{};
+  RowArgs args{};
   bool wide;
 };
 
@@ -133,11 +133,11 @@ Problem make_problem(const Device& device, const Tensor& logits, const Tensor& t
     check::class_weight(kCrossEntropy, *class_weight, p.logits.cols);
     p.class_weight = as_type(*class_weight, accumulation_type(p.wide));
   }
-  CrossEntropyArgs& a = p.args;
+  RowArgs& a = p.args;
   a.logits = p.logits.tensor.data_ptr();
   a.rows = p.logits.rows;
   a.steps = std::max<int64_t>(1, p.logits.steps);
-  a.cols = p.logits.cols;
+  a.cols = a.classes = p.logits.cols;
   a.batch_stride = p.logits.batch_stride;
   a.step_stride = p.logits.step_stride;
   a.shift = options.shift;
@@ -247,7 +247,7 @@ void run_rows(Problem* p) {
 
 void set_tables(Problem* p, const Tables& tables) {
   const Groups groups = tables.of(p->args.rows);
-  p->args.tokens = tables.tokens.data_ptr();
+  p->args.table = tables.tokens.data_ptr();
   p->args.groups = groups.table;
   p->args.group_size = groups.size;
 }
@@ -368,8 +368,7 @@ void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, Ten
   check_tables(kCrossEntropy, tokens, groups, p.args.rows, p.wide, TokenField::kSaved);
   const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows);
   set_tables(&p, {tokens, groups});
-  p.args.dloss = scale.data_ptr();
-  p.args.dloss_per_token = dloss.dim() != 0;
+  p.args.upstream[0] = {scale.data_ptr(), dloss.dim() != 0};
   set_gradient(p, dlogits, logits);
   const auto run = unless_one ? device.kernels.rescale : device.kernels.cross_entropy;
   run(p.args, device.queue());
@@ -461,8 +460,7 @@ void linear_chunk(Tensor logits, Tensor target, Tensor tokens, Tensor groups,
   std::optional<Tensor> scale;
   if (dloss) scale = upstream(kLinear, *dloss, p.wide, p.args.rows);
   set_tables(&p, {tokens, groups});
-  p.args.dloss = data(scale);
-  p.args.dloss_per_token = dloss && dloss->dim() != 0;
+  p.args.upstream[0] = {data(scale), dloss && dloss->dim() != 0};
   p.args.forward = forward;
   p.args.stats = forward && tokens.size(0) == TokenField::kCount;
   if (gradient) set_gradient(p, logits, logits);

@@ -98,8 +98,8 @@ def test_every_reduction(case: Case, dtype: torch.dtype) -> None:
     assert_as_accurate_as_eager(masked_reduce, reference.masked_reduce, case, dtype)
 
 
-# Around the pieces of 16 bytes, the warp's and the block's share of a row, and the teams' limits:
-# 128 and 2048 pieces. A row of `odd` begins at no multiple of 16 bytes, and its gradient elsewhere.
+# Around the words of 16 bytes, the warp's and the block's share of a row, and the teams' limits:
+# 128 and 2048 words. A row of `odd` begins at no multiple of 16 bytes, and its gradient elsewhere.
 WIDTHS = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 127, 255, 257, 511, 513, 1023, 1025]
 WIDTHS += [1031, 2049, 4099, 8193]
 
@@ -354,18 +354,18 @@ def test_linear_cross_entropy(bias: bool) -> None:
 Mutant = tuple[str, str, str]
 
 MISSING_BARRIERS: dict[str, Mutant] = {
-    "block.cuh: between the warps' states and their sum": (
-        "kernels/cuda/block.cuh",
+    "team.cuh: between the warps' states and their sum": (
+        "kernels/cuda/team.cuh",
         "states[threadIdx.x / kWarp] = s;\n    __syncthreads();",
         "states[threadIdx.x / kWarp] = s;",
     ),
-    "block.cuh: of a block, before the next row's states and pieces": (
-        "kernels/cuda/block.cuh",
+    "team.cuh: of a block, before the next row's states and pieces": (
+        "kernels/cuda/team.cuh",
         "if constexpr (kWarps > 1) {\n    __syncthreads();",
         "if constexpr (kWarps > 1) {",
     ),
-    "block.cuh: of a warp, before the next row's pieces": (
-        "kernels/cuda/block.cuh",
+    "team.cuh: of a warp, before the next row's words": (
+        "kernels/cuda/team.cuh",
         "else {\n    __syncwarp();\n",
         "else {\n",
     ),
@@ -377,16 +377,16 @@ UNNOTICED = ["__syncwarp();  // orders"]
 FORBIDDEN: dict[str, Mutant] = {
     "a block wrote beyond its shared memory": (
         "kernels/cuda/rows.inl.cuh",
-        "if (k < plan.cached && k < span.pieces) cache[k]",
-        "if (k <= plan.cached && k < span.pieces) cache[k]",
+        "if (k < plan.cached && k < span.words) cache[k]",
+        "if (k <= plan.cached && k < span.words) cache[k]",
     ),
     "a launch with more shared memory than the kernel was allowed to take": (
-        "kernels/cuda/block.cuh",
+        "kernels/cuda/launch.cuh",
         "if (shared > 0) allow_shared",
         "if (shared > 48 << 10) allow_shared",
     ),
     "lanes of a warp wait at different calls": (
-        "kernels/cuda/block.cuh",
+        "kernels/cuda/team.cuh",
         "__syncwarp();  // orders",
         "if (threadIdx.x % kWarp != 5) __syncwarp();  // orders",
     ),

@@ -24,16 +24,14 @@ extern const Kernels kKernels;
 namespace {
 
 // Rows so few that a thread each would leave threads idle: their segments are shared out.
-void share_segments(const CrossEntropyArgs& args, const RowKernels& kernels,
-                    const Threads& threads) {
+void share_segments(const RowArgs& args, const RowKernels& kernels, const Threads& threads) {
   const int64_t segments = (args.cols + kSegment - 1) / kSegment;
   const int64_t tasks = args.rows * segments;
   if (args.forward) {
-    constexpr int64_t kPartialBytes = 2 * sizeof(double);
     std::vector<char> partials(tasks * kPartialBytes);
     const auto partial = [&](int64_t row) { return &partials[row * segments * kPartialBytes]; };
     for_each_task(tasks, threads, [&](int64_t i) {
-      kernels.lse(args, i / segments, i % segments, partial(i / segments));
+      kernels.look(args, i / segments, i % segments, partial(i / segments));
     });
     for_each_task(args.rows, threads,
                   [&](int64_t row) { kernels.finish(args, row, partial(row)); });
@@ -73,7 +71,7 @@ const Kernels& kernels() {
   return chosen;
 }
 
-void cross_entropy(const CrossEntropyArgs& args, const Threads& threads, const Kernels& table) {
+void cross_entropy(const RowArgs& args, const Threads& threads, const Kernels& table) {
   const RowKernels& rows = table.rows[static_cast<int>(args.dtype)];
   if (args.rows < 4 * threads.count && args.cols >= 2 * kSegment) {
     return share_segments(args, rows, threads);
@@ -82,9 +80,10 @@ void cross_entropy(const CrossEntropyArgs& args, const Threads& threads, const K
         [&](int64_t begin, int64_t end) { rows.run(args, begin, end); });
 }
 
-void rescale(const CrossEntropyArgs& args, const Threads& threads) {
-  const bool one = args.dtype == DType::kFloat64 ? *static_cast<const double*>(args.dloss) == 1
-                                                 : *static_cast<const float*>(args.dloss) == 1;
+void rescale(const RowArgs& args, const Threads& threads) {
+  const bool one = args.dtype == DType::kFloat64
+                       ? *static_cast<const double*>(args.upstream[0].values) == 1
+                       : *static_cast<const float*>(args.upstream[0].values) == 1;
   if (!one) cross_entropy(args, threads);
 }
 
@@ -94,7 +93,7 @@ template <auto kernel, class Args>
 auto on_threads(const Args& args, Queue queue) {
   return kernel(args, *static_cast<const Threads*>(queue));
 }
-void rows_of_this_machine(const CrossEntropyArgs& args, const Threads& threads) {
+void rows_of_this_machine(const RowArgs& args, const Threads& threads) {
   cross_entropy(args, threads);
 }
 template <class Args>

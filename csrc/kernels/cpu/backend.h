@@ -14,12 +14,15 @@ namespace masked_loss::cpu {
 // Columns that one step of a row takes. Part of the result: it fixes the order of every sum.
 constexpr int64_t kSegment = 16384;
 
+// What a look at a segment tells of it, at most.
+constexpr int64_t kPartialBytes = 4 * sizeof(double);
+
 // Kernels on rows [begin, end), or on one segment of one row.
 struct RowKernels {
-  void (*run)(const CrossEntropyArgs& args, int64_t begin, int64_t end);
-  void (*lse)(const CrossEntropyArgs& args, int64_t row, int64_t segment, void* partial);
-  void (*finish)(const CrossEntropyArgs& args, int64_t row, const void* partial);
-  void (*grad)(const CrossEntropyArgs& args, int64_t row, int64_t segment);
+  void (*run)(const RowArgs& args, int64_t begin, int64_t end);
+  void (*look)(const RowArgs& args, int64_t row, int64_t segment, void* partial);
+  void (*finish)(const RowArgs& args, int64_t row, const void* partial);
+  void (*grad)(const RowArgs& args, int64_t row, int64_t segment);
 };
 
 struct Kernels {
@@ -35,10 +38,9 @@ const Kernels& kernels();
 
 // Weights and scales. Returns the first token whose target is out of range, or -1.
 int64_t weigh(const WeighArgs& args, const Threads& threads);
-void cross_entropy(const CrossEntropyArgs& args, const Threads& threads,
-                   const Kernels& table = kernels());
+void cross_entropy(const RowArgs& args, const Threads& threads, const Kernels& table = kernels());
 // The gradient anew where dloss is not 1, for which args.dlogits holds it already.
-void rescale(const CrossEntropyArgs& args, const Threads& threads);
+void rescale(const RowArgs& args, const Threads& threads);
 void load_values(const ValuesArgs& args, const Threads& threads);
 void reduce(const ReduceArgs& args, const Threads& threads);
 void mask_grad(const MaskGradArgs& args, const Threads& threads);

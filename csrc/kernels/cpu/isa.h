@@ -26,9 +26,6 @@ struct LanesOf {
 template <class T, int kBytes>
 using Lanes = typename LanesOf<T, kBytes>::Type;
 
-// How far ahead of its use a row is fetched, in bytes.
-constexpr int64_t kAhead = 16384;
-
 inline int64_t index_at(const void* target, DType type, int64_t i) {
   return type == DType::kInt64 ? static_cast<const int64_t*>(target)[i]
                                : static_cast<const int32_t*>(target)[i];

@@ -20,7 +20,9 @@ namespace {  // internal linkage: no other instruction set may be linked to thes
 template <class T>
 using VecOf = std::conditional_t<std::is_same_v<T, double>, Portable<double, 32>, Vec>;
 #include "kernels/math.inl.h"
-#include "kernels/cpu/cross_entropy.inl.h"
+#include "kernels/losses.inl.h"
+#include "kernels/cpu/fetch.inl.h"
+#include "kernels/cpu/rows.inl.h"
 // clang-format on
 }  // namespace
 extern const Kernels kKernels;

@@ -19,7 +19,9 @@ void end_streams() {}
 template <class T>
 using VecOf = Portable<std::conditional_t<std::is_same_v<T, double>, double, float>, 16>;
 #include "kernels/math.inl.h"
-#include "kernels/cpu/cross_entropy.inl.h"
+#include "kernels/losses.inl.h"
+#include "kernels/cpu/fetch.inl.h"
+#include "kernels/cpu/rows.inl.h"
 // clang-format on
 }  // namespace
 extern const Kernels kKernels;

@@ -28,8 +28,15 @@ struct Limits {
   static constexpr typename V::Scalar lowest() {
     return std::numeric_limits<typename V::Scalar>::lowest();
   }
+  static constexpr typename V::Scalar underflow() {
+    return Limits<typename V::Scalar>::underflow();
+  }
 };
 template <>
-struct Limits<float> : std::numeric_limits<float> {};
+struct Limits<float> : std::numeric_limits<float> {
+  static constexpr float underflow() { return 128; }
+};
 template <>
-struct Limits<double> : std::numeric_limits<double> {};
+struct Limits<double> : std::numeric_limits<double> {
+  static constexpr double underflow() { return 1024; }
+};

@@ -16,12 +16,12 @@ using Stream = Queue;  // a cudaStream_t
 void check(int error);
 
 int64_t scratch_bytes(const WeighArgs& args);
-int64_t scratch_bytes(const CrossEntropyArgs& args);
+int64_t scratch_bytes(const RowArgs& args);
 int64_t scratch_bytes(const ReduceArgs& args);
 
 int64_t weigh(const WeighArgs& args, Stream stream);
-void cross_entropy(const CrossEntropyArgs& args, Stream stream);
-void rescale(const CrossEntropyArgs& args, Stream stream);
+void cross_entropy(const RowArgs& args, Stream stream);
+void rescale(const RowArgs& args, Stream stream);
 void load_values(const ValuesArgs& args, Stream stream);
 void reduce(const ReduceArgs& args, Stream stream);
 void mask_grad(const MaskGradArgs& args, Stream stream);

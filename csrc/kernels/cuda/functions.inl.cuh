@@ -10,6 +10,8 @@ ML_FN double tanh(double x) { return ::tanh(x); }
 // The number, where one of the two is NaN. A NaN still reaches every sum: exp(NaN) is added to it.
 ML_FN float max(float a, float b) { return ::fmaxf(a, b); }
 ML_FN double max(double a, double b) { return ::fmax(a, b); }
+ML_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+ML_FN double fma(double a, double b, double c) { return ::fma(a, b, c); }
 ML_FN bool any_greater(float a, float b) { return a > b; }
 ML_FN bool any_greater(double a, double b) { return a > b; }
 
@@ -18,8 +20,12 @@ struct Limits;
 template <>
 struct Limits<float> {
   ML_FN static constexpr float lowest() { return -3.402823466e38f; }
+  ML_FN static constexpr float epsilon() { return 1.1920928955e-7f; }
+  ML_FN static constexpr float underflow() { return 128.0f; }
 };
 template <>
 struct Limits<double> {
   ML_FN static constexpr double lowest() { return -1.7976931348623157e308; }
+  ML_FN static constexpr double epsilon() { return 2.220446049250313e-16; }
+  ML_FN static constexpr double underflow() { return 1024.0; }
 };

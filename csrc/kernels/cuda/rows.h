@@ -16,13 +16,13 @@ enum class Phase : int8_t {
 };
 
 struct Plan {
-  bool general;     // a softcap, a soft target distribution, or statistics
+  bool general;     // a softcap, a temperature, a soft target distribution, or statistics
   int warps;        // the warps of a team; a team works on a row
   int teams;        // teams in a block
   int64_t blocks;   // meant to be on the chip at a time
   int64_t parts;    // a row is shared by so many teams
   int64_t width;    // columns of a part
-  int cached;       // pieces of a row that a team keeps in shared memory
+  int cached;       // 16-byte words of a row that a team keeps in shared memory
   bool unless_one;  // do nothing where dloss is 1
   Phase phase;
 };
@@ -30,10 +30,10 @@ struct Plan {
 // What kPartial leaves for kFinish, at most.
 constexpr int64_t kPartialBytes = 64;
 
-Plan plan_rows(const CrossEntropyArgs& args);
+Plan plan_rows(const RowArgs& args);
 
 // float and double rows; half rows. Two files, since half rows take a faster exp.
-void launch_full_rows(const CrossEntropyArgs& args, const Plan& plan, Stream stream);
-void launch_half_rows(const CrossEntropyArgs& args, const Plan& plan, Stream stream);
+void launch_full_rows(const RowArgs& args, const Plan& plan, Stream stream);
+void launch_half_rows(const RowArgs& args, const Plan& plan, Stream stream);
 
 }  // namespace masked_loss::cuda

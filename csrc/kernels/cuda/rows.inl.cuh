@@ -6,41 +6,32 @@
 // that reaches, beyond that in L2. A masked row is never read; its gradient is set to zero.
 // Included inside a file's own namespace, after math.inl.h.
 
-template <class T, bool kGeneral, int kWarps>
-struct Rows {
+// general: with a softcap, a temperature, a soft target distribution or statistics.
+template <class T, bool general, int kWarps>
+struct RowKernel {
   using A = typename Accumulation<T>::Type;
-  using Lse = LogSumExp<A>;
+  using Loss = CrossEntropy<general>;
+  // Where several terms make up a gradient in float, it shows every rounding of what is done once
+  // for each row: the threads' sums are merged, and the coefficients computed, in double.
+  using C = std::conditional_t<general, double, A>;
+  template <class X>
+  using SumsOf = std::conditional_t<general, TargetSums<X>, LogSumExp<X>>;
+  using Sums = SumsOf<C>;
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kVector = kLanes<T>;
+  static constexpr int kPerLoad = kPerWord16<T>;
   // 16-byte loads that a thread has in flight. What hides the latency of an H200's memory at its
   // full speed is some 32 KB on a multiprocessor: 512 threads with four each.
-  static constexpr int kAhead = kGeneral || sizeof(T) == 8 ? 2 : 4;
-  static constexpr int kGradAhead = sizeof(T) == 4 ? 2 : kAhead;  // expf wants the registers
-  static constexpr int kShiftedAhead = sizeof(T) == 2 ? 1 : 2;    // two pieces for each
-
-  // What a look at a row tells: its logsumexp; in general also the sums over a soft target
-  // distribution, the entropy, and whether another logit wins against the target's.
-  struct PlainSums : Lse {
-    ML_FN void add(const PlainSums& other) { this->sum = this->sum + other.sum; }
-    ML_FN Lse logsumexp() const { return *this; }
-  };
-  struct GeneralSums : RowSums<A> {
-    int beaten = 0;
-    ML_FN void add(const GeneralSums& other) {
-      RowSums<A>::add(other);
-      beaten |= other.beaten;
-    }
-    ML_FN Lse logsumexp() const { return this->lse; }
-  };
-  using Sums = std::conditional_t<kGeneral, GeneralSums, PlainSums>;
+  static constexpr int kLoadsInFlight = general || sizeof(T) == 8 ? 2 : 4;
+  static constexpr int kGradLoads = sizeof(T) == 4 ? 2 : kLoadsInFlight;  // expf wants registers
+  static constexpr int kShiftedLoads = sizeof(T) == 2 ? 1 : 2;            // two words for each
 
   // Lanes agree on the largest top first, and then only add: each is rescaled, and rounded, once.
   struct Align {
-    template <int kLaneCount>
+    template <int kLanes>
     ML_FN void lanes(Sums* sums) const {
-      A top = sums->logsumexp().top;
+      C top = sums->top;
 #pragma unroll
-      for (int mask = kLaneCount / 2; mask > 0; mask /= 2) top = max(top, from_lane_xor(top, mask));
+      for (int mask = kLanes / 2; mask > 0; mask /= 2) top = max(top, from_lane_xor(top, mask));
       sums->raise(top);
     }
   };
@@ -51,15 +42,15 @@ struct Rows {
   };
   static_assert(sizeof(Partial) <= kPartialBytes, "scratch memory is allocated by it");
 
-  const CrossEntropyArgs& args;
+  const RowArgs& args;
   const Plan& plan;
-  const bool capped = kGeneral && args.softcap != 0;
-  const bool soft = kGeneral && (args.probs || args.label_smoothing != 0);
+  const bool capped = general && args.softcap != 0;
+  const bool cooling = general && (args.temperatures || args.temperature != 1);
+  const bool soft = general && (args.probs || args.label_smoothing != 0);
   const A cap = static_cast<A>(args.softcap);
   const A inverse_cap = capped ? 1 / cap : A(0);
-  const A hard_scale = static_cast<A>(1 - args.label_smoothing);
-  const A probs_scale = args.probs ? hard_scale : A(0);
-  const A uniform = static_cast<A>(args.label_smoothing / static_cast<double>(args.cols));
+  const A probs_scale = args.probs ? static_cast<A>(1 - args.label_smoothing) : A(0);
+  const A uniform = static_cast<A>(args.label_smoothing / static_cast<double>(args.classes));
 
   // One row, from column `begin` on; x, dx and probs begin there, and target counts from there.
   struct Row {
@@ -67,7 +58,8 @@ struct Rows {
     T* dx;
     const T* probs;
     const A* class_weight;
-    int64_t token;
+    Token<A> token;
+    InverseTemperature<A> cool;
     int64_t label;  // its target; of a masked token anything
     int n;          // columns
     int target;     // its column; -1 or INT_MAX where it lies in a part before or after this one
@@ -78,11 +70,10 @@ struct Rows {
 
   ML_FN static int rank() { return static_cast<int>(threadIdx.x % kThreads); }
 
-  ML_FN A* field(int64_t which, int64_t token) const {
-    return static_cast<A*>(args.tokens) + which * args.rows + token;
+  ML_FN A logit(const Row& r, A x) const {
+    if (capped) x = softcap(x, cap, inverse_cap);
+    return cooling ? cooled(x, r.cool) : x;
   }
-
-  ML_FN A logit(A x) const { return capped ? softcap(x, cap, inverse_cap) : x; }
 
   ML_FN A soft_target_at(const Row& r, int j) const {
     return soft_target(r.class_weight ? r.class_weight[j] : A(1),
@@ -92,9 +83,10 @@ struct Rows {
   ML_FN Row row_at(int64_t row, int64_t part) const {
     const int64_t begin = part * plan.width;
     const int64_t batch = quotient(row, args.steps), step = row - batch * args.steps;
-    const bool last = step == args.steps - 1;  // with shift it scores nothing: a masked token
-    Row r;
-    r.token = !args.shift ? row : last ? row - step : row + 1;
+    const Token<A> token{args, token_of(args, row, step)};
+    Row r{nullptr, nullptr,
+          nullptr, nullptr,
+          token,   InverseTemperature<A>(cooling ? static_cast<double>(token.temperature()) : 1.0)};
     r.n = static_cast<int>(min(plan.width, args.cols - begin));
     r.x = static_cast<const T*>(args.logits) + batch * args.batch_stride + step * args.step_stride +
           begin;
@@ -103,35 +95,34 @@ struct Rows {
                         : nullptr;
     r.probs = args.probs ? static_cast<const T*>(args.probs) + row * args.cols + begin : nullptr;
     const A* const weights = static_cast<const A*>(args.class_weight);
-    r.class_weight = weights ? weights + begin : nullptr;
+    r.class_weight = weights ? weights + args.first + begin : nullptr;
     r.target = -1;
     r.own = r.hard = A(0);
     // Together: the target's logit must not wait for one after the other, and the row's first loads
     // come after it.
-    r.label = args.probs ? 0 : index_at(args.target, args.target_type, r.token);
-    r.weight = *field(TokenField::kWeight, r.token);
+    r.label = args.probs ? 0 : index_at(args.target, args.target_type, token.index);
+    r.weight = token.column(TokenField::kWeight);
     return r;
   }
 
   // Of an active row.
   ML_FN void find_target(Row* r, int64_t part, bool with_logit) const {
     if (args.probs) return;
-    const int64_t at = r->label - part * plan.width;
+    const int64_t at = r->label - args.first - part * plan.width;
     r->target = at < 0 ? -1 : at < r->n ? static_cast<int>(at) : INT_MAX;
-    const A* const weights = static_cast<const A*>(args.class_weight);
-    r->hard = hard_scale * (weights ? weights[r->label] : A(1));
+    r->hard = Loss::template hard<A>(args, r->label);
     if (with_logit) r->own = A(widen(r->x[at]));
   }
 
   // One look at a row
 
   template <int N>
-  ML_FN void push(const Row& r, Sums* sums, const A (&x)[N], int at) const {
-    if constexpr (kGeneral) {
+  ML_FN void push(const Row& r, SumsOf<A>* sums, const A (&x)[N], int at) const {
+    if constexpr (general) {
       A y[N];
 #pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = logit(x[i]);
-      sums->push(y);
+      for (int i = 0; i < N; ++i) y[i] = logit(r, x[i]);
+      sums->push(y, args.stats);
       if (soft) {
 #pragma unroll
         for (int i = 0; i < N; ++i) sums->push_target(y[i], soft_target_at(r, at + i));
@@ -149,26 +140,26 @@ struct Rows {
   }
 
   ML_FN Sums look(const Row& r, uint4* cache) const {
-    const Span<T> span(r.x, r.n);
+    const Words16<T> span(r.x, r.n);
     const int read_again = r.dx ? plan.cached : INT_MAX;  // from here on, out of L2
-    Sums sums;
-    for (int i = rank(); i < span.pieces; i += kAhead * kThreads) {
-      uint4 pieces[kAhead];
+    SumsOf<A> sums;
+    for (int i = rank(); i < span.words; i += kLoadsInFlight * kThreads) {
+      uint4 words[kLoadsInFlight];
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
+      for (int u = 0; u < kLoadsInFlight; ++u) {
         const int k = i + u * kThreads;
-        pieces[u] = minus_infinities<T>();
-        if (k < span.pieces) {
-          pieces[u] = k < read_again ? __ldcs(span.first + k) : span.first[k];
+        words[u] = minus_infinities<T>();
+        if (k < span.words) {
+          words[u] = k < read_again ? __ldcs(span.first + k) : span.first[k];
         }
       }
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
+      for (int u = 0; u < kLoadsInFlight; ++u) {
         const int k = i + u * kThreads;
-        if (k < plan.cached && k < span.pieces) cache[k] = pieces[u];
-        A x[kVector];
-        unpack(pieces[u], x, T{});
-        if (!kGeneral || k < span.pieces) push(r, &sums, x, span.head + k * kVector);
+        if (k < plan.cached && k < span.words) cache[k] = words[u];
+        A x[kPerLoad];
+        unpack(words[u], x, T{});
+        if (!general || k < span.words) push(r, &sums, x, span.head + k * kPerLoad);
       }
     }
     // What is left of the row is shorter than a warp's width: at most 7 and 7 elements.
@@ -177,76 +168,57 @@ struct Rows {
       const A x[1] = {A(widen(r.x[single]))};
       push(r, &sums, x, single);
     }
-    return merge_team<kWarps>(sums, Align{});
+    return merge_team<kWarps>(Sums(sums), Align{});
   }
 
-  // From a row's sums to what the token table keeps of it, by one thread. In double: a handful of
-  // operations, of which a smoothed loss would show every rounding.
+  // By one thread, in double.
   ML_FN void finish(const Row& r, const Sums& sums) const {
-    const Lse lse = sums.logsumexp();
-    const LogSumExp<double> wide(lse.top, lse.sum);
-    double loss = 0;
-    if (!args.probs) loss = hard_loss<double>(wide, logit(r.own), r.hard);
-    if constexpr (kGeneral) {
-      if (soft) loss += soft_loss<double>(wide, sums.below, sums.mass);
-      if (args.stats) {
-        *field(TokenField::kEntropy, r.token) = entropy(sums.lse.sum, sums.spread);
-        *field(TokenField::kCorrect, r.token) = !args.probs && r.own == r.own && !sums.beaten;
-      }
+    const double own = logit(r, r.own);
+    if constexpr (general) {
+      Loss::finish(r.token, sums, own, r.hard);
+      if (args.stats) Loss::finish_stats(r.token, sums);
+    } else {
+      TargetSums<double> wide;
+      wide.top = sums.top, wide.sum = sums.sum;
+      Loss::finish(r.token, wide, own, r.hard);
     }
-    *field(TokenField::kLoss, r.token) = static_cast<A>(loss);
-    *field(TokenField::kTop, r.token) = lse.top;
-    *field(TokenField::kSum, r.token) = lse.sum;
-    *field(TokenField::kMass, r.token) = mass_of(r, sums);
   }
 
   // The sum of the target distribution.
   ML_FN A mass_of(const Row& r, const Sums& sums) const {
-    if constexpr (kGeneral) return soft ? r.hard + sums.mass : r.hard;
+    if constexpr (general) return static_cast<A>(r.hard + sums.soft_mass);
     return r.hard;
-  }
-
-  ML_FN void finish_masked(int64_t token) const {
-    *field(TokenField::kLoss, token) = 0;
-    *field(TokenField::kTop, token) = 0;
-    *field(TokenField::kSum, token) = 1;
-    *field(TokenField::kMass, token) = 0;
-    if (args.stats) {
-      *field(TokenField::kEntropy, token) = 0;
-      *field(TokenField::kCorrect, token) = 0;
-    }
   }
 
   // The gradient
 
-  // What the loops need of a LogitGrad: the target's own derivative is computed before them.
-  struct RowGrad {
-    A top, softmax, soft, target;
+  // Its coefficients, and the derivative at the target.
+  struct GradOfRow : RowGrad<A> {
+    A top, target;
   };
 
-  ML_FN RowGrad grad_of(const Row& r, const Lse& lse, A mass) const {
-    const double* group = args.groups + quotient(r.token, args.group_size) * GroupField::kCount;
-    const A* dloss = static_cast<const A*>(args.dloss);
-    const A scale = r.weight * (dloss ? dloss[args.dloss_per_token ? r.token : 0] : A(1));
-    const LogitGrad<A> g = logit_grad(lse, mass, r.hard, static_cast<A>(args.z_loss),
-                                      static_cast<A>(scale * group[GroupField::kScaleLoss]),
-                                      static_cast<A>(scale * group[GroupField::kScaleZ]));
+  ML_FN GradOfRow grad_of(const Row& r, A top, A sum, A mass) const {
+    const LogSumExp<C> lse{C(top), C(sum)};
+    C scale = C(r.weight) * C(r.token.upstream(0));
+    if (cooling) scale = scale / C(r.token.temperature());
+    const auto g = Loss::grad(r.token, scale, lse, C(mass));
+    // Added up in A, as the row's mass was: of one class alone nothing must be left.
     const bool here = 0 <= r.target && r.target < r.n;
     const A q = r.hard + (here && soft ? soft_target_at(r, r.target) : A(0));
-    return {lse.top, g.softmax, g.soft, target_grad(logit(r.own), lse.top, q, g)};
+    const C target = Loss::target_grad(C(logit(r, r.own)), lse.top, C(q), g);
+    return {{A(g.alpha), A(g.beta), A(g.gamma)}, top, A(target)};
   }
 
   template <int N>
-  ML_FN void differentiate(const Row& r, const RowGrad& g, int at, A (&x)[N]) const {
+  ML_FN void differentiate(const Row& r, const GradOfRow& g, int at, A (&x)[N]) const {
     A d[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (capped) x[i] = tanh(x[i] * inverse_cap);  // what the slope needs, to its last digit
-      d[i] = softmax_grad(capped ? cap * x[i] : x[i], g.top, g.softmax);
-    }
-    if (soft) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) d[i] = d[i] - g.soft * soft_target_at(r, at + i);
+      A y = capped ? cap * x[i] : x[i];
+      if (cooling) y = cooled(y, r.cool);
+      d[i] = soft ? gradient_term<CrossEntropy<true>, A>(y, g.top, g, soft_target_at(r, at + i))
+                  : gradient_term<CrossEntropy<false>, A>(y, g.top, g, A(0));
     }
     if (static_cast<unsigned>(r.target - at) < static_cast<unsigned>(N)) {
 #pragma unroll
@@ -258,31 +230,31 @@ struct Rows {
     for (int i = 0; i < N; ++i) x[i] = capped ? d[i] * tanh_slope(x[i]) : d[i];
   }
 
-  ML_FN void store(uint4* p, const uint4& piece) const {
+  ML_FN void store(uint4* p, const uint4& word) const {
     if (args.stream) {
-      __stcs(p, piece);
+      __stcs(p, word);
     } else {
-      *p = piece;
+      *p = word;
     }
   }
 
-  // Pieces [begin, end) of dx from the pieces of x that lie `apart` from them, kept or not.
+  // Words [begin, end) of dx from the words of x that lie `apart` from them, kept or not.
   // kShifted: between two of those. Every thread writes only what it has read: dx may be x.
   template <bool kShifted, int kUnroll>
-  ML_FN void differentiate_pieces(const Row& r, const RowGrad& g, const Span<T>& in,
-                                  const Span<T>& out, int begin, int end, int apart,
-                                  int shift_bytes, const uint4* cache) const {
+  ML_FN void differentiate_words(const Row& r, const GradOfRow& g, const Words16<T>& in,
+                                 const Words16<T>& out, int begin, int end, int apart,
+                                 int shift_bytes, const uint4* cache) const {
     uint4* const to = reinterpret_cast<uint4*>(r.dx + out.head);
-    const auto piece = [&](int k) { return k < plan.cached ? cache[k] : __ldcs(in.first + k); };
+    const auto word = [&](int k) { return k < plan.cached ? cache[k] : __ldcs(in.first + k); };
     for (int i = begin + rank(); i < end; i += kUnroll * kThreads) {
-      uint4 pieces[kUnroll];
+      uint4 words[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int k = i + u * kThreads;
         if (k < end) {
-          pieces[u] = piece(k + apart);
+          words[u] = word(k + apart);
           if constexpr (kShifted) {
-            pieces[u] = between(pieces[u], piece(k + apart + 1), shift_bytes);
+            words[u] = between(words[u], word(k + apart + 1), shift_bytes);
           }
         }
       }
@@ -290,30 +262,30 @@ struct Rows {
       for (int u = 0; u < kUnroll; ++u) {
         const int k = i + u * kThreads;
         if (k < end) {
-          A x[kVector];
-          unpack(pieces[u], x, T{});
-          differentiate(r, g, out.head + k * kVector, x);
+          A x[kPerLoad];
+          unpack(words[u], x, T{});
+          differentiate(r, g, out.head + k * kPerLoad, x);
           store(to + k, pack(x, T{}));
         }
       }
     }
   }
 
-  ML_FN void grad(const Row& r, const RowGrad& g, const uint4* cache) const {
-    const Span<T> in(r.x, r.n), out(r.dx, r.n);
-    // Piece k of dx begins with element out.head + k * kVector, and that is `shift` elements after
-    // the beginning of piece k + apart of x.
+  ML_FN void grad(const Row& r, const GradOfRow& g, const uint4* cache) const {
+    const Words16<T> in(r.x, r.n), out(r.dx, r.n);
+    // Word k of dx begins with element out.head + k * kPerLoad, and that is `shift` elements after
+    // the beginning of word k + apart of x.
     const int apart = out.head < in.head ? -1 : 0;
-    const int shift = out.head - in.head - apart * kVector;
-    const int begin = min(-apart, out.pieces);
-    const int end = max_of(begin, min(out.pieces, in.pieces - apart - (shift != 0)));
+    const int shift = out.head - in.head - apart * kPerLoad;
+    const int begin = min(-apart, out.words);
+    const int end = max_of(begin, min(out.words, in.words - apart - (shift != 0)));
     if (shift == 0) {
-      differentiate_pieces<false, kGradAhead>(r, g, in, out, 0, end, 0, 0, cache);
+      differentiate_words<false, kGradLoads>(r, g, in, out, 0, end, 0, 0, cache);
     } else {
-      differentiate_pieces<true, kShiftedAhead>(r, g, in, out, begin, end, apart,
-                                                shift * static_cast<int>(sizeof(T)), cache);
+      differentiate_words<true, kShiftedLoads>(r, g, in, out, begin, end, apart,
+                                               shift * static_cast<int>(sizeof(T)), cache);
     }
-    const int head = out.head + begin * kVector, tail = out.head + end * kVector;
+    const int head = out.head + begin * kPerLoad, tail = out.head + end * kPerLoad;
     for (int j = rank(); j < head + r.n - tail; j += kThreads) {
       const int at = j < head ? j : tail + j - head;
       A x[1] = {A(widen(r.x[at]))};
@@ -325,16 +297,16 @@ struct Rows {
   ML_FN static int max_of(int a, int b) { return a > b ? a : b; }
 
   ML_FN void clear(const Row& r) const {
-    const Span<T> out(r.dx, r.n);
+    const Words16<T> out(r.dx, r.n);
     uint4* const to = reinterpret_cast<uint4*>(r.dx + out.head);
-    for (int k = rank(); k < out.pieces; k += kThreads) store(to + k, uint4{0, 0, 0, 0});
+    for (int k = rank(); k < out.words; k += kThreads) store(to + k, uint4{0, 0, 0, 0});
     const int single = rank() < out.head ? rank() : out.tail() + rank() - out.head;
     if (single < r.n) narrow(A(0), r.dx + single);
   }
 
   ML_FN void masked(const Row& r, int64_t part) const {
     if (plan.phase == Phase::kPartial) return;
-    if (args.forward && part == 0 && rank() == 0) finish_masked(r.token);
+    if (args.forward && part == 0 && rank() == 0) Loss::finish_masked(r.token);
     if (r.dx) clear(r);
   }
 
@@ -344,8 +316,10 @@ struct Rows {
     if (r.weight == A(0)) return masked(r, part);
     if (!args.forward) {
       find_target(&r, part, true);  // of dx = x, only by the thread that writes it
-      const Lse lse(*field(TokenField::kTop, r.token), *field(TokenField::kSum, r.token));
-      grad(r, grad_of(r, lse, *field(TokenField::kMass, r.token)), cache);
+      const Token<A>& t = r.token;
+      const GradOfRow g = grad_of(r, t.column(TokenField::kTop), t.column(TokenField::kSum),
+                                  t.column(TokenField::kTargetMass));
+      grad(r, g, cache);
       return;
     }
     Sums sums;
@@ -353,11 +327,7 @@ struct Rows {
     if (plan.phase == Phase::kFinish) {
       const Partial* const partials = static_cast<Partial*>(args.scratch) + row * plan.parts;
       for (int64_t i = rank(); i < plan.parts; i += kThreads) {
-        Sums other = partials[i].sums;
-        const A top = max(sums.logsumexp().top, other.logsumexp().top);
-        sums.raise(top);
-        other.raise(top);
-        sums.add(other);
+        merge(&sums, partials[i].sums);
       }
       sums = merge_team<kWarps>(sums, Align{});
       own = partials[0].own;
@@ -367,61 +337,63 @@ struct Rows {
       sums = look(r, cache);
     }
     // What was known of the row is found again, rather than kept in registers meanwhile.
-    row = forgotten(row);
+    row = opaque(row);
     if (plan.phase == Phase::kPartial) {
       Partial* const partials = static_cast<Partial*>(args.scratch) + row * plan.parts;
       if (rank() == 0) partials[part] = {sums, own};
     } else {
-      r = row_at(row, part);
-      find_target(&r, part, false);
-      r.own = own;
-      if (part == 0 && rank() == 0) finish(r, sums);
-      const Lse lse = sums.logsumexp();
-      if (r.dx) grad(r, grad_of(r, lse, mass_of(r, sums)), cache);
+      Row again = row_at(row, part);
+      find_target(&again, part, false);
+      again.own = own;
+      if (part == 0 && rank() == 0) finish(again, sums);
+      if (again.dx)
+        grad(again, grad_of(again, A(sums.top), A(sums.sum), mass_of(again, sums)), cache);
     }
-    // The next row's states and pieces go where this one's may still be read.
+    // The next row's states and words go where this one's may still be read.
     team_barrier<kWarps>();
   }
 };
 
 // Registers for two blocks of 512 threads on a multiprocessor, or as many threads in smaller ones.
-template <class T, bool kGeneral, int kWarps>
-__global__ void __launch_bounds__(kWarps == 16 ? 512 : 128, kGeneral || sizeof(T) == 8
+template <class T, bool general, int kWarps>
+__global__ void __launch_bounds__(kWarps == 16 ? 512 : 128, general || sizeof(T) == 8
                                                                 ? (kWarps == 16 ? 1 : 4)
                                                                 : (kWarps == 16 ? 2 : 8))
-    rows_kernel(const CrossEntropyArgs args, const Plan plan) {
+    rows_kernel(const RowArgs args, const Plan plan) {
   using A = typename Accumulation<T>::Type;
-  if (plan.unless_one && *static_cast<const A*>(args.dloss) == A(1)) return;
-  const Rows<T, kGeneral, kWarps> rows{args, plan};
+  if (plan.unless_one && *static_cast<const A*>(args.upstream[0].values) == A(1)) return;
+  const RowKernel<T, general, kWarps> rows{args, plan};
   const int teams = static_cast<int>(blockDim.x) / (kWarps * kWarp);
   const int team = static_cast<int>(threadIdx.x) / (kWarps * kWarp);
   uint4* const cache = shared_memory + team * plan.cached;
   // The first part alone finishes a row that has no gradient.
   const bool all_parts = args.dlogits || plan.phase == Phase::kPartial;
   const int64_t parts = all_parts ? plan.parts : 1, items = args.rows * parts;
-  for (int64_t i = int64_t{blockIdx.x} * teams + team; i < items; i += int64_t{gridDim.x} * teams) {
+  // The step is computed when it is taken: kept meanwhile, it would cost registers that spill.
+  for (int64_t i = int64_t{blockIdx.x} * teams + team; i < items;
+       i += opaque(int64_t{gridDim.x}) * teams) {
     const int64_t row = quotient(i, parts);
     rows.run(row, i - row * parts, cache);
   }
 }
 
-template <class T, bool kGeneral>
-void launch_team(const CrossEntropyArgs& args, const Plan& plan, Stream stream) {
+template <class T, bool general>
+void launch_team(const RowArgs& args, const Plan& plan, Stream stream) {
   const int64_t items = args.rows * plan.parts;
   int64_t blocks = (items + plan.teams - 1) / plan.teams;
   if (plan.unless_one) blocks = std::min(blocks, plan.blocks);  // there is hardly ever work
   const int threads = plan.warps * plan.teams * kWarp;
   const int64_t shared = int64_t{plan.cached} * plan.teams * 16;
-  auto kernel = rows_kernel<T, kGeneral, 4>;
+  auto kernel = rows_kernel<T, general, 4>;
   if constexpr (sizeof(T) < 8) {
-    if (plan.warps == 1) kernel = rows_kernel<T, kGeneral, 1>;
-    if (plan.warps == 16) kernel = rows_kernel<T, kGeneral, 16>;
+    if (plan.warps == 1) kernel = rows_kernel<T, general, 1>;
+    if (plan.warps == 16) kernel = rows_kernel<T, general, 16>;
   }
   launch(kernel, blocks, threads, shared, stream, args, plan);
 }
 
 template <class T>
-void launch_rows(const CrossEntropyArgs& args, const Plan& plan, Stream stream) {
+void launch_rows(const RowArgs& args, const Plan& plan, Stream stream) {
   plan.general ? launch_team<T, true>(args, plan, stream)
                : launch_team<T, false>(args, plan, stream);
 }

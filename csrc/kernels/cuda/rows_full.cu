@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Rows of float and of double.
-#include "kernels/cuda/block.cuh"
+#include <climits>
+#include <type_traits>
+
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/rows.h"
+#include "kernels/cuda/team.cuh"
+#include "kernels/cuda/word16.cuh"
 
 namespace masked_loss::cuda {
 namespace {
@@ -13,12 +18,13 @@ ML_FN float exp(float x) { return ::expf(x); }
 
 // clang-format off
 #include "kernels/math.inl.h"
+#include "kernels/losses.inl.h"
 #include "kernels/cuda/rows.inl.cuh"
 // clang-format on
 
 }  // namespace
 
-void launch_full_rows(const CrossEntropyArgs& args, const Plan& plan, Stream stream) {
+void launch_full_rows(const RowArgs& args, const Plan& plan, Stream stream) {
   if (args.dtype == DType::kFloat64) return launch_rows<double>(args, plan, stream);
   launch_rows<float>(args, plan, stream);
 }

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Rows of bfloat16 and of float16.
-#include "kernels/cuda/block.cuh"
+#include <climits>
+#include <type_traits>
+
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/rows.h"
+#include "kernels/cuda/team.cuh"
+#include "kernels/cuda/word16.cuh"
 
 namespace masked_loss::cuda {
 namespace {
@@ -25,12 +30,13 @@ ML_FN float exp(float x) {
 
 // clang-format off
 #include "kernels/math.inl.h"
+#include "kernels/losses.inl.h"
 #include "kernels/cuda/rows.inl.cuh"
 // clang-format on
 
 }  // namespace
 
-void launch_half_rows(const CrossEntropyArgs& args, const Plan& plan, Stream stream) {
+void launch_half_rows(const RowArgs& args, const Plan& plan, Stream stream) {
   if (args.dtype == DType::kBFloat16) return launch_rows<BFloat16>(args, plan, stream);
   launch_rows<Float16>(args, plan, stream);
 }

@@ -5,7 +5,8 @@
 // One piece is one launch. A piece of up to 2048 tokens has a block for itself, since more in one
 // block would wait for memory time and again, and longer than a second launch takes; where groups
 // are short, a warp is enough.
-#include "kernels/cuda/block.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/team.cuh"
 
 // The assertions below must hold in every build.
 #undef NDEBUG

@@ -64,15 +64,15 @@ void check(const cpu::Kernels& table, DType dtype, const char* type, double epsi
   std::vector<A> tokens(TokenField::kCount * kRows, A(0));
   tokens[0] = A(1), tokens[2] = A(2);
   const double group[GroupField::kCount] = {0.5, 0.5, 0, 0};
-  CrossEntropyArgs args{};
+  RowArgs args{};
   args.logits = logits.data() + offset;
   args.dtype = dtype;
   args.rows = args.steps = args.group_size = kRows;
-  args.cols = cols;
+  args.cols = args.classes = cols;
   args.step_stride = args.grad_step_stride = stride;
   args.target = target;
   args.target_type = DType::kInt64;
-  args.tokens = tokens.data();
+  args.table = tokens.data();
   args.stats = args.forward = true;
   args.dlogits = inplace ? logits.data() + offset : gradient.data() + offset;
   args.stream = true;

@@ -162,12 +162,12 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   std::vector<T> gradient(kTokens * cols);
   for (T& x : gradient) set(7, &x);
   const A one(1);
-  CrossEntropyArgs args{};
+  RowArgs args{};
   args.logits = logits.data();
   args.dtype = dtype;
   args.rows = kTokens;
   args.steps = kSteps;
-  args.cols = cols;
+  args.cols = args.classes = cols;
   args.batch_stride = args.grad_batch_stride = kSteps * cols;
   args.step_stride = args.grad_step_stride = cols;
   args.shift = o.shift;
@@ -178,7 +178,7 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   args.label_smoothing = o.smoothing;
   args.z_loss = o.z_loss;
   args.softcap = o.softcap;
-  args.tokens = tokens.data();
+  args.table = tokens.data();
   args.stats = args.forward = true;
   args.groups = group.data();
   args.group_size = weights.groups.size;
@@ -199,7 +199,7 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   if (!fused) {
     args.forward = args.stats = false;
     args.dlogits = gradient.data();
-    args.dloss = &one;
+    args.upstream[0] = {&one, false};
     cpu::cross_entropy(args, threads, table);
   }
   std::vector<A> dmask(kTokens);

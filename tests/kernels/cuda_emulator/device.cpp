@@ -76,7 +76,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
     return found;
   });
   m.def("parts_of_a_row", [](int64_t rows, int64_t cols) {
-    masked_loss::CrossEntropyArgs args{};
+    masked_loss::RowArgs args{};
     args.dtype = masked_loss::DType::kBFloat16;
     args.rows = rows;
     args.cols = cols;

@@ -22,7 +22,7 @@
 #include <vector>
 
 namespace masked_loss::cuda {
-// As csrc/kernels/cuda/block.cuh declares it. Larger than what the settings allow a block to ask
+// As csrc/kernels/cuda/launch.cuh declares it. Larger than what the settings allow a block to ask
 // for.
 extern thread_local uint4 shared_memory[];
 constexpr size_t kSharedPieces = (256 << 10) / sizeof(uint4);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Which kernel a problem gets: warps for a row, parts of a row, shared memory.
-#include "kernels/cuda/block.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/rows.h"
 
 namespace masked_loss::cuda {
@@ -12,8 +12,8 @@ int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Teams by the pieces of a row: the first entry whose rows are long enough serves it. blocks: how
-// many of them are meant to be on a multiprocessor at a time; half of that in general.
+// Teams by the 16-byte words of a row: the first entry whose rows are long enough serves it.
+// blocks: how many of them are meant to be on a multiprocessor at a time; half of that in general.
 struct Team {
   int64_t up_to;
   int warps, teams, blocks;
@@ -23,8 +23,8 @@ constexpr Team kDoubleTeam = {INT64_MAX, 4, 1, 8};
 
 // A row is split between blocks where it is long enough to be worth another launch. A part
 // gives each thread of a block something to load, and an index into it is an int.
-constexpr int64_t kSplitPieces = 4096;
-constexpr int64_t kPartPieces = 512;
+constexpr int64_t kSplitWords = 4096;
+constexpr int64_t kPartWords = 512;
 constexpr int64_t kMaxWidth = 1 << 29;
 
 // Shared memory that the kernels and the system want for themselves.
@@ -46,22 +46,23 @@ int64_t shared_bytes(const Team& team, int64_t row_bytes) {
 
 }  // namespace
 
-Plan plan_rows(const CrossEntropyArgs& args) {
+Plan plan_rows(const RowArgs& args) {
   const int64_t row_bytes = args.cols * element_size(args.dtype);
-  const int64_t pieces = ceil_div(row_bytes, 16);
-  const bool general = args.softcap != 0 || args.label_smoothing != 0 || args.probs || args.stats;
+  const int64_t words = ceil_div(row_bytes, 16);
+  const bool general = args.softcap != 0 || args.temperatures || args.temperature != 1 ||
+                       args.label_smoothing != 0 || args.probs || args.stats;
   Team team = kDoubleTeam;
   if (args.dtype != DType::kFloat64) {
     const Team* entry = kTeams;
-    while (pieces > entry->up_to) ++entry;
+    while (words > entry->up_to) ++entry;
     team = *entry;
   }
   if (general) team.blocks /= 2;
   const int64_t blocks = int64_t{team.blocks} * attribute(cudaDevAttrMultiProcessorCount);
   Plan plan{general, team.warps, team.teams, blocks, 1, args.cols, 0, false, Phase::kRows};
   int64_t parts = ceil_div(args.cols, kMaxWidth);
-  if (pieces >= kSplitPieces) {
-    parts = std::max(parts, std::min(blocks / args.rows, pieces / kPartPieces));
+  if (words >= kSplitWords) {
+    parts = std::max(parts, std::min(blocks / args.rows, words / kPartWords));
   }
   if (parts > 1) {
     plan.width = ceil_div(ceil_div(args.cols, parts), 64) * 64;  // all parts alike aligned
@@ -73,7 +74,7 @@ Plan plan_rows(const CrossEntropyArgs& args) {
   return plan;
 }
 
-int64_t scratch_bytes(const CrossEntropyArgs& args) {
+int64_t scratch_bytes(const RowArgs& args) {
   if (!args.forward || args.rows == 0 || args.cols == 0) return 0;
   const Plan plan = plan_rows(args);
   return plan.parts > 1 ? args.rows * plan.parts * kPartialBytes : 0;
@@ -81,7 +82,7 @@ int64_t scratch_bytes(const CrossEntropyArgs& args) {
 
 namespace {
 
-void run(const CrossEntropyArgs& args, Plan plan, Stream stream) {
+void run(const RowArgs& args, Plan plan, Stream stream) {
   const auto launch_rows = args.dtype == DType::kFloat64 || args.dtype == DType::kFloat32
                                ? launch_full_rows
                                : launch_half_rows;
@@ -95,12 +96,12 @@ void run(const CrossEntropyArgs& args, Plan plan, Stream stream) {
 
 }  // namespace
 
-void cross_entropy(const CrossEntropyArgs& args, Stream stream) {
+void cross_entropy(const RowArgs& args, Stream stream) {
   if (args.rows == 0 || args.cols == 0) return;
   run(args, plan_rows(args), stream);
 }
 
-void rescale(const CrossEntropyArgs& args, Stream stream) {
+void rescale(const RowArgs& args, Stream stream) {
   if (args.rows == 0 || args.cols == 0) return;
   Plan plan = plan_rows(args);
   plan.unless_one = true;

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the threads of a warp or of a block add up together. The order is fixed, so a result has the
+// same bits in every run.
+#pragma once
+
+#include <cstring>
+
+#include "kernels/cuda/numbers.cuh"
+
+namespace masked_loss::cuda {
+
+constexpr int kWarp = 32;
+
+template <class S, class Shuffle>
+ML_FN S shuffle_words(const S& s, const Shuffle& shuffle) {
+  static_assert(sizeof(S) % 4 == 0, "whole words");
+  uint32_t words[sizeof(S) / 4];
+  memcpy(words, &s, sizeof(S));
+#pragma unroll
+  for (uint32_t& word : words) word = shuffle(word);
+  S result = s;
+  memcpy(&result, words, sizeof(S));
+  return result;
+}
+template <class S>
+ML_FN S from_lane_xor(const S& s, int mask) {
+  return shuffle_words(s, [mask](uint32_t w) { return __shfl_xor_sync(~0u, w, mask); });
+}
+template <class S>
+ML_FN S from_first_lane(const S& s) {
+  return shuffle_words(s, [](uint32_t w) { return __shfl_sync(~0u, w, 0); });
+}
+
+// Plain sums need no common maximum before they are added.
+struct NoAlign {
+  template <int kLanes, class S>
+  ML_FN void lanes(S*) const {}
+};
+
+template <int kLanes, class S, class Align>
+ML_FN void merge_lanes(S* s, const Align& align) {
+  align.template lanes<kLanes>(s);
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) s->add(from_lane_xor(*s, mask));
+}
+
+// Merges the states of a team, which is one warp or a block of at most kWarps; all get the result.
+// Another barrier must come before the next merge.
+template <int kWarps, class S, class Align = NoAlign>
+ML_FN S merge_team(S s, const Align& align = {}) {
+  merge_lanes<kWarp>(&s, align);
+  if constexpr (kWarps > 1) {
+    __shared__ uint2 slots[kWarps * sizeof(S) / sizeof(uint2)];
+    static_assert(sizeof(S) % sizeof(uint2) == 0, "whole slots");
+    S* const states = reinterpret_cast<S*>(slots);
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    if (lane == 0) states[threadIdx.x / kWarp] = s;
+    __syncthreads();
+    if (lane * kWarp < static_cast<int>(blockDim.x)) {
+      s = states[lane];
+    } else {
+      s = S();
+    }
+    merge_lanes<kWarps>(&s, align);
+  } else {
+    __syncwarp();  // orders what the lanes wrote, as the other barrier does
+  }
+  // Lanes beyond the warps of a block hold less: the first lane's result is everybody's.
+  return from_first_lane(s);
+}
+
+template <int kWarps>
+ML_FN void team_barrier() {
+  if constexpr (kWarps > 1) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+}
+
+}  // namespace masked_loss::cuda

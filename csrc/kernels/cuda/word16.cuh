@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The aligned 16 bytes that one instruction moves, and the numbers in them.
+#pragma once
+
+#include <cstring>
+
+#include "kernels/cuda/numbers.cuh"
+
+namespace masked_loss::cuda {
+
+template <class T>
+constexpr int kPerWord16 = 16 / static_cast<int>(sizeof(T));
+
+template <class T>
+ML_FN uint4 minus_infinities();
+template <>
+ML_FN uint4 minus_infinities<double>() {
+  return {0, 0xfff00000u, 0, 0xfff00000u};
+}
+template <>
+ML_FN uint4 minus_infinities<float>() {
+  return {0xff800000u, 0xff800000u, 0xff800000u, 0xff800000u};
+}
+template <>
+ML_FN uint4 minus_infinities<BFloat16>() {
+  return {0xff80ff80u, 0xff80ff80u, 0xff80ff80u, 0xff80ff80u};
+}
+template <>
+ML_FN uint4 minus_infinities<Float16>() {
+  return {0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u};
+}
+
+ML_FN void unpack(const uint4& word, double* y, double) { memcpy(y, &word, 16); }
+ML_FN void unpack(const uint4& word, float* y, float) { memcpy(y, &word, 16); }
+ML_FN void unpack(const uint4& word, float* y, BFloat16) {
+  const uint32_t bits[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    y[2 * i] = __uint_as_float(bits[i] << 16);
+    y[2 * i + 1] = __uint_as_float(bits[i] & 0xffff0000u);
+  }
+}
+ML_FN void unpack(const uint4& word, float* y, Float16) {
+  const uint32_t bits[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    y[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(bits[i])));
+    y[2 * i + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(bits[i] >> 16)));
+  }
+}
+
+ML_FN uint4 pack(const double* y, double) {
+  uint4 word;
+  memcpy(&word, y, 16);
+  return word;
+}
+ML_FN uint4 pack(const float* y, float) {
+  uint4 word;
+  memcpy(&word, y, 16);
+  return word;
+}
+ML_FN uint4 pack(const float* y, BFloat16) {
+  uint32_t bits[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(y[2 * i], y[2 * i + 1]);
+    memcpy(&bits[i], &pair, 4);
+  }
+  return {bits[0], bits[1], bits[2], bits[3]};
+}
+ML_FN uint4 pack(const float* y, Float16) {
+  uint32_t bits[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __half2 pair = __floats2half2_rn(y[2 * i], y[2 * i + 1]);
+    memcpy(&bits[i], &pair, 4);
+  }
+  return {bits[0], bits[1], bits[2], bits[3]};
+}
+
+// 16 bytes from `bytes` (1 to 15) after the beginning of two neighbouring words.
+ML_FN uint4 between(const uint4& a, const uint4& b, int bytes) {
+  uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  if (bytes & 8) {
+#pragma unroll
+    for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
+  }
+  if (bytes & 4) {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
+  }
+  const unsigned bits = (bytes & 3) * 8;
+  return {__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
+          __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits)};
+}
+
+// Elements [0, n) at p: `head` single ones, `words` aligned words, and the rest single again.
+template <class T>
+struct Words16 {
+  int head, words;
+  const uint4* first;
+
+  ML_FN Words16(const T* p, int n) {
+    const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16);
+    head = min(misaligned ? (16 - misaligned) / static_cast<int>(sizeof(T)) : 0, n);
+    words = (n - head) / kPerWord16<T>;
+    first = reinterpret_cast<const uint4*>(p + head);
+  }
+  ML_FN int tail() const { return head + words * kPerWord16<T>; }
+};
+
+}  // namespace masked_loss::cuda

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The contract between a loss and the kernels that read rows, and every loss under it.
+//
+// A loss says which sums a look at a row adds up (math.inl.h), what is kept of them in the token
+// table, and of which coefficients its gradient is made. That has one shape for all losses:
+//   d/dy_j = e_j (alpha + beta u_j) - gamma q_j - h [j = t],   e_j = exp(y_j - top)
+// with u_j = y_j - top where the loss has kSlope, else nothing, and q_j where it has kSoft. The
+// derivative at a target is computed apart, as it may cancel. Kernels hold who loops and who
+// fetches, and nothing else; they get their coefficients once for each row.
+//
+// Included after math.inl.h, where a backend has also defined quotient(a, b) of two int64.
+
+// The token that a row of logits scores.
+template <class A>
+struct Token {
+  const RowArgs& args;
+  int64_t index;
+
+  ML_FN A& column(int64_t which) const {
+    return static_cast<A*>(args.table)[which * args.rows + index];
+  }
+  ML_FN A temperature() const {
+    if (args.temperatures) return static_cast<const A*>(args.temperatures)[index];
+    return static_cast<A>(args.temperature);
+  }
+  ML_FN const double* group() const {
+    return args.groups + quotient(index, args.group_size) * GroupField::kCount;
+  }
+  ML_FN A upstream(int result) const {
+    const Upstream& u = args.upstream[result];
+    return u.values ? static_cast<const A*>(u.values)[u.per_token ? index : 0] : A(1);
+  }
+};
+
+// The token that row `row` scores, step `step` of its sequence: with shift the next one. The last
+// row then scores nothing, and gets the first token, which is masked.
+ML_FN int64_t token_of(const RowArgs& args, int64_t row, int64_t step) {
+  if (!args.shift) return row;
+  return step == args.steps - 1 ? row - step : row + 1;
+}
+
+template <class C>
+struct RowGrad {
+  C alpha, beta, gamma;
+};
+template <class Loss, class V>
+ML_FN V gradient_term(V y, V top, const RowGrad<V>& g, V q) {
+  const V e = exp(y - top);
+  V factor = g.alpha;
+  if constexpr (Loss::kSlope) factor = factor + g.beta * below_top(y, top);
+  if constexpr (Loss::kSoft) return fma(factor, e, V(0) - g.gamma * q);
+  return factor * e;
+}
+
+// Cross entropy with class weights and z-loss; soft: also with a smoothed target distribution or
+// class probabilities.
+template <bool soft>
+struct CrossEntropy {
+  static constexpr bool kSoft = soft, kSlope = false;
+  template <class V>
+  using Sums = LogSumExp<V>;
+
+  // A target's share of the distribution, but for the soft part.
+  template <class A>
+  ML_FN static A hard(const RowArgs& args, int64_t target) {
+    const A* const weights = static_cast<const A*>(args.class_weight);
+    return static_cast<A>(1 - args.label_smoothing) * (weights ? weights[target] : A(1));
+  }
+
+  // In double: a handful of operations, of which each would add its rounding to the loss.
+  template <class A>
+  ML_FN static void finish(const Token<A>& token, const TargetSums<double>& sums, double y,
+                           A hard) {
+    double loss = token.args.probs ? 0 : hard_loss<double>(sums, y, hard);
+    if constexpr (kSoft) loss += sums.soft_loss + sums.soft_mass * log(sums.sum);
+    token.column(TokenField::kLoss) = static_cast<A>(loss);
+    token.column(TokenField::kTop) = static_cast<A>(sums.top);
+    token.column(TokenField::kSum) = static_cast<A>(sums.sum);
+    token.column(TokenField::kTargetMass) = static_cast<A>(kSoft ? hard + sums.soft_mass : hard);
+  }
+  template <class A>
+  ML_FN static void finish_stats(const Token<A>& token, const TargetSums<double>& sums) {
+    token.column(TokenField::kEntropy) = static_cast<A>(entropy(sums.sum, sums.entropy_sum));
+    token.column(TokenField::kCorrect) = !token.args.probs && !sums.beaten;
+  }
+  template <class A>
+  ML_FN static void finish_masked(const Token<A>& token) {
+    token.column(TokenField::kLoss) = 0;
+    token.column(TokenField::kTop) = 0;
+    token.column(TokenField::kSum) = 1;
+    token.column(TokenField::kTargetMass) = 0;
+    if (!token.args.stats) return;
+    token.column(TokenField::kEntropy) = 0;
+    token.column(TokenField::kCorrect) = 0;
+  }
+
+  // alpha = (ce mass + 2 z lse) / sum, gamma = ce: of the scales of both terms. scale: the token's
+  // weight and upstream gradient, over its temperature.
+  template <class C>
+  struct Grad : RowGrad<C> {
+    C mass, z;  // of alpha: the target distribution's over sum, and the z-loss's share
+  };
+  template <class C, class A>
+  ML_FN static Grad<C> grad(const Token<A>& token, C scale, const LogSumExp<C>& lse, C mass) {
+    const double* group = token.group();
+    const C ce = static_cast<C>(scale * group[GroupField::kScaleLoss]);
+    const C z_loss = static_cast<A>(token.args.z_loss);
+    // Without a z-loss its term must not appear at all: 0 * lse is NaN for an infinite lse.
+    C z(0);
+    if (z_loss != C(0)) {
+      z = C(2) * static_cast<C>(scale * group[GroupField::kScaleZ]) * z_loss * lse.value() /
+          lse.sum;
+    }
+    return {{ce * mass / lse.sum + z, C(0), ce}, mass / lse.sum, z};
+  }
+
+  // At the target, whose whole part is q. Where p is almost 1 this is a difference of almost equal
+  // numbers: they are subtracted first, and a z-loss is added to what is left.
+  template <class C>
+  ML_FN static C target_grad(C y, C top, C q, const Grad<C>& g) {
+    const C e = exp(y - top);
+    return g.gamma * (g.mass * e - q) + g.z * e;
+  }
+};
