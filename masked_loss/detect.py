@@ -31,7 +31,11 @@ _LOSSES = (
 )
 _OPERATORS = frozenset({"cross_entropy", "cross_entropy_stats", "masked_reduce"})
 _MULTIPLY = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
-_CHOOSE = frozenset({"where", "masked_fill"})
+_CONTRACT = frozenset(
+    {"einsum", "dot", "vdot", "inner", "outer", "ger", "mv", "matmul", "__matmul__", "__rmatmul__"}
+)
+_ADD_PRODUCT = frozenset({"addcmul", "addcmul_"})
+_CHOOSE = frozenset({"where", "masked_fill", "masked_select", "__getitem__"})
 _SPREAD = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
 _COLLECT = frozenset({"stack", "cat", "concat", "hstack"})
 # A result of these is still the reduced loss, as long as no operand had one value per token.
@@ -44,7 +48,7 @@ _PRESERVING = (
     "clamp_max copy_ data T mT __getitem__ select"
 )
 _PRESERVE = _MULTIPLY | _CHOOSE | _SPREAD | frozenset(_PRESERVING.split())
-_WATCHED = _PRESERVE | _COLLECT | {"einsum"}
+_WATCHED = _PRESERVE | _COLLECT | _CONTRACT | _ADD_PRODUCT
 
 
 class _Place(NamedTuple):
@@ -67,6 +71,7 @@ class _Reduced(NamedTuple):
     how: str  # cross_entropy, reduction="mean"
     collected: bool = False  # with others in one tensor, each its own: a mask may choose among them
     version: int = 0  # of the tensor that holds it: another one, and it holds something else
+    sizes: frozenset[int] = frozenset()  # how many elements its mask or weights could have
 
 
 class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.autograd.detect_anomaly
@@ -82,16 +87,18 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
     the message shows the line that reduced the loss and the line that applied the mask.
 
     It is a debugging aid in the manner of ``torch.autograd.detect_anomaly``: run one training step
-    under it. It costs nothing when it is not active, and keeps no tensor alive. It sees eager
-    code of the thread that opened it, with autograd, modules and autocast; compiled graphs are
-    not seen.
+    under it. It costs nothing when it is not active, and keeps no tensor alive. It sees code of the
+    thread that opened it, with autograd, modules and autocast; while it is active, what
+    ``torch.compile`` made runs uncompiled, so that it is seen too.
 
     Args:
         warn: warn once per place of the mask instead of raising.
 
     Raises:
-        ReducedLossError: where a reduced loss is multiplied with a tensor of several elements. A
-            loss without gradient that scales a tensor with one (a reward, say) is let through.
+        ReducedLossError: where a reduced loss is multiplied with a tensor of several elements that
+            can be its mask or weights: it is of booleans, holds only 0 and 1, or has as many
+            elements as the loss had terms or samples. Gradients and penalties of another size are
+            let through, and so is a loss without gradient that scales a tensor with one (a reward).
 
     >>> import torch, torch.nn.functional as F
     >>> from masked_loss.detect import detect_reduced_loss
@@ -111,9 +118,15 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
         super().__init__()
         self._warn = warn
         self._warned: set[tuple[str, int]] = set()
+        self._stances: list[Any] = []
         self._reduced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
+    def __enter__(self) -> Any:
+        self._stances.append(torch.compiler.set_stance("force_eager"))
+        return super().__enter__()
+
     def __exit__(self, *exception: Any) -> None:
+        self._stances.pop().__exit__(*exception)
         self._reduced.clear()
         super().__exit__(*exception)
 
@@ -141,7 +154,7 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
             loss = result[0] if isinstance(result, tuple) else result
             if reduction != "none" and loss.dim() == 0:
                 how = f'{name}, reduction="{reduction}"'
-                self._remember(loss, _Reduced(_caller(), how))
+                self._remember(loss, _Reduced(_caller(), how, sizes=_sizes(tensors[:2])))
         elif losses and isinstance(result, torch.Tensor):
             others = [t for t in tensors if all(t is not loss for loss, _ in losses)]
             alone = all(t.numel() == 1 for t in others) or name in _SPREAD
@@ -167,15 +180,21 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
     ) -> None:
         """Raises or warns if `name` applies one of the tensors, as a mask, to one of the losses."""
         alone = [(loss, known) for loss, known in losses if not known.collected]
-        per_token = [t for t in tensors if t.numel() > 1 and self._recall(t) is None]
-        if not alone or not per_token:
+        if name in _ADD_PRODUCT:  # input + a * b: only a and b are multiplied
+            tensors = tensors[1:]
+            alone = [(loss, known) for loss, known in alone if any(loss is t for t in tensors)]
+        if not alone:
             return
         known = alone[0][1]
+        several = [t for t in tensors if t.numel() > 1 and self._recall(t) is None]
+        per_token = [t for t in several if _can_be_mask(t, known.sizes)]
+        if not per_token:
+            return
         attached = any(loss.requires_grad for loss, _ in losses)
         if name in _CHOOSE:
             if not all(tensor.dtype == torch.bool for tensor in per_token):
                 return  # a loss that takes the place of some values per token
-        elif name not in _MULTIPLY and name != "einsum":
+        elif name not in _MULTIPLY | _CONTRACT | _ADD_PRODUCT:
             return
         for tensor in per_token:
             if tensor.requires_grad and not attached:
@@ -196,6 +215,22 @@ class detect_reduced_loss(TorchFunctionMode):  # noqa: N801 - named as torch.aut
                 self._warned.add((place.filename, place.line))
                 warnings.warn_explicit(message, UserWarning, place.filename, place.line)
             return
+
+
+def _sizes(inputs: list[torch.Tensor]) -> frozenset[int]:
+    """The numbers of elements of a mask or of weights for a loss of these tensors."""
+    sizes: set[int] = set()
+    for tensor in inputs:
+        for dimensions in range(1, tensor.dim() + 1):
+            sizes.add(tensor.shape[:dimensions].numel())
+    return frozenset(sizes)
+
+
+def _can_be_mask(tensor: torch.Tensor, sizes: frozenset[int]) -> bool:
+    if tensor.dtype == torch.bool or tensor.numel() in sizes:
+        return True
+    ones = tensor == 1
+    return bool(ones.any() and (ones | (tensor == 0)).all())
 
 
 def _flat(values: tuple[Any, ...]) -> Iterator[Any]:

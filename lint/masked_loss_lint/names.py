@@ -59,6 +59,7 @@ _COEFFICIENTS = {
 _SEQUENCE = {
     "attention",
     "attn",
+    "att",
     "length",
     "lengths",
     "len",

@@ -405,8 +405,13 @@ class Objects:
         )
 
 
+def implied(ignores: Value | None) -> Value | None:
+    """-100 as the default of some parameter says no more than PyTorch's own default."""
+    return _IMPLIED if ignores == _IMPLIED else ignores
+
+
 def _reduction(given: dict[str, Value], spread: bool) -> tuple[str | Value, Value | None]:
-    ignores = given.get("ignore_index")
+    ignores = implied(given.get("ignore_index"))
     legacy = [given.get(name, NONE) for name in ("size_average", "reduce")]
     if legacy != [NONE, NONE]:
         return UNKNOWN, ignores

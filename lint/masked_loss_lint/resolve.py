@@ -14,7 +14,7 @@ from typing import Any
 from masked_loss_lint import names
 from masked_loss_lint import values as V
 from masked_loss_lint.expressions import decided
-from masked_loss_lint.objects import Env, Objects, joined
+from masked_loss_lint.objects import Env, Objects, implied, joined
 from masked_loss_lint.program import Conditions, FunctionInfo, Program
 from masked_loss_lint.rules import Finding, as_loss, judge
 from masked_loss_lint.torch_losses import REDUCTIONS, SPECS
@@ -299,7 +299,9 @@ class Resolver(Objects):
             )
         if reduction not in REDUCTIONS:
             return UNKNOWN if isinstance(term, V.Loss) else replace(term, reduction=UNKNOWN)
-        ignores = self.resolve(term.ignores, env) if term.ignores is not None else None
+        ignores = term.ignores
+        if ignores is not None and not isinstance(ignores, V.Const):
+            ignores = implied(self.resolve(ignores, env))
         return replace(term, reduction=reduction, ignores=ignores)
 
     def _parts(self, term: Value, env: Env) -> Value:

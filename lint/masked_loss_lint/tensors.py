@@ -131,6 +131,8 @@ class Tensors(Expressions):
             selects = self._selects(node.args[0], self.value(node.args[0]))
             if selects and isinstance(receiver, V.CARRIERS):
                 self.emit("chosen", node, receiver, names.text(node.args[0]))
+            if name == "masked_select" and isinstance(receiver, V.Loss):
+                return replace(receiver, uneven=True, ignores=None)
             return receiver if isinstance(receiver, V.CARRIERS) else UNKNOWN
         if name in _COMPARISONS and not isinstance(receiver, (V.Loss, V.Mask)) and node.args:
             other = node.args[-1]

@@ -60,6 +60,14 @@ MULTIPLICATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "torch.where, tensors": lambda loss, mask: torch.where(mask > 0, loss, torch.zeros(())),
     "loss.where": lambda loss, mask: loss.where(mask > 0, torch.zeros(())),
     "masked_fill": lambda loss, mask: loss.masked_fill(mask == 0, 0.0),
+    "masked_select": lambda loss, mask: loss.masked_select(mask > 0),
+    "torch.masked_select": lambda loss, mask: torch.masked_select(loss, mask.bool()),
+    "expanded and indexed": lambda loss, mask: loss.expand(TOKENS)[mask.bool()],
+    "dot": lambda loss, mask: loss.expand(TOKENS).dot(mask),
+    "matmul": lambda loss, mask: loss.expand(TOKENS) @ mask,
+    "outer": lambda loss, mask: torch.outer(loss[None], mask),
+    "addcmul": lambda loss, mask: torch.addcmul(torch.zeros(()), loss, mask),
+    "a mask of another size": lambda loss, mask: loss * torch.cat([mask, mask, torch.ones(1)]),
 }
 
 
@@ -163,6 +171,21 @@ def test_the_message_shows_both_lines(logits: Tensor, target: Tensor) -> None:
     assert message.count(__file__) == 2
 
 
+def test_what_is_compiled_runs_uncompiled_and_is_seen(logits: Tensor, target: Tensor) -> None:
+    compiled = torch.compile(
+        lambda x, t: F.cross_entropy(x, t) * MASK, fullgraph=True, backend="eager"
+    )
+    with detect_reduced_loss(), pytest.raises(ReducedLossError):
+        compiled(logits, target)
+    assert compiled(logits, target).shape == MASK.shape
+
+    right = torch.compile(lambda x, t: F.cross_entropy(x, t) / 2, fullgraph=True, backend="eager")
+    with detect_reduced_loss():
+        loss = right(logits, target)
+        with pytest.raises(ReducedLossError):
+            loss * MASK
+
+
 def test_it_finds_the_line_behind_a_module(logits: Tensor, target: Tensor) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -255,6 +278,9 @@ CORRECT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mask on the logits": lambda x, t: F.cross_entropy(x * MASK[:, None], t),
     "adding something per token": lambda x, t: (F.cross_entropy(x, t) + x.pow(2).sum(-1)) * MASK,
     "a regulariser": lambda x, t: F.cross_entropy(x, t) + 1e-2 * (x * x).sum(),
+    "an optimizer's step": lambda x, t: torch.ones(4, 3) * 0.5 * F.cross_entropy(x, t).detach(),
+    "a vector of penalties": lambda x, t: F.cross_entropy(x, t) * torch.tensor([0.1, 0.2, 0.5]),
+    "a product added to a loss": lambda x, t: torch.addcmul(F.cross_entropy(x, t), MASK, MASK),
     "two scalar losses": lambda x, t: F.cross_entropy(x, t) * F.mse_loss(x[:, 0], t.float()),
     "stacked task losses": lambda x, t: torch.stack([F.cross_entropy(x, t)] * 6) * MASK,
     "a detached loss as reward": lambda x, t: F.cross_entropy(x, t).detach() * x[:, 0],

@@ -10,3 +10,8 @@ def loss_of(logits, labels, pad_id):
 def selected(logits, labels, pad_id):
     losses = F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="none")
     return losses[labels != pad_id].mean()
+
+
+def by_masked_select(logits, labels, pad_id):
+    losses = F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="none")
+    return losses.masked_select(labels.ne(pad_id)).mean()

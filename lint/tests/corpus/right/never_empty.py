@@ -18,6 +18,10 @@ def pooled(hidden, attention_mask):
     return (hidden * attention_mask).sum(1) / attention_mask.sum(1)
 
 
+def attended(features, att_mask):
+    return (features * att_mask).sum(1) / att_mask.sum(1)
+
+
 def clamped(x, mask):
     count = torch.clamp(mask.sum(), min=1)
     return (x * mask).sum() / count + (x * mask).sum() / (mask.sum() + 1e-8)
