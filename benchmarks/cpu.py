@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from timing import Times, in_process, interleave
 from torch import Tensor
 
-from masked_loss import _memory, masked_cross_entropy, reference
+from masked_loss import empty_cache, masked_cross_entropy, reference
 
 MASKED = 0.1
 PEERS = ("eager", "compiled")
@@ -152,7 +152,7 @@ def candidates(
 
 def forget_memory() -> None:
     """As in the first step of a process: no gradient's memory to use again."""
-    _memory._logits.forget()
+    empty_cache()
     timing.evict()
 
 

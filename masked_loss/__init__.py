@@ -7,7 +7,8 @@
 >>> loss = masked_loss.masked_cross_entropy(logits, target, mask)
 """
 
-from masked_loss import _flops  # noqa: F401  # registers its formulas
+from masked_loss._op import flops  # noqa: F401  # registers its formulas
+from masked_loss._op.memory import empty_cache
 from masked_loss.detect import detect_reduced_loss
 from masked_loss.distributed import global_normalizer
 from masked_loss.divergence import masked_divergence
@@ -37,6 +38,7 @@ __all__ = [
     "ReducedLossError",
     "cross_entropy",
     "detect_reduced_loss",
+    "empty_cache",
     "fuse_linear_loss",
     "global_normalizer",
     "is_fused",

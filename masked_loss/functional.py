@@ -3,16 +3,25 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn import _reduction
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import has_torch_function
 
-from masked_loss import _ops, reference
-from masked_loss._arguments import divisor_of, require_constant, require_tensor, typed
+from masked_loss import reference
+from masked_loss._op.arguments import divisor_of, require_bool, require_constant, require_tensors
+from masked_loss._op.cross_entropy import cross_entropy as _plain
+from masked_loss._op.cross_entropy import cross_entropy_stats as _with_stats
+from masked_loss._op.overrides import override
+from masked_loss.options import Meaning
 from masked_loss.stats import LossStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from masked_loss.options import DenseKeywords
 
 
 @overload
@@ -21,16 +30,8 @@ def masked_cross_entropy(
     target: Tensor,
     mask: Tensor | None = None,
     *,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    ignore_index: int = -100,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    shift: bool = False,
-    inplace_backward: bool = False,
     return_stats: Literal[False] = False,
+    **options: Unpack[DenseKeywords],
 ) -> Tensor: ...
 
 
@@ -40,16 +41,8 @@ def masked_cross_entropy(
     target: Tensor,
     mask: Tensor | None = None,
     *,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    ignore_index: int = -100,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    shift: bool = False,
-    inplace_backward: bool = False,
     return_stats: Literal[True],
+    **options: Unpack[DenseKeywords],
 ) -> tuple[Tensor, LossStats]: ...
 
 
@@ -129,72 +122,18 @@ def masked_cross_entropy(
     >>> loss, logits.grad[2]
     (tensor(0.7201, grad_fn=<CrossEntropyBackward>), tensor([0., 0.]))
     """
-    who = "masked_cross_entropy"
     if has_torch_function((logits, target, mask)) and not torch.compiler.is_compiling():
-        return handle_torch_function(
-            masked_cross_entropy,  # type: ignore[arg-type]
-            (logits, target, mask),
-            logits,
-            target,
-            mask,
-            reduction=reduction,
-            normalizer=normalizer,
-            ignore_index=ignore_index,
-            class_weight=class_weight,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            shift=shift,
-            inplace_backward=inplace_backward,
-            return_stats=return_stats,
-        )
-    require_tensor(who, "logits", logits)
-    require_tensor(who, "target", target)
+        return override(masked_cross_entropy, locals())
+    who = "masked_cross_entropy"
+    require_tensors(who, {"logits": logits, "target": target}, {"mask": mask})
+    require_constant(who, "class_weight", class_weight)
+    require_bool(who, shift=shift, inplace_backward=inplace_backward, return_stats=return_stats)
     if target.is_floating_point():
         raise TypeError(f"{who}: target must be int64 or int32 class indices, got {target.dtype}")
-    return _cross_entropy(
-        who, logits, target, mask, reduction, normalizer, ignore_index, class_weight,
-        label_smoothing, z_loss, softcap, shift, inplace_backward, return_stats,
-    )  # fmt: skip
-
-
-def _cross_entropy(
-    who: str,
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    ignore_index: int,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    shift: bool,
-    inplace_backward: bool,
-    return_stats: bool,
-    names: dict[str, str] | None = None,
-) -> Tensor | tuple[Tensor, LossStats]:
-    if mask is not None:
-        require_tensor(who, "mask", mask)
-    require_constant(who, "class_weight", class_weight)
-    divisor = divisor_of(who, normalizer, logits)
-    if torch.compiler.is_compiling():
-        op = _ops.ops.cross_entropy_stats if return_stats else _ops.ops.cross_entropy
-        result = op(
-            logits, target, mask, reduction=reduction, normalizer=divisor,
-            ignore_index=ignore_index, class_weight=class_weight, label_smoothing=label_smoothing,
-            z_loss=z_loss, softcap=softcap, shift=shift, inplace_backward=inplace_backward,
-        )  # fmt: skip
-        return (result[0], LossStats(*result[1].unbind())) if return_stats else result
-    try:
-        loss, *more = _ops.cross_entropy(
-            logits, target, mask, divisor, class_weight,
-            reduction, ignore_index, label_smoothing, z_loss, softcap, shift, return_stats,
-            inplace_backward=inplace_backward,
-        )  # fmt: skip
-    except RuntimeError as error:
-        raise typed(who, error, names) from None
+    inputs = (logits, target, mask, divisor_of(who, normalizer, logits), class_weight)
+    meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, shift)
+    operator = _with_stats if return_stats else _plain
+    loss, *more = operator(who, inputs, meaning, {}, inplace_backward=inplace_backward)
     return (loss, LossStats(*more[0].unbind())) if return_stats else loss
 
 
@@ -249,27 +188,15 @@ def cross_entropy(
     >>> masked_loss.cross_entropy(input, target, mask=torch.zeros(2, 4, dtype=torch.bool))
     tensor(0.)
     """
-    who = "cross_entropy"
     if has_torch_function((input, target, mask)) and not torch.compiler.is_compiling():
-        return handle_torch_function(
-            cross_entropy,
-            (input, target, mask),
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            label_smoothing,
-            mask=mask,
-        )
+        return override(cross_entropy, locals())
+    who = "cross_entropy"
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f'{who}: reduction must be "none", "sum" or "mean", got {reduction!r}')
-    require_tensor(who, "input", input)
-    require_tensor(who, "target", target)
+    require_tensors(who, {"input": input, "target": target}, {"mask": mask})
+    require_constant(who, "weight", weight)
     logits = input.movedim(1, -1) if input.dim() > 2 else input
     if target.is_floating_point():
         if target.shape != input.shape:
@@ -301,14 +228,23 @@ def cross_entropy(
         if input.dim() == 0 or list(target.shape) != expected:
             raise ValueError(
                 f"{who}: target must have shape {expected} for input {list(input.shape)}, "
-                f"got {list(target.shape)}"
+                f"got {list(target.shape)}{_dropin_hint(input, target)}"
             )
         if target.dtype == torch.uint8:  # PyTorch takes these too
             target = target.long()
-    loss = _cross_entropy(
-        who, logits, target, mask, reduction, None, ignore_index, weight,
-        label_smoothing, 0.0, None, False, False, False,
-        names={"logits": "input", "class_weight": "weight"},
-    )  # fmt: skip
-    assert isinstance(loss, Tensor)
+    inputs = (logits, target, mask, None, weight)
+    meaning = Meaning(reduction, ignore_index, label_smoothing)
+    names = {"logits": "input", "class_weight": "weight"}
+    loss, *_ = _plain(who, inputs, meaning, names, inplace_backward=False)
     return loss
+
+
+def _dropin_hint(input: Tensor, target: Tensor) -> str:
+    if target.shape == input.shape:
+        return ": of one-hot targets the class indices are target.argmax(1)"
+    if input.dim() > 2 and target.shape == input.shape[:-1]:
+        return (
+            ": the classes are dimension 1 of input, as in PyTorch; masked_cross_entropy takes "
+            "logits [..., V] as they are"
+        )
+    return ""

@@ -3,16 +3,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import has_torch_function
 
-from masked_loss import _linear, _ops
-from masked_loss._arguments import divisor_of, require_constant, require_tensor, typed
-from masked_loss._linear_chunks import Options
+from masked_loss._op.arguments import (
+    divisor_of,
+    require_bool,
+    require_constant,
+    require_dtype,
+    require_tensors,
+)
+from masked_loss._op.linear import linear_cross_entropy as _plain
+from masked_loss._op.linear import linear_cross_entropy_stats as _with_stats
+from masked_loss._op.overrides import override
+from masked_loss.options import Chunking, Meaning
 from masked_loss.stats import LossStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from masked_loss.options import LinearKeywords
 
 
 @overload
@@ -22,18 +35,8 @@ def linear_cross_entropy(
     target: Tensor,
     mask: Tensor | None = None,
     *,
-    bias: Tensor | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    ignore_index: int = -100,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    shift: bool = False,
     return_stats: Literal[False] = False,
-    chunk_tokens: int | None = None,
-    accumulation_dtype: torch.dtype | None = None,
+    **options: Unpack[LinearKeywords],
 ) -> Tensor: ...
 
 
@@ -44,18 +47,8 @@ def linear_cross_entropy(
     target: Tensor,
     mask: Tensor | None = None,
     *,
-    bias: Tensor | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    ignore_index: int = -100,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    shift: bool = False,
     return_stats: Literal[True],
-    chunk_tokens: int | None = None,
-    accumulation_dtype: torch.dtype | None = None,
+    **options: Unpack[LinearKeywords],
 ) -> tuple[Tensor, LossStats]: ...
 
 
@@ -144,56 +137,20 @@ def linear_cross_entropy(
     >>> loss, hidden.grad[2]
     (tensor(0.7201, grad_fn=<LinearCrossEntropyBackward>), tensor([0., 0.]))
     """
-    who = "linear_cross_entropy"
     tensors = (hidden, weight, target, mask, bias)
     if has_torch_function(tensors) and not torch.compiler.is_compiling():
-        return handle_torch_function(
-            linear_cross_entropy,  # type: ignore[arg-type]
-            tensors,
-            hidden,
-            weight,
-            target,
-            mask,
-            bias=bias,
-            reduction=reduction,
-            normalizer=normalizer,
-            ignore_index=ignore_index,
-            class_weight=class_weight,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            shift=shift,
-            return_stats=return_stats,
-            chunk_tokens=chunk_tokens,
-            accumulation_dtype=accumulation_dtype,
-        )
-    require_tensor(who, "hidden", hidden)
-    require_tensor(who, "weight", weight)
-    require_tensor(who, "target", target)
-    if mask is not None:
-        require_tensor(who, "mask", mask)
-    if bias is not None:
-        require_tensor(who, "bias", bias)
+        return override(linear_cross_entropy, locals())
+    who = "linear_cross_entropy"
+    required = {"hidden": hidden, "weight": weight, "target": target}
+    require_tensors(who, required, {"mask": mask, "bias": bias})
     require_constant(who, "class_weight", class_weight)
+    require_bool(who, shift=shift, return_stats=return_stats)
+    require_dtype(who, "accumulation_dtype", accumulation_dtype)
     divisor = divisor_of(who, normalizer, hidden)
-    if torch.compiler.is_compiling():
-        ops = _ops.ops
-        op = ops.linear_cross_entropy_stats if return_stats else ops.linear_cross_entropy
-        result = op(
-            hidden, weight, target, mask, bias=bias, reduction=reduction, normalizer=divisor,
-            ignore_index=ignore_index, class_weight=class_weight, label_smoothing=label_smoothing,
-            z_loss=z_loss, softcap=softcap, shift=shift, chunk_tokens=chunk_tokens,
-            accumulation_dtype=accumulation_dtype, pack=False,
-        )  # fmt: skip
-        return (result[0], LossStats(*result[1].unbind())) if return_stats else result
-    options = Options(
-        reduction, ignore_index, label_smoothing, z_loss, softcap, shift, return_stats,
-        chunk_tokens, accumulation_dtype, pack=True,
-    )  # fmt: skip
-    try:
-        loss, stats = _linear.linear_cross_entropy(
-            hidden, weight, bias, target, mask, divisor, class_weight, options
-        )
-    except RuntimeError as error:
-        raise typed(who, error) from None
-    return (loss, LossStats(*stats.unbind())) if return_stats else loss
+    inputs = (hidden, weight, bias, target, mask, divisor, class_weight)
+    meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, shift)
+    operator = _with_stats if return_stats else _plain
+    # A compiled graph has no place where the host could wait.
+    chunking = Chunking(chunk_tokens, accumulation_dtype, not torch.compiler.is_compiling())
+    loss, *more = operator(who, inputs, meaning, {}, **chunking._asdict())
+    return (loss, LossStats(*more[0].unbind())) if return_stats else loss

@@ -8,7 +8,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from masked_loss import reference
-from masked_loss._arguments import (
+from masked_loss._op.arguments import (
     require_floating,
     require_mask,
     require_temperature,

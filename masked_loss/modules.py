@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -11,7 +15,52 @@ from masked_loss.linear import linear_cross_entropy
 from masked_loss.stats import LossStats
 
 
-class MaskedCrossEntropyLoss(torch.nn.Module):
+class _Loss(torch.nn.Module):
+    """Keeps the keywords of a loss function, and calls the function with them.
+
+    A keyword is an attribute of the module; ``class_weight`` is a buffer. ``at_call`` are those
+    that come with each batch instead.
+    """
+
+    class_weight: Tensor | None
+    _defaults: ClassVar[dict[str, Any]]
+    _function: ClassVar[Callable[..., Any]]
+
+    def __init_subclass__(cls, function: Callable[..., Any], at_call: tuple[str, ...]) -> None:
+        super().__init_subclass__()
+        keywords = [
+            p
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY and p.name not in at_call
+        ]
+        cls._function = staticmethod(function)
+        cls._defaults = {p.name: p.default for p in keywords}
+        cls.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        for name in options:
+            if name not in self._defaults:
+                raise TypeError(
+                    f"{type(self).__name__}() got an unexpected keyword argument {name!r}"
+                )
+        self.register_buffer("class_weight", None)
+        for name, default in self._defaults.items():
+            setattr(self, name, options.get(name, default))
+
+    def _loss(self, *tensors: Tensor | None, **at_call: Any) -> Any:
+        options = {name: getattr(self, name) for name in self._defaults}
+        return self._function(*tensors, **options, **at_call)
+
+    def extra_repr(self) -> str:
+        hidden = ("class_weight", "return_stats", "inplace_backward", "accumulation_dtype")
+        shown = (name for name in self._defaults if name not in hidden)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+
+class MaskedCrossEntropyLoss(
+    _Loss, function=functional.masked_cross_entropy, at_call=("normalizer",)
+):
     r"""Module form of :func:`masked_loss.masked_cross_entropy`, which has formula and errors.
 
     The arguments are the keywords of the function; ``class_weight`` becomes a buffer.
@@ -27,32 +76,6 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
     tensor(2.0794)
     """
 
-    class_weight: Tensor | None
-
-    def __init__(
-        self,
-        *,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        class_weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        shift: bool = False,
-        inplace_backward: bool = False,
-        return_stats: bool = False,
-    ) -> None:
-        super().__init__()
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.register_buffer("class_weight", class_weight)
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.shift = shift
-        self.inplace_backward = inplace_backward
-        self.return_stats = return_stats
-
     def forward(
         self,
         logits: Tensor,
@@ -61,28 +84,7 @@ class MaskedCrossEntropyLoss(torch.nn.Module):
         *,
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossStats]:
-        return functional.masked_cross_entropy(  # type: ignore[call-overload]
-            logits,
-            target,
-            mask,
-            reduction=self.reduction,
-            normalizer=normalizer,
-            ignore_index=self.ignore_index,
-            class_weight=self.class_weight,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            shift=self.shift,
-            inplace_backward=self.inplace_backward,
-            return_stats=self.return_stats,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
-            f"label_smoothing={self.label_smoothing}, z_loss={self.z_loss}, "
-            f"softcap={self.softcap}, shift={self.shift}"
-        )
+        return self._loss(logits, target, mask, normalizer=normalizer)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -111,7 +113,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
-class LinearCrossEntropyLoss(torch.nn.Module):
+class LinearCrossEntropyLoss(_Loss, function=linear_cross_entropy, at_call=("bias", "normalizer")):
     r"""Module form of :func:`masked_loss.linear_cross_entropy`, which has formula and errors.
 
     The arguments are the keywords of the function; ``class_weight`` becomes a buffer. The weight of
@@ -130,34 +132,6 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     tensor(2.0794, grad_fn=<LinearCrossEntropyBackward>)
     """
 
-    class_weight: Tensor | None
-
-    def __init__(
-        self,
-        *,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        class_weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        shift: bool = False,
-        return_stats: bool = False,
-        chunk_tokens: int | None = None,
-        accumulation_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.register_buffer("class_weight", class_weight)
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.shift = shift
-        self.return_stats = return_stats
-        self.chunk_tokens = chunk_tokens
-        self.accumulation_dtype = accumulation_dtype
-
     def forward(
         self,
         hidden: Tensor,
@@ -168,28 +142,4 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         bias: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossStats]:
-        return linear_cross_entropy(  # type: ignore[misc, call-overload]
-            hidden,
-            weight,
-            target,
-            mask,
-            bias=bias,
-            reduction=self.reduction,
-            normalizer=normalizer,
-            ignore_index=self.ignore_index,
-            class_weight=self.class_weight,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            shift=self.shift,
-            return_stats=self.return_stats,
-            chunk_tokens=self.chunk_tokens,
-            accumulation_dtype=self.accumulation_dtype,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
-            f"label_smoothing={self.label_smoothing}, z_loss={self.z_loss}, "
-            f"softcap={self.softcap}, shift={self.shift}, chunk_tokens={self.chunk_tokens}"
-        )
+        return self._loss(hidden, weight, target, mask, bias=bias, normalizer=normalizer)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from masked_loss._arguments import require_constant
+from masked_loss._op.arguments import require_constant
 from masked_loss.reduce import rounded, weighed
 
 

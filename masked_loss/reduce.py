@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import has_torch_function
 
-from masked_loss import _ops
-from masked_loss._arguments import divisor_of, require_floating, require_mask, require_tensor, typed
+from masked_loss._op.arguments import divisor_of, require_floating, require_mask, require_tensors
+from masked_loss._op.overrides import override
+from masked_loss._op.reduce import masked_reduce as _masked_reduce
 from masked_loss.errors import ReducedLossError
+from masked_loss.options import Meaning
 
 
 def masked_reduce(
@@ -61,6 +63,8 @@ def masked_reduce(
     >>> masked_loss.masked_reduce(log_probs, mask, reduction="sum", dim=-1)
     tensor([-3., -3.])
     """
+    if has_torch_function((values, mask)) and not torch.compiler.is_compiling():
+        return override(masked_reduce, locals())
     return reduced("masked_reduce", values, mask, reduction, normalizer, dim)
 
 
@@ -73,6 +77,8 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> masked_loss.masked_mean(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([1, 1, 0]))
     tensor(2.)
     """
+    if has_torch_function((values, mask)) and not torch.compiler.is_compiling():
+        return masked_reduce(values, mask)
     return reduced("masked_mean", values, mask, "mean", None)
 
 
@@ -84,34 +90,17 @@ def reduced(
     normalizer: float | Tensor | None,
     dim: int | tuple[int, ...] | None = None,
 ) -> Tensor:
-    if has_torch_function((values, mask)) and not torch.compiler.is_compiling():
-        return handle_torch_function(
-            masked_reduce,
-            (values, mask),
-            values,
-            mask,
-            reduction=reduction,
-            normalizer=normalizer,
-            dim=dim,
+    require_tensors(who, {"values": values}, {"mask": mask})
+    if mask is not None and values.dim() == 0 and mask.dim() > 0:
+        raise ReducedLossError(
+            f"{who}: values must hold one loss for each token of the mask "
+            f"{list(mask.shape)}, got a scalar: the loss was reduced before the mask could "
+            f'count. Compute it with reduction="none".'
         )
-    require_tensor(who, "values", values)
-    if mask is not None:
-        require_tensor(who, "mask", mask)
-        if values.dim() == 0 and mask.dim() > 0:
-            raise ReducedLossError(
-                f"{who}: values must hold one loss for each token of the mask "
-                f"{list(mask.shape)}, got a scalar: the loss was reduced before the mask could "
-                f'count. Compute it with reduction="none".'
-            )
     divisor = divisor_of(who, normalizer, values)
     if dim is not None:
         return _along(who, values, mask, reduction, divisor, dim)
-    if torch.compiler.is_compiling():
-        return _ops.ops.masked_reduce(values, mask, reduction=reduction, normalizer=divisor)
-    try:
-        return _ops.masked_reduce(values, mask, reduction=reduction, normalizer=divisor)
-    except RuntimeError as error:
-        raise typed(who, error) from None
+    return _masked_reduce(who, (values, mask, divisor), Meaning(reduction), {})[0]
 
 
 def _along(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ class LossStats(NamedTuple):
     ...     logits, torch.tensor([0, 0, 1]), mask, return_stats=True)
     >>> stats.tokens, stats.correct / stats.tokens
     (tensor(2.), tensor(0.5000))
+    >>> (stats + stats).tokens, sum([stats, stats, stats]).tokens
+    (tensor(4.), tensor(6.))
     """
 
     tokens: Tensor
@@ -31,6 +33,12 @@ class LossStats(NamedTuple):
     """Σ w·H(softmax(logits)), in nats."""
     z_loss: Tensor
     """Σ w·z_loss·logsumexp(logits)²: what the z-loss adds to the sum of losses."""
+
+    def __add__(self, other: Any) -> LossStats:
+        return _sum(self, other)
+
+    def __radd__(self, other: Any) -> LossStats:
+        return _sum(self, other)
 
 
 class DivergenceStats(NamedTuple):
@@ -55,3 +63,35 @@ class DivergenceStats(NamedTuple):
     """Σ w·H(teacher), in nats."""
     agreement: Tensor
     """Σ w·[argmax student = argmax teacher]; the first of equal logits is the argmax."""
+
+    def __add__(self, other: Any) -> DivergenceStats:
+        return _sum(self, other)
+
+    def __radd__(self, other: Any) -> DivergenceStats:
+        return _sum(self, other)
+
+
+_Sums = TypeVar("_Sums", bound=tuple[Tensor, ...])
+
+
+def _sum(a: _Sums, b: Any) -> _Sums:
+    """Of both batches; the 0 with which sum() begins is no batch."""
+    if type(b) is type(a):
+        return type(a)(*(x + y for x, y in zip(a, b, strict=True)))
+    return a if type(b) is int and b == 0 else NotImplemented
+
+
+def _take_an_iterable(kind: Any) -> None:
+    """Where a tensor subclass's ``__torch_function__`` converts a tuple, it makes another of it."""
+    of_fields = kind.__new__
+
+    def new(cls: Any, *fields: Any, **named: Any) -> Any:
+        if len(fields) == 1 and not named and not isinstance(fields[0], Tensor):
+            return cls._make(fields[0])
+        return of_fields(cls, *fields, **named)
+
+    kind.__new__ = new
+
+
+_take_an_iterable(LossStats)
+_take_an_iterable(DivergenceStats)

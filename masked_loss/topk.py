@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from masked_loss._arguments import require_constant, require_floating, require_mask
+from masked_loss._op.arguments import require_constant, require_floating, require_mask
 from masked_loss.divergence import require_kind
 from masked_loss.reduce import reduced, rounded
 from masked_loss.reference import divergence

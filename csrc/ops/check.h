@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Every argument check of the operators: who, what was expected, what came. The fakes say the same
-// of tensors on the meta device, in masked_loss/_checks.py; a test compares the texts.
+// of tensors on the meta device, in masked_loss/_op/checks.py; a test compares the texts.
 //
 // The stable ABI carries only a text. It begins with the Python type that the public functions
 // raise it as.

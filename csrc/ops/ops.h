@@ -52,7 +52,7 @@ void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, Ten
 Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, OptionalTensor target,
                  OptionalTensor class_weight, double z_loss);
 
-// What linear_cross_entropy (masked_loss/_linear.py) is made of, between its matrix products.
+// What linear_cross_entropy (masked_loss/_op/linear.py) is made of, between its matrix products.
 // Weights of all tokens and scales of all groups -> tokens, groups
 std::tuple<Tensor, Tensor> linear_weigh(Tensor target, OptionalTensor mask,
                                         OptionalTensor normalizer, OptionalTensor class_weight,

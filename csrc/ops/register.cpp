@@ -2,8 +2,8 @@
 // The operators of masked_loss: the schema and the function of each.
 //
 // cross_entropy, cross_entropy_stats and masked_reduce are public and differentiable. Of the others
-// their autograd formulas (masked_loss/_ops.py) are made, and linear_cross_entropy
-// (masked_loss/_linear.py), which is defined there.
+// their autograd formulas (masked_loss/_op/) are made, and linear_cross_entropy
+// (masked_loss/_op/linear.py), which is defined there.
 #include <torch/csrc/stable/library.h>
 
 #include <type_traits>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The masked loss in a C++ program: load the library, look the operator up, call it. Forward only:
-// the autograd formulas are masked_loss/_ops.py.
+// the autograd formulas are masked_loss/_op/cross_entropy.py.
 //   masked_cross_entropy build/cmake/libmasked_loss.so     (or masked_loss/_C.so)
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>

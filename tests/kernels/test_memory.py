@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import masked_loss
-from masked_loss import _memory, masked_cross_entropy
+from masked_loss import masked_cross_entropy
+from masked_loss._op import memory
 
-ROWS, COLS = 1024, _memory._LARGE // 4096  # float32: exactly large enough to be kept
+ROWS, COLS = 1024, memory.logits_pool._at_least // 4096  # float32: exactly large enough to be kept
 
 
 def gradient(seed: int) -> torch.Tensor:
@@ -30,9 +31,9 @@ def gradient(seed: int) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def _forget():
-    _memory._logits.forget()
+    masked_loss.empty_cache()
     yield
-    _memory._logits.forget()
+    masked_loss.empty_cache()
 
 
 def test_an_idle_block_is_used_again():
@@ -99,7 +100,7 @@ def test_a_system_without_huge_pages(monkeypatch):
         def madvise(self, *_):
             raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(_memory.mmap, "mmap", Mmap)
+    monkeypatch.setattr(memory.mmap, "mmap", Mmap)
     assert gradient(0).isfinite().all()
 
 
@@ -144,7 +145,8 @@ masked_loss.linear_cross_entropy(hidden, weight, torch.arange(300)).backward()
 assert weight.grad is not None and weight.grad.any()
 weight.grad = None
 gc.collect()
-print(masked_loss._memory._logits._block is masked_loss._linear_chunks._dweights._block is None)
+from masked_loss._op.memory import logits_pool, weight_pool
+print(logits_pool._block is weight_pool._block is None)
 """
     for keeps in ("0", "1"):
         environment = {**os.environ, "MASKED_LOSS_KEEP_MEMORY": keeps}

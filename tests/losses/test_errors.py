@@ -288,7 +288,7 @@ def text_of(function: Any, arguments: dict[str, Any]) -> str:
 
 
 def test_the_same_on_meta_tensors() -> None:
-    """Where no kernel runs, the checks are those of masked_loss/_checks.py."""
+    """Where no kernel runs, the checks are those of masked_loss/_op/checks.py."""
     for name, wrong, _, _ in BAD:
         if "device" in name:
             continue

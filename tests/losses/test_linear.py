@@ -484,7 +484,7 @@ def test_without_packing(
             masked = torch.cat([masked[:, 1:], torch.ones(4, 1, dtype=torch.bool)], dim=1)
         tensors["hidden"][masked] = float("nan")
     # As under graph capture on CUDA.
-    monkeypatch.setattr(masked_loss._linear_chunks, "_may_wait", lambda x, pack: False)
+    monkeypatch.setattr(masked_loss._op.linear_chunks, "_may_wait", lambda x, pack: False)
     monkeypatch.setattr(torch.Tensor, "nonzero", None)
     result = evaluate(linear_cross_entropy, tensors, **options)
     eps = torch.finfo(dtype).eps

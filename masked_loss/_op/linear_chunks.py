@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from masked_loss import _ops
-from masked_loss._memory import Kept, huge_empty, kept_empty
-from masked_loss._ops import ops
+from masked_loss._op import tables
+from masked_loss._op.memory import fresh, logits_pool, weight_pool
+from masked_loss._op.tables import ops
+from masked_loss.options import Chunking, Meaning
 
 # Bytes of a chunk's logits, where the caller does not say chunk_tokens.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -26,26 +27,23 @@ _FAST_TOKENS = 128
 # Bytes of the pieces in which a large tensor is converted or added to another type's.
 _PIECE_BYTES = 4 << 20
 
-_dweights = Kept()
+
+class Head(NamedTuple):
+    """What makes logits: hidden [..., D], weight [V, D], bias [V]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
 
 
-class Options(NamedTuple):
-    """What a loss means, in the order of the operators' arguments, and how it is computed."""
+class Rows(NamedTuple):
+    """What is known of every token before its logits are."""
 
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
-    shift: bool
-    stats: bool
-    chunk_tokens: int | None
-    accumulation_dtype: torch.dtype | None
-    pack: bool
-
-    @property
-    def formula(self) -> tuple[float, float, float | None]:
-        return self.label_smoothing, self.z_loss, self.softcap
+    target: Tensor
+    tokens: Tensor
+    groups: Tensor
+    class_weight: Tensor | None
+    dloss: Tensor | None  # None for 1, one value, or one for each token
 
 
 def _largest_chunk(weight: Tensor, chunk_tokens: int | None, more: int = 0) -> int:
@@ -60,22 +58,17 @@ def _largest_chunk(weight: Tensor, chunk_tokens: int | None, more: int = 0) -> i
     return max(1, limit // token)
 
 
-def dweight_dtype(
-    weight: Tensor,
-    tokens: int | torch.SymInt,
-    chunk_tokens: int | None,
-    accumulation_dtype: torch.dtype | None,
-) -> torch.dtype:
+def dweight_dtype(weight: Tensor, tokens: int | torch.SymInt, chunking: Chunking) -> torch.dtype:
     """What dweight accumulates in. One bfloat16 product accumulates inside, in float32.
 
     One float16 product does too, but its sum over many tokens may exceed the largest float16.
     Depends on shapes alone: a compiled graph has to know.
     """
-    if accumulation_dtype is not None:
-        return accumulation_dtype
-    if weight.dtype == torch.bfloat16 and tokens <= _largest_chunk(weight, chunk_tokens):
+    if chunking.accumulation_dtype is not None:
+        return chunking.accumulation_dtype
+    if weight.dtype == torch.bfloat16 and tokens <= _largest_chunk(weight, chunking.chunk_tokens):
         return weight.dtype
-    return _ops._loss_dtype(weight)
+    return tables.loss_dtype(weight)
 
 
 def _is_large(x: Tensor, dtype: torch.dtype) -> bool:
@@ -159,10 +152,10 @@ class _WeightGrad:
     """dweight and dbias, summed over chunks; for half types in float32, unless told otherwise."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, needs_weight: bool, needs_bias: bool):
-        wide = _ops._loss_dtype(weight)
+        wide = tables.loss_dtype(weight)
         self.dweight = weight.new_empty(0)
         if needs_weight and _is_large(weight, dtype):
-            self.dweight = _dweights.empty(weight.shape, dtype)
+            self.dweight = weight_pool.empty(weight.shape, weight, dtype)
         elif needs_weight:
             self.dweight = torch.empty_like(weight, dtype=dtype)
         self.dbias = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=wide)
@@ -213,7 +206,8 @@ def unit_of(hidden: Tensor, tokens: Tensor, groups: Tensor, dloss: Tensor | None
     1 / tokens, to about 1: float16 holds nothing below 6e-8. None stands for 1."""
     if hidden.dtype != torch.float16 or tokens.numel() == 0:
         return None
-    largest = (tokens[0].abs().max() * groups[:, :2].abs().max()).float()
+    largest = tables.weights(tokens).abs().max() * tables.scales(groups).abs().max()
+    largest = largest.float()
     if dloss is not None:
         largest = largest * dloss.abs().max()
     exponent = torch.frexp(largest).exponent.clamp(-100, 100)
@@ -222,39 +216,30 @@ def unit_of(hidden: Tensor, tokens: Tensor, groups: Tensor, dloss: Tensor | None
 
 
 def run_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    tokens: Tensor,
-    groups: Tensor,
-    class_weight: Tensor | None,
-    options: Options,
-    needs: list[bool],
-    dloss: Tensor | None,
-    forward: bool,
+    head: Head, rows: Rows, meaning: Meaning, chunking: Chunking, needs: list[bool], forward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fills the table of tokens (``forward``), and returns the gradients that are needed.
 
-    ``dloss``: None for 1, one value, or one for each token. dhidden is in its final type, dweight
-    and dbias in what they accumulate in.
+    dhidden is in its final type, dweight and dbias in what they accumulate in.
     """
+    hidden, weight, bias = head
+    target, tokens, groups, class_weight, dloss = rows
     columns, width = weight.shape
     needs_hidden, needs_weight, needs_bias = needs
     gradient = any(needs)
-    active = _Tokens(hidden, tokens[0], options.shift, options.pack)
+    active = _Tokens(hidden, tables.weights(tokens), meaning.shift, chunking.pack)
 
-    size = _largest_chunk(weight, options.chunk_tokens)
+    size = _largest_chunk(weight, chunking.chunk_tokens)
     if active.gathers and target.numel() > size:
-        size = _largest_chunk(weight, options.chunk_tokens, more=width)
-    if active.count > size and options.chunk_tokens is None:  # chunks of one size
+        size = _largest_chunk(weight, chunking.chunk_tokens, more=width)
+    if active.count > size and chunking.chunk_tokens is None:  # chunks of one size
         even = -(-active.count // -(-active.count // size))
         size = min(size, -(-even // 16) * 16)
     size = min(size, active.count)
 
-    logits = kept_empty((size, columns), weight)
+    logits = logits_pool.empty((size, columns), weight)
     gathered = hidden.new_empty((size if active.gathers else 0, width))
-    dtype = dweight_dtype(weight, target.numel(), options.chunk_tokens, options.accumulation_dtype)
+    dtype = dweight_dtype(weight, target.numel(), chunking)
     weight_grad = _WeightGrad(weight, dtype, needs_weight, needs_bias)
     dhidden = hidden.new_empty(0)
     if needs_hidden:
@@ -287,19 +272,19 @@ def run_chunks(
         dloss_at = _take(dloss, at) if dloss is not None and dloss.dim() else dloss
         ops.linear_chunk.default(
             y, _take(flat_target, at), table, groups_at, class_weight, dloss_at,
-            *options.formula, forward, gradient,
+            *meaning.formula, forward, gradient,
         )  # fmt: skip
         if forward:
             by_token[at] = table.t()
 
         weight_grad.add(y, h) if needs_weight or needs_bias else None
         if needs_hidden:
-            rows = active.rows_at(chunk)
-            if isinstance(rows, slice):
-                torch.mm(y, weight, out=dhidden_rows[rows])
+            places = active.rows_at(chunk)
+            if isinstance(places, slice):
+                torch.mm(y, weight, out=dhidden_rows[places])
             else:
                 # The gathered hidden states are used no more: their place is free.
-                dhidden_rows.index_copy_(0, rows, torch.mm(y, weight, out=buffer))
+                dhidden_rows.index_copy_(0, places, torch.mm(y, weight, out=buffer))
     return dhidden, *weight_grad.results()
 
 
@@ -312,7 +297,7 @@ def scaled_by(gradient: Tensor, factor: Tensor, dtype: torch.dtype, reuse: bool)
     if not reuse or gradient.dim() != 2:
         return (gradient * factor).to(dtype)
     if _is_large(gradient, dtype):
-        result = huge_empty(gradient.shape, dtype)
+        result = fresh.empty(gradient.shape, gradient, dtype)
     else:
         result = torch.empty_like(gradient, dtype=dtype)
     for piece in _pieces(gradient.shape[0], gradient.element_size() * gradient.shape[1]):

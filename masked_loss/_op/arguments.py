@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the public functions do to their arguments and errors, beyond csrc/ops/check.h."""
+"""What the public functions ask of their arguments, and their errors, in their own words.
+
+csrc/ops/check.h checks what both devices can check. C++ can raise a RuntimeError only, and knows
+the operator, not the function; here its text becomes the error that the function documents.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +15,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_loss._checks import FLOATING
+from masked_loss._op.checks import FLOATING
+
+Names = dict[str, str]
+"""What a function calls an operator's arguments, where it has other names for them."""
 
 _CHECK = re.compile(r"(ValueError|TypeError|IndexError|RuntimeError): \w+: ([^\n]*)")
 _SCHEMA = re.compile(
     r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
 )
+_DTENSOR = "got mixed torch.Tensor and DTensor"
 
 
-def name_of(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
-def widened(x: Tensor) -> Tensor:
-    """In what losses are computed: half types in float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def typed(who: str, error: RuntimeError, names: dict[str, str] | None = None) -> Exception:
-    """The error that a check in csrc/ops/check.h, or an operator's schema, means.
-
-    C++ can raise a RuntimeError only, and knows the operator that was called, not the function;
-    ``names`` are those of the operator's arguments that the function calls otherwise.
-    """
+def typed_error(
+    who: str, error: RuntimeError, names: Names, tensors: dict[str, Tensor | None]
+) -> Exception:
+    """The error that a check in C++, or an operator's schema, means."""
     if found := _CHECK.match(str(error)):
-        text = found[2]
-        for name, other in (names or {}).items():
+        text = found[2] + _hint(found[2], tensors)
+        for name, other in names.items():
             text = re.sub(rf"\b{name}\b", other, text)
         return getattr(builtins, found[1])(f"{who}: {text}")
     if found := _SCHEMA.search(str(error)):
-        return TypeError(f"{who}: {found[2]} must be {found[1]}, got {found[3]}")
+        name = names.get(found[2], found[2])
+        return TypeError(f"{who}: {name} must be {found[1]}, got {found[3]}")
+    if _DTENSOR in str(error):
+        distributed = [names.get(n, n) for n, x in tensors.items() if type(x).__name__ == "DTensor"]
+        return TypeError(
+            f"{who}: {', '.join(distributed)} must be a local tensor, got a DTensor: give "
+            "to_local() where the tokens are sharded, full_tensor() where the classes are"
+        )
     return error
+
+
+def _hint(text: str, tensors: dict[str, Tensor | None]) -> str:
+    """What to do about a shape that a known mistake explains."""
+    target, mask = tensors.get("target"), tensors.get("mask")
+    values = tensors.get("logits", tensors.get("values"))
+    if text.startswith("mask must have shape") and mask is not None:
+        like = target if target is not None else values
+        if like is not None and mask.shape == (*like.shape, 1):
+            return ": the weight of each token, without a dimension for classes: mask.squeeze(-1)"
+        if like is not None and mask.numel() == like.numel():
+            return f": flattened as the rest is: mask.reshape({list(like.shape)})"
+    if text.startswith("target must have shape") and target is not None and values is not None:
+        if target.shape == values.shape:
+            return ": of one-hot rows the class indices are target.argmax(-1)"
+        if target.numel() == values.shape[:-1].numel():
+            return f": flattened as the rest is: target.reshape({list(values.shape[:-1])})"
+    return ""
 
 
 def require_tensor(who: str, what: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{who}: {what} must be a tensor, got {type(value).__name__}")
+
+
+def require_tensors(who: str, required: dict[str, Any], optional: dict[str, Any]) -> None:
+    for what, value in required.items():
+        require_tensor(who, what, value)
+    for what, value in optional.items():
+        if value is not None:
+            require_tensor(who, what, value)
 
 
 def require_floating(who: str, what: str, value: Any) -> None:
@@ -76,6 +106,18 @@ def require_constant(who: str, what: str, value: Tensor | None) -> None:
     require_tensor(who, what, value)
     if value.requires_grad:
         raise ValueError(f"{who}: {what} is not differentiable, got one that requires grad")
+
+
+def require_bool(who: str, **values: Any) -> None:
+    """A number in a bool's place is a mistake (shift=2 does not shift by 2)."""
+    for what, value in values.items():
+        if value is not True and value is not False:
+            raise TypeError(f"{who}: {what} must be True or False, got {value!r}")
+
+
+def require_dtype(who: str, what: str, value: Any) -> None:
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"{who}: {what} must be a torch.dtype, got {value!r}")
 
 
 def divisor_of(who: str, normalizer: float | Tensor | None, like: Tensor) -> Tensor | None:
@@ -116,3 +158,12 @@ def require_temperature(
         raise TypeError(f"{who}: {what} must be a number or a tensor, got {type(number).__name__}")
     if not 0 < float(number) < float("inf"):
         raise ValueError(f"{who}: {what} must be above 0 and finite, got {number}")
+
+
+def name_of(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def widened(x: Tensor) -> Tensor:
+    """In what losses are computed: half types in float32."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.utils.flop_counter import register_flop_formula
 
-from masked_loss import _linear  # noqa: F401  # defines the operators
-from masked_loss._ops import ops
+from masked_loss._op import linear  # noqa: F401  # defines the operators
+from masked_loss._op.tables import ops
 
 
 def _product(hidden: Sequence[int], weight: Sequence[int]) -> int:

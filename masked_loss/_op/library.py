@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 OLDEST_TORCH = (2, 10)
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARY = PACKAGE / "_C.so"
 
 

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The operators as PyTorch sees them, one file for each loss; what a loss means to its caller is
+in the public modules above, what it computes is in csrc/.
+
+    library    loads the compiled operators
+    memory     where large results lie
+    errors     what was wrong, in the caller's words
+    tables     what the operators hand each other, by name
+    autograd   what PyTorch is asked about a call, and how a formula is given to it
+    factory    from a call and a fake to an operator: every key that PyTorch dispatches on
+    cross_entropy, reduce, linear (with linear_chunks)
+"""

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""cross_entropy and cross_entropy_stats: the loss of logits that are there."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from masked_loss._op import checks, tables
+from masked_loss._op.autograd import (
+    Formulas,
+    Inputs,
+    are_plain,
+    below_autograd,
+    differentiable,
+    is_differentiated,
+    keeps_graph,
+    may_require_grad,
+)
+from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like, fake_nothing
+from masked_loss._op.memory import logits_pool
+from masked_loss._op.tables import ops
+from masked_loss.options import Meaning
+
+INPUTS = ("logits", "target", "mask", "normalizer", "class_weight")
+
+
+class How(NamedTuple):
+    meaning: Meaning
+    stats: bool
+    fused: bool
+    """Forward computes the gradient too, for dloss = 1: the logits are read once, not twice.
+
+    Backward hands it over or, for another dloss, computes it anew into the same memory: scaling it
+    would round half types twice."""
+    inplace: bool
+    """Backward writes the gradient over the logits."""
+
+
+def _call(
+    stats: bool, inputs: Inputs, meaning: Meaning, *, inplace_backward: bool
+) -> tuple[Tensor, ...]:
+    """loss, stats if asked for, perhaps more; where nothing is differentiated, just the kernels."""
+    logits, _, mask, _, _ = inputs
+    if not is_differentiated(logits, mask):
+        return ops.cross_entropy_forward.default(*inputs, *meaning, stats)
+    plain = are_plain(logits)
+    inplace = inplace_backward and plain
+    if inplace:
+        _require_writable(logits)
+    fused = plain and not inplace and logits.requires_grad and meaning.reduction != "none"
+    function = _with_stats if stats else _without_stats
+    return function(*inputs, How(meaning, stats, fused, inplace))
+
+
+def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
+    """loss, stats, tokens, groups, and perhaps the gradient for dloss = 1."""
+    meaning, stats, fused, _ = how
+    if not fused:
+        return ops.cross_entropy_forward.default(*inputs, *meaning, stats)
+    dlogits = logits_pool.empty_like(inputs[0])
+    return (*ops.cross_entropy_fused.default(dlogits, *inputs, *meaning, stats), dlogits)
+
+
+def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
+    logits, target, mask, _, class_weight = inputs
+    _, _, *rest = outputs
+    return logits, target, mask if may_require_grad(mask) else None, class_weight, *rest
+
+
+def _backward(
+    saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
+) -> Inputs:
+    logits, target, mask, class_weight, tokens, groups, *dlogits = saved
+    (dloss,) = upstream
+    needs_logits, _, needs_mask, _, _ = needs
+    shift, formula = how.meaning.shift, how.meaning.formula
+    args = (dloss, logits, target, tokens, groups, class_weight, *formula, shift)
+    dmask = gradient = None
+    if needs_mask:
+        index = None if target.is_floating_point() else target
+        dmask = ops.mask_grad.default(
+            dloss, mask, tokens, groups, index, class_weight, how.meaning.z_loss
+        )
+    if not needs_logits:
+        pass
+    elif not plain:
+        gradient = ops.cross_entropy_backward.default(*args)
+    elif how.inplace:
+        with below_autograd():  # to which logits that require grad are not to be written
+            ops.cross_entropy_backward_out.default(logits, *args, False)
+        torch.autograd.graph.increment_version(logits)
+        gradient = logits.detach()
+    elif dlogits and not keeps_graph():
+        (gradient,) = dlogits
+        # On CUDA the operator looks at dloss itself: reading it here would wait for the device.
+        if not dloss.is_cpu or dloss.item() != 1:
+            ops.cross_entropy_backward_out.default(gradient, *args, True)
+    else:
+        gradient = logits_pool.empty_like(logits)
+        ops.cross_entropy_backward_out.default(gradient, *args, False)
+    return gradient, None, dmask, None, None
+
+
+# Without statistics one result: to hand out another takes a twentieth of a small loss's time.
+_without_stats, _with_stats = (
+    differentiable(Formulas("CrossEntropy", _forward, _save, _backward, results))
+    for results in (1, 2)
+)
+
+
+def _require_writable(logits: Tensor) -> None:
+    """Every logit has a place of its own, where the kernels find it: [batch, step, class].
+
+    Here and not in csrc/ops/check.h: to write in place is autograd's affair, the forward kernels do
+    not hear of it, and in backward it would be too late to say.
+    """
+    if logits.numel() == 0:
+        return
+    steps = logits.shape[-2] if logits.dim() > 1 else 1
+    try:
+        rows = logits.detach().view(-1, steps, logits.shape[-1])
+        writable = rows.stride(-1) == 1 or rows.shape[-1] == 1
+    except RuntimeError:  # the outer dimensions do not lie one inside the other
+        writable, rows = False, logits
+    reach = 1  # what lies inside the dimensions with smaller strides
+    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
+        writable = writable and (size == 1 or stride >= reach)
+        reach += stride * (size - 1)
+    if not writable:
+        raise RuntimeError(
+            "ValueError: cross_entropy: inplace_backward needs logits whose classes are contiguous "
+            f"and whose rows do not overlap, got shape {list(logits.shape)} with strides "
+            f"{list(logits.stride())}"
+        )
+
+
+def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
+    who, shape = "cross_entropy", a.logits.shape[:-1]
+    checks.formula(who, a.label_smoothing, a.z_loss, a.softcap)
+    checks.cross_entropy(who, a.logits, a.target, a.mask, a.class_weight, a.shift)
+    checks.reduction(who, a.reduction, len(shape), a.normalizer)
+    return (
+        tables.fake_loss(a.logits, a.reduction, shape),
+        tables.fake_stats(a.logits, stats),
+        tables.fake_tokens(a.logits, tables.TOKEN_FIELDS if stats else tables.SAVED, shape),
+        tables.fake_groups(a.logits, a.reduction, shape),
+    )
+
+
+fake("cross_entropy")(lambda a: _fake(a, False))
+fake("cross_entropy_stats")(lambda a: _fake(a, True))
+fake("cross_entropy_forward", "cross_entropy_fused")(lambda a: _fake(a, a.stats))
+fake_like("logits", "cross_entropy_backward")
+fake_like("mask", "mask_grad")
+fake_nothing("cross_entropy_backward_out")
+batch_by_loop("cross_entropy_forward", "cross_entropy_backward", "mask_grad")
+
+cross_entropy = Operator("cross_entropy", INPUTS, partial(_call, False))
+cross_entropy_stats = Operator("cross_entropy_stats", INPUTS, partial(_call, True))

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""From what a loss computes to its operator: every key that PyTorch dispatches a call on.
+
+The schemas are C++'s (csrc/ops/register.cpp). They say the names and the defaults, so nothing here
+or in the files beside this one reads an argument by its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from masked_loss._op.arguments import Names, typed_error
+from masked_loss._op.autograd import Inputs, below_autograd, is_differentiated
+from masked_loss._op.checks import checked, register_fake
+from masked_loss._op.tables import ops
+from masked_loss.options import Meaning
+
+library = torch.library.Library("masked_loss", "FRAGMENT")
+
+Call = Callable[..., tuple[Tensor, ...]]
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+class Signature:
+    """An operator's arguments by name."""
+
+    def __init__(self, name: str) -> None:
+        self.overload = getattr(ops, name).default
+        schema = self.overload._schema
+        self.names = [a.name for a in schema.arguments]
+        self._defaults = {a.name: a.default_value for a in schema.arguments}
+        self._returns = len(schema.returns)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SimpleNamespace:
+        given = dict(zip(self.names, args, strict=False))
+        return SimpleNamespace(**{**self._defaults, **given, **kwargs})
+
+    def returned(self, results: tuple[Tensor, ...]) -> Any:
+        """Of ``results`` those that the operator gives."""
+        return results[0] if self._returns == 1 else tuple(results[: self._returns])
+
+
+def record(of: type[Any], a: SimpleNamespace) -> Any:
+    """The record whose fields are among the arguments; what the operator has not is a default."""
+    return of(**{name: getattr(a, name) for name in of._fields if hasattr(a, name)})
+
+
+def fake(*names: str) -> Callable[[Call], Call]:
+    """Decorates what shapes and types operators give, as a function of their arguments by name.
+
+    Of what it gives an operator takes as many as its schema says: one fake serves the public
+    operator, and the forward operator that also returns what backward needs.
+    """
+
+    def register(function: Call) -> Call:
+        for name in names:
+            signature = Signature(name)
+
+            # The default argument keeps this round's signature.
+            def call(*args: Any, _of: Signature = signature, **kwargs: Any) -> Any:
+                return _of.returned(function(_of.bind(args, kwargs)))
+
+            register_fake(signature.overload, call)
+        return function
+
+    return register
+
+
+def fake_nothing(*names: str) -> None:
+    """Of operators that only write into their arguments."""
+    for name in names:
+        register_fake(Signature(name).overload, lambda *args, **kwargs: None)
+
+
+def fake_like(argument: str, *names: str) -> None:
+    """Of operators that give a contiguous tensor like one of their arguments."""
+
+    def result(a: SimpleNamespace) -> tuple[Tensor]:
+        like = getattr(a, argument)
+        return (torch.empty_like(like, memory_format=torch.contiguous_format),)
+
+    fake(*names)(result)
+
+
+def batch_by_loop(*names: str) -> None:
+    """A vmap rule that calls the operator for each element: right for any operator."""
+    for name in names:
+        overload = getattr(ops, name).default
+
+        def rule(
+            info: Any, in_dims: tuple[int | None, ...], *args: Any, _op: Any = overload
+        ) -> Any:
+            def element(i: int) -> Any:
+                pairs = zip(args, in_dims, strict=True)
+                return _op(
+                    *(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in pairs)
+                )
+
+            results = [element(i) for i in range(info.batch_size)]
+            if isinstance(results[0], Tensor):
+                return torch.stack(results), 0
+            return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+        torch.library.register_vmap(overload, rule)
+
+
+class Operator:
+    """A public operator and its two ways: a node of a graph that is compiled, or a call.
+
+    ``call(inputs, meaning, **more)`` computes the loss with autograd. ``inputs`` names its tensors,
+    in the order in which ``call`` takes them. ``kernel`` takes the same as ``call``, and computes
+    it below autograd; None if C++ has registered one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: tuple[str, ...],
+        call: Call,
+        kernel: Call | None = None,
+    ) -> None:
+        self.name = name
+        self._signature = signature = Signature(name)
+        self._overload = signature.overload
+        self._inputs, self._call = inputs, call
+        self._options = tuple(name for name in Meaning._fields if name in signature.names)
+        library.impl(name, self._autograd, "Autograd")
+        if kernel is not None:
+            below = checked(signature.overload, self._by_name(kernel))
+            library.impl(name, below, "CompositeExplicitAutograd")
+
+    def __call__(
+        self, who: str, inputs: Inputs, meaning: Meaning, names: Names, **more: Any
+    ) -> tuple[Tensor, ...]:
+        """The results; or what was wrong, in the words of the function ``who``."""
+        if torch.compiler.is_compiling():
+            named = dict(zip(self._inputs, inputs, strict=True))
+            options = {name: getattr(meaning, name) for name in self._options}
+            result = self._overload(**named, **options, **more)
+            return result if isinstance(result, tuple) else (result,)
+        try:
+            return self._call(inputs, meaning, **more)
+        except RuntimeError as error:
+            tensors = dict(zip(self._inputs, inputs, strict=True))
+            raise typed_error(who, error, names, tensors) from None
+
+    def _autograd(self, *args: Any, **kwargs: Any) -> Any:
+        if is_differentiated(*(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))):
+            return self._by_name(self._call)(*args, **kwargs)
+        with below_autograd():
+            return self._overload(*args, **kwargs)
+
+    def _by_name(self, function: Call) -> Callable[..., Any]:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            named = vars(self._signature.bind(args, kwargs))
+            inputs = tuple(named.pop(name) for name in self._inputs)
+            meaning = Meaning(**{name: named.pop(name) for name in self._options})
+            return self._signature.returned(function(inputs, meaning, **named))
+
+        return kernel
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates what runs inside an operator: neither differentiated nor autocast."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with below_autograd(), torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+            return function(*args, **kwargs)
+
+    return call

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""masked_reduce: losses computed elsewhere."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from masked_loss._op import checks, tables
+from masked_loss._op.autograd import (
+    Formulas,
+    Inputs,
+    differentiable,
+    is_differentiated,
+    may_require_grad,
+)
+from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like
+from masked_loss._op.tables import ops
+from masked_loss.options import Meaning
+
+INPUTS = ("values", "mask", "normalizer")
+
+
+def _call(inputs: Inputs, meaning: Meaning) -> tuple[Tensor, ...]:
+    values, mask, _ = inputs
+    if not is_differentiated(values, mask):
+        return _forward(inputs, meaning)
+    return _reduce(*inputs, meaning)
+
+
+def _forward(inputs: Inputs, meaning: Meaning) -> tuple[Tensor, ...]:
+    """loss, tokens, groups"""
+    return ops.masked_reduce_forward.default(*inputs, meaning.reduction)
+
+
+def _save(inputs: Inputs, outputs: tuple[Tensor, ...], meaning: Meaning) -> Inputs:
+    values, mask, _ = inputs
+    _, tokens, groups = outputs
+    return values, mask if may_require_grad(mask) else None, tokens, groups
+
+
+def _backward(
+    saved: Inputs, meaning: Meaning, upstream: Inputs, needs: tuple[bool, ...], plain: bool
+) -> Inputs:
+    values, mask, tokens, groups = saved
+    (dloss,) = upstream
+    needs_values, needs_mask, _ = needs
+    dvalues = dmask = None
+    if needs_values:
+        dvalues = ops.masked_reduce_backward.default(dloss, values, tokens, groups)
+    if needs_mask:
+        dmask = ops.mask_grad.default(dloss, mask, tokens, groups, None, None, 0.0)
+    return dvalues, dmask, None
+
+
+_reduce = differentiable(Formulas("MaskedReduce", _forward, _save, _backward))
+
+
+@fake("masked_reduce", "masked_reduce_forward")
+def _fake(a: SimpleNamespace) -> tuple[Tensor, ...]:
+    who, shape = "masked_reduce", a.values.shape
+    checks.floating(who, "values", a.values)
+    if a.mask is not None:
+        checks.mask_of(who, a.mask, shape)
+    checks.reduction(who, a.reduction, len(shape), a.normalizer)
+    return (
+        tables.fake_loss(a.values, a.reduction, shape),
+        tables.fake_tokens(a.values, tables.VALUE_FIELDS, shape),
+        tables.fake_groups(a.values, a.reduction, shape),
+    )
+
+
+fake_like("values", "masked_reduce_backward")
+batch_by_loop("masked_reduce_forward", "masked_reduce_backward")
+
+masked_reduce = Operator("masked_reduce", INPUTS, _call)

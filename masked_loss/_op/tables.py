@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the operators hand each other, as csrc/kernels/args.h lays it out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from masked_loss._op.library import load
+
+load()
+
+ops = torch.ops.masked_loss
+
+# A row of the table of tokens for each; the last ones only where statistics are asked for.
+SAVED = ("weight", "loss", "top", "sum", "mass")
+TOKEN_FIELDS = (*SAVED, "entropy", "correct")
+GROUP_FIELDS = ("scale_loss", "scale_z", "inverse_loss", "inverse_z", "mean_loss", "mean_z")
+STATISTICS = ("tokens", "correct", "entropy", "z_loss")
+assert ops.table_sizes() == tuple(map(len, (SAVED, TOKEN_FIELDS, GROUP_FIELDS, STATISTICS)))
+# masked_reduce's tokens have no row of logits.
+VALUE_FIELDS = ("weight", "loss")
+
+
+def weights(tokens: Tensor) -> Tensor:
+    """[tokens]: mask * [target != ignore_index]."""
+    return tokens[TOKEN_FIELDS.index("weight")]
+
+
+def clear_results(tokens: Tensor) -> None:
+    """Zeros in every field but the weight, for the tokens that nobody will compute."""
+    tokens[TOKEN_FIELDS.index("weight") + 1 :].zero_()
+
+
+def scales(groups: Tensor) -> Tensor:
+    """[groups, 2]: what a token's weighted loss and z-loss are multiplied by."""
+    first = GROUP_FIELDS.index("scale_loss")
+    return groups[:, first : GROUP_FIELDS.index("scale_z") + 1]
+
+
+def loss_dtype(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def fake_loss(like: Tensor, reduction: str, shape: torch.Size) -> Tensor:
+    return like.new_empty(shape if reduction == "none" else (), dtype=loss_dtype(like))
+
+
+def fake_stats(like: Tensor, stats: bool) -> Tensor:
+    return like.new_empty((len(STATISTICS) if stats else 0,), dtype=loss_dtype(like))
+
+
+def fake_tokens(like: Tensor, fields: tuple[str, ...], shape: torch.Size) -> Tensor:
+    # math.prod: torch.Size.numel() would make a symbolic size a constant.
+    return like.new_empty((len(fields), math.prod(shape)), dtype=loss_dtype(like))
+
+
+def fake_groups(like: Tensor, reduction: str, shape: torch.Size) -> Tensor:
+    groups: int | torch.SymInt = 1
+    if reduction == "sequence_mean" and len(shape) > 0 and shape[-1] != 0:
+        groups = torch.sym_max(1, math.prod(shape[:-1]))
+    return like.new_empty((groups, len(GROUP_FIELDS)), dtype=torch.float64)

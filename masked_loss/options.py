@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The options of the losses: written here once, and nowhere read by position."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+
+class Meaning(NamedTuple):
+    """What a loss means, in the order in which the operators take it."""
+
+    reduction: str = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    shift: bool = False
+
+    @property
+    def formula(self) -> tuple[float, float, float | None]:
+        """What one token's loss depends on, and so its gradient."""
+        return self.label_smoothing, self.z_loss, self.softcap
+
+
+class Chunking(NamedTuple):
+    """How a linear loss is computed; it means the same however that is."""
+
+    chunk_tokens: int | None = None
+    accumulation_dtype: torch.dtype | None = None
+    pack: bool = True
+    """The host may wait for the number of active tokens, to compute no others."""
+
+
+class Keywords(TypedDict, total=False):
+    """The keywords of every cross entropy, as its overloads name them."""
+
+    reduction: str
+    normalizer: float | Tensor | None
+    ignore_index: int
+    class_weight: Tensor | None
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    shift: bool
+
+
+class DenseKeywords(Keywords, total=False):
+    inplace_backward: bool
+
+
+class LinearKeywords(Keywords, total=False):
+    bias: Tensor | None
+    chunk_tokens: int | None
+    accumulation_dtype: torch.dtype | None
