@@ -22,6 +22,7 @@ import torch
 from accuracy import Results, assert_as_accurate_as_eager, run
 from cuda_emulator.build import NAMESPACE, ROOT, build
 from cuda_emulator.operators import emulated, load
+from rounding import HALF_TYPES, Numbers, assert_rounds_to_nearest_even, hard_numbers
 from samples import CASES, FEW_CASES, REDUCE_CASES, REDUCTIONS, Case, Sample
 from torch import Tensor
 
@@ -96,6 +97,27 @@ def test_a_device_whose_functions_are_less_exact(case: Case, configure: Configur
 @pytest.mark.parametrize("case", REDUCE_CASES, ids=str)
 def test_every_reduction(case: Case, dtype: torch.dtype) -> None:
     assert_as_accurate_as_eager(masked_reduce, reference.masked_reduce, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_half_types_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
+    exact, rounded = (numbers[::331] for numbers in hard_numbers(dtype))
+    # CUDA multiplies weight and upstream gradient in float32, where the largest are infinite.
+    fits = (exact * 53).isfinite() | exact.isnan()
+    assert_rounds_to_nearest_even(Numbers(exact[fits], rounded[fits]))
+
+
+def test_weights_that_cancel_leave_no_z_loss_of_zero_behind() -> None:
+    """Their sum is 0, but not that of their class weights: scale_z is infinite, and not used."""
+    logits = torch.randn(2, 5, requires_grad=True)
+    mask, c = torch.tensor([1.0, -1.0], requires_grad=True), torch.tensor([1.0, 2, 1, 1, 1])
+    ours, expected = (
+        torch.autograd.grad(
+            loss(logits, torch.tensor([0, 1]), mask, class_weight=c), (logits, mask)
+        )
+        for loss in (masked_cross_entropy, reference.masked_cross_entropy)
+    )
+    torch.testing.assert_close(ours, expected)
 
 
 # Around the words of 16 bytes, the warp's and the block's share of a row, and the teams' limits:

@@ -144,12 +144,15 @@ def test_weights_that_cancel_follow_arithmetic() -> None:
     loss = masked_cross_entropy(logits, target, mask)
     assert not loss.isfinite()
     # With class weights that do not cancel there is no 0 / 0, not even of a z-loss of 0.
+    logits.requires_grad_()
     target, c = torch.tensor([0, 1]), torch.tensor([1.0, 2, 1, 1, 1], dtype=torch.float64)
-    ours, expected = (
-        torch.autograd.grad(loss(logits, target, mask, class_weight=c), mask)
-        for loss in (masked_cross_entropy, reference.masked_cross_entropy)
-    )
-    torch.testing.assert_close(ours, expected)
+    for inputs in ((logits,), (logits, mask)):  # in the forward pass, and after it
+        weights = mask if len(inputs) == 2 else mask.detach()
+        ours, expected = (
+            torch.autograd.grad(loss(logits, target, weights, class_weight=c), inputs)
+            for loss in (masked_cross_entropy, reference.masked_cross_entropy)
+        )
+        torch.testing.assert_close(ours, expected)
 
 
 def test_a_weight_that_underflows_is_none() -> None:
