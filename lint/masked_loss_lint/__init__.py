@@ -39,7 +39,7 @@ def check(paths: Iterable[Path], codes: Collection[str] = tuple(RULES)) -> Repor
     modules: list[Module] = []
     findings: list[Finding] = []
     silenced: dict[str, dict[int, str]] = {}
-    for path in sorted(paths):
+    for path in sorted(paths, key=str):
         try:
             source = read(path)
         except UnreadableError as error:

@@ -66,15 +66,6 @@ class Assignments(Calls):
         self.store(key, value)
         if isinstance(value, V.Sliced) and value.copied:
             self.frame.read.append(value.copied)
-        if isinstance(owner, V.LossModule):
-            if key == "reduction":
-                text = (
-                    value.value
-                    if isinstance(value, V.Const) and isinstance(value.value, str)
-                    else value
-                )
-                self.assign(owner_node, V.LossModule(owner.spec, text, owner.ignores))
-            return
         if (
             isinstance(owner, V.Param)
             and owner.function.bound

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+from typing import Any
 
 from masked_loss_lint import local, names
 from masked_loss_lint import values as V
 from masked_loss_lint.tensors import Tensors
-from masked_loss_lint.torch_losses import SPECS, LossSpec, arguments_of, legacy_reduction
+from masked_loss_lint.torch_losses import SPECS
 from masked_loss_lint.values import NONE, NUMBER, UNKNOWN, Value, bounded
 
 _MODELS = {"model", "module", "net", "network", "engine", "self"}
@@ -50,13 +51,13 @@ class Calls(Tensors):
     def _call(self, callee: Value, node: ast.Call) -> Value:
         if isinstance(callee, V.External):
             return self._external(callee, node)
-        if isinstance(callee, V.LossModule):
-            return self._compute(callee.spec, node, callee)
         return self._called(node, callee)
 
     def _called(self, node: ast.Call, callee: Value) -> Value:
         """A call that is understood when all files are known."""
+        reads = len(self.frame.read)
         positional, keywords = self._arguments(node)
+        self._note_loss(node, callee, [*positional, *map(keywords.get, ("input", "target"))], reads)
         starred = any(isinstance(argument, ast.Starred) for argument in node.args)
         last = names.last_name(node.func)
         if last in _MAPPERS:
@@ -91,15 +92,21 @@ class Calls(Tensors):
                 owner.base_init = call
         return call
 
+    def _note_loss(self, node: ast.Call, callee: Value, inputs: list[Any], reads: int) -> None:
+        """Tells the rule of copied logits of a call of a loss, or of a module made here."""
+        made = callee.callee if isinstance(callee, V.Called) else callee
+        spec = SPECS.get(made.path) if isinstance(made, V.External) else None
+        if spec is not None and spec.is_module == isinstance(callee, V.Called):
+            local.copied_logits(self, node, spec, [v for v in inputs if v is not None], reads)
+
     # PyTorch, masked_loss, Python
 
     def _external(self, callee: V.External, node: ast.Call) -> Value:
         path, last = callee.path, callee.path.rpartition(".")[2]
         spec = SPECS.get(path)
         if spec is not None:
-            return (
-                self._loss_module(spec, node) if spec.is_module else self._compute(spec, node, None)
-            )
+            local.legacy_arguments(self, node, spec)
+            return self._called(node, callee)
         if path.startswith("torch.") or last in {"max", "min"}:
             result = self._torch(last, node)
             if result is not None:
@@ -112,8 +119,10 @@ class Calls(Tensors):
                     value.info.per_sample = True
             self.module.mapped += positional
             return UNKNOWN
-        if path == "functools.partial" and positional:
-            return self.partial(node, positional, keywords)
+        partial = SPECS.get(first.path) if isinstance(first, V.External) else None
+        if path == "functools.partial" and partial is not None:
+            later = ast.copy_location(ast.Call(node.func, node.args[1:], node.keywords), node)
+            local.legacy_arguments(self, later, partial, partial=True)
         if path == "builtins.getattr" and len(node.args) > 1:
             return self._getattr(node, first, positional[1])
         if path == "builtins.setattr" and len(node.args) == 3:
@@ -127,7 +136,7 @@ class Calls(Tensors):
             return bounded(V.Record(NUMBER, tuple(keywords.items())), *keywords.values())
         if path.startswith("builtins."):
             if hasattr(builtins, last):
-                return NUMBER if last in _NUMERIC and not isinstance(first, V.CARRIERS) else UNKNOWN
+                return NUMBER if last in _NUMERIC and not isinstance(first, V.TERMS) else UNKNOWN
             return self._called(node, UNKNOWN)
         if path.startswith(("random.", "math.")):
             return NUMBER
@@ -162,11 +171,6 @@ class Calls(Tensors):
             del self.frame.read[reads:]
         if isinstance(receiver, (V.External, V.Function, V.Class)):
             return None
-        if isinstance(receiver, V.LossModule):
-            known = name in names.VIEWS | {"forward", "__call__", "train", "eval", "apply"}
-            if not known:
-                return None
-            return self._call(receiver, node) if name in {"forward", "__call__"} else receiver
         if name == "__setitem__" and len(node.args) == 2:
             item = ast.Subscript(function.value, node.args[0], ast.Store())
             self.assign(ast.copy_location(item, node), self.value(node.args[1]))
@@ -203,81 +207,3 @@ class Calls(Tensors):
             )
         self.assign(function.value, changed)
         return NONE
-
-    # Losses
-
-    def _loss_module(self, spec: LossSpec, node: ast.Call) -> Value:
-        self._arguments(node)
-        local.legacy_arguments(self, node, spec)
-        reduction, ignores = self.reduction(spec, node)
-        return V.LossModule(spec, reduction, ignores)
-
-    def _compute(self, spec: LossSpec, node: ast.Call, module: V.LossModule | None) -> Value:
-        reads = len(self.frame.read)
-        positional, keywords = self._arguments(node)
-        named = ("input", "target") if module else spec.parameters[:2]
-        inputs = [*positional, *(keywords[n] for n in named if n in keywords)]
-        local.copied_logits(self, node, spec, inputs, reads)
-        if module is None:
-            local.legacy_arguments(self, node, spec)
-            reduction, ignores = self.reduction(spec, node)
-        else:
-            reduction, ignores = module.reduction, module.ignores
-        uneven = False
-        if spec.is_ours:
-            uneven = keywords.get("normalizer", NONE) == NONE and (
-                spec.name == "masked_mean"
-                or _is_masked(spec, module is not None, positional, keywords)
-            )
-            ignores = ignores if keywords.get("normalizer", NONE) == NONE else None
-        loss = V.Loss(spec.function, reduction, self.place(node), ignores, uneven)
-        stats = keywords.get("return_stats", V.Const(False))
-        if stats == V.Const(True):
-            return V.Tuple((loss, UNKNOWN))
-        return loss if isinstance(stats, V.Const) else UNKNOWN
-
-    def reduction(self, spec: LossSpec, node: ast.Call) -> tuple[str | Value, Value | None]:
-        """The reduction a call asks for, and the ignore_index it names."""
-        given = arguments_of(spec, node)
-        if given is None:  # ** may hold the reduction, unless it is there
-            given = {k.arg: k.value for k in node.keywords if k.arg}
-            if "reduction" not in given:
-                return UNKNOWN, None
-        ignores = self.value(given["ignore_index"]) if "ignore_index" in given else None
-        if spec.name == "masked_mean":
-            return "mean", None
-        legacy = [self.value(given[n]) if n in given else NONE for n in ("size_average", "reduce")]
-        if legacy != [NONE, NONE]:
-            if not all(isinstance(value, V.Const) for value in legacy):
-                return UNKNOWN, ignores
-            flags = [None if v == NONE else bool(v.value) for v in legacy if isinstance(v, V.Const)]
-            return legacy_reduction(flags[0], flags[1]), ignores
-        if "reduction" not in given:
-            return "mean", ignores
-        value = self.value(given["reduction"])
-        if isinstance(value, V.Const):
-            return (value.value if isinstance(value.value, str) else UNKNOWN), ignores
-        return value, ignores
-
-    def partial(self, node: ast.Call, positional: list[Value], keywords: dict[str, Value]) -> Value:
-        callee = positional[0]
-        spec = SPECS.get(callee.path) if isinstance(callee, V.External) else None
-        if spec is not None:
-            later = ast.copy_location(ast.Call(node.func, node.args[1:], node.keywords), node)
-            local.legacy_arguments(self, later, spec, partial=True)
-        items = tuple((name, value) for name, value in keywords.items())
-        return bounded(
-            V.Partial(callee, tuple(positional[1:]), items), *positional, *keywords.values()
-        )
-
-
-def _is_masked(
-    spec: LossSpec, module: bool, positional: list[Value], keywords: dict[str, Value]
-) -> bool:
-    """True when a loss of masked_loss is given a mask."""
-    parameters = spec.parameters
-    if module:
-        first = ["hidden", "weight"] if spec.function == "linear_cross_entropy" else ["logits"]
-        parameters = (*first, "target", "mask")
-    given = dict(zip(parameters, positional, strict=False)) | keywords
-    return given.get("mask", NONE) != NONE

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ast
 import builtins
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,17 @@ from masked_loss_lint import values as V
 from masked_loss_lint.program import Event, FunctionInfo, FunctionNode, Module, Scope
 from masked_loss_lint.rules import Finding
 from masked_loss_lint.source import Source
-from masked_loss_lint.values import NUMBER, UNKNOWN, Place, Value, bounded, is_number, same
+from masked_loss_lint.values import (
+    FOREIGN,
+    NONE,
+    NUMBER,
+    UNKNOWN,
+    Place,
+    Value,
+    bounded,
+    is_number,
+    same,
+)
 
 _METHODS: dict[type[ast.AST], Any] = {}
 _DEEPEST = 60  # expressions inside expressions
@@ -147,20 +157,13 @@ class Expressions:
             return V.Import(
                 tuple(f"{path}.{key}" for path in owner.paths), owner.importer, owner.level
             )
-        if isinstance(owner, V.Record) and key is not None:
-            found = owner.get(key)
-            if found is not None:
-                return found
-        if isinstance(owner, V.Tuple) and isinstance(key, int):
-            inside = -len(owner.items) <= key < len(owner.items)
-            return owner.items[key] if inside else UNKNOWN
-        if isinstance(owner, V.Many):
-            return owner.each
-        if isinstance(owner, (V.Loss, V.Mask)) and key in {"T", "mT", "data"}:
+        if isinstance(owner, V.Mask) and key in {"T", "mT", "data"}:
             return owner
         if key in _METADATA:
             return NUMBER if key == "ndim" else UNKNOWN
-        if isinstance(owner, (*V.TERMS, V.Record, V.Instance, V.Super)):
+        if isinstance(owner, (*V.TERMS, V.Record, V.Tuple, V.Many, V.Super)):
+            if key in {"T", "mT", "data"}:
+                return owner
             return bounded(V.Member(owner, key, self.module), owner)
         if owner is UNKNOWN and isinstance(key, str) and names.is_loss(key):
             return V.Member(owner, key, self.module)
@@ -175,20 +178,17 @@ class Expressions:
         owner = self.value(node.value)
         which = self.value(index)
         if self._selects(index, which):
-            if isinstance(owner, V.CARRIERS):
+            if isinstance(owner, V.TERMS):
                 self.emit("chosen", node, owner, names.text(index))
-            return replace(owner, uneven=True, ignores=None) if isinstance(owner, V.Loss) else owner
+                return bounded(V.Changed(owner, "selected"), owner)
+            return owner
         if isinstance(owner, V.Mask) or names.is_mask(node.value) or names.is_weights(node.value):
             if self._is_element(node, which):
                 return NUMBER
             return owner if isinstance(owner, V.Mask) else UNKNOWN
-        if isinstance(owner, V.Loss):
-            return UNKNOWN if owner.reduced else owner
         if isinstance(index, ast.Constant) and isinstance(index.value, int):
             return self.member(owner, index.value)
-        if isinstance(owner, V.Record) or (
-            isinstance(owner, V.TERMS) and not names.slices_time(index)
-        ):
+        if isinstance(owner, (*V.TERMS, V.Record)) and not names.slices_time(index):
             return self.member(owner, None) if isinstance(which, (V.Const, *V.TERMS)) else UNKNOWN
         return _slice_of(index)
 
@@ -244,8 +244,6 @@ class Expressions:
         return self.either(test, yes, no)
 
     def either(self, test: Value, yes: Value, no: Value) -> Value:
-        if isinstance(test, V.Const):
-            return yes if test.value else no
         if same(yes, no):
             return yes
         return bounded(V.Either(test, yes, no), test, yes, no)
@@ -314,7 +312,7 @@ class Expressions:
         """Whether a comparison makes a mask or, of numbers and strings, only True or False."""
         if any(isinstance(value, V.Const) and isinstance(value.value, str) for value in values):
             return NUMBER
-        text = names.text(node)
+        text = self.source.segment(node) or names.text(node)
         if "arange" in text:
             return V.Mask(text, never_empty=True)
         known = list(zip(operands, values, strict=True))
@@ -331,29 +329,18 @@ class Expressions:
         return NUMBER if not tensors and any(map(names.is_scalar, variables)) else UNKNOWN
 
     def test(self, node: ast.expr) -> Value:
-        """The outcome of a test: known, decided by a term, or UNKNOWN."""
+        """The test, where it is one that values may decide, else UNKNOWN."""
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             inner = self.test(node.operand)
-            if isinstance(inner, V.Const):
-                return V.Const(not inner.value)
             return bounded(V.Test("not", inner), inner) if inner is not UNKNOWN else UNKNOWN
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             left, right = self.value(node.left), self.value(node.comparators[0])
-            op = _TESTS.get(type(node.ops[0]))
-            return self.decide(op, left, right) if op else UNKNOWN
+            op = _TESTS.get(type(node.ops[0]), "")
+            known = left is not UNKNOWN and isinstance(right, V.Const)
+            return bounded(V.Test(op, left, right), left) if op and known else UNKNOWN
         value = self.value(node)
-        if isinstance(node, (ast.Name, ast.Attribute)):
-            return self.decide("truth", value, UNKNOWN)
-        return UNKNOWN
-
-    def decide(self, op: str, left: Value, right: Value) -> Value:
-        outcome = decided(op, left, right)
-        if outcome is not None:
-            return V.Const(outcome)
-        undecided = isinstance(left, (V.Member, *V.TERMS)) and (
-            op == "truth" or isinstance(right, V.Const)
-        )
-        return bounded(V.Test(op, left, right), left, right) if undecided else UNKNOWN
+        named = isinstance(node, (ast.Name, ast.Attribute)) and value is not UNKNOWN
+        return bounded(V.Test("truth", value), value) if named else UNKNOWN
 
 
 def decided(op: str, left: Value, right: Value) -> bool | None:
@@ -362,13 +349,7 @@ def decided(op: str, left: Value, right: Value) -> bool | None:
         return bool(left.value) if isinstance(left, V.Const) else None
     if isinstance(left, V.Const) and isinstance(right, V.Const):
         return (left.value == right.value) == (op == "==")
-    known = (
-        isinstance(left, (V.Loss, V.Mask, V.Count, V.Tuple, V.Function, V.Instance, V.Record))
-        or left is NUMBER
-    )
-    if known and right == V.Const(None):
-        return op == "!="
-    return None
+    return op == "!=" if right == NONE and left not in (UNKNOWN, FOREIGN) else None
 
 
 def _slice_of(index: ast.expr) -> Value:

@@ -42,35 +42,10 @@ _NOT_LABELS = _SCALARS | {"domain", "name", "type", "kind", "class", "path", "we
 _NOT_LABELS |= {"seen", "processed", "consumed", "total", "limit", "budget"}
 _AUXILIARY_WORDS = "aux auxiliary balance balancing router moe reg vq commitment"
 _AUXILIARY = set(_AUXILIARY_WORDS.split())
-_COEFFICIENTS = {
-    "lambda",
-    "lamb",
-    "lam",
-    "alpha",
-    "beta",
-    "gamma",
-    "coef",
-    "coeff",
-    "coefficient",
-    "scale",
-    "rate",
-    "ratio",
-}
-_SEQUENCE = {
-    "attention",
-    "attn",
-    "att",
-    "length",
-    "lengths",
-    "len",
-    "lens",
-    "seq",
-    "sequence",
-    "pad",
-    "padding",
-    "src",
-    "key",
-}
+_COEFFICIENT_WORDS = "lambda lamb lam alpha beta gamma coef coeff coefficient scale rate ratio"
+_COEFFICIENTS = set(_COEFFICIENT_WORDS.split())
+_SEQUENCE_WORDS = "attention attn att length lengths len lens seq sequence pad padding src key"
+_SEQUENCE = set(_SEQUENCE_WORDS.split())
 _ACCUMULATION = ("accum", "micro", "iter_size", "grad_acc", "gradient_acc")
 
 # Methods and functions that leave a tensor the same for our purpose.

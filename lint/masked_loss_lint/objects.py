@@ -3,30 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from masked_loss_lint import names
 from masked_loss_lint import values as V
-from masked_loss_lint.program import ClassInfo, FunctionInfo, Module, Program
+from masked_loss_lint.program import Bindings, ClassInfo, Env, FunctionInfo, Given, Module, Program
 from masked_loss_lint.rules import as_loss
-from masked_loss_lint.torch_losses import REDUCTIONS, SPECS, LossSpec
+from masked_loss_lint.torch_losses import REDUCTIONS, SPECS, LossSpec, legacy_reduction
 from masked_loss_lint.values import FOREIGN, NONE, UNKNOWN, Place, Value, is_number, join
 
 _MODEL_METHODS = names.VIEWS | {"train", "eval", "apply", "compile", "share_memory"}
-_CALLERS = ("__call__", "forward", "training_step")
-_IMPLIED = V.Const(-100)  # the ignore_index of a model of transformers
+_WRAPPERS = {"compile", "script", "deepcopy", "DataParallel"}
+IMPLIED = V.Const(-100)  # the ignore_index of a model of transformers
+_PARTIAL = V.External("functools.partial")
 _UNREDUCED = {"reduction", "reduce", "loss_reduction", "num_items_in_batch"}
-
-
-@dataclass(eq=False)
-class Env:
-    """The arguments of one evaluation of a function; empty: nothing is known of them."""
-
-    bindings: dict[tuple[FunctionInfo, str], Value] = field(default_factory=dict)
-    receiver: Value | None = None
-    depth: int = 0
-    memo: dict[int, tuple[Value, Value]] = field(default_factory=dict)
 
 
 class Objects:
@@ -39,23 +29,27 @@ class Objects:
         self._families: dict[ClassInfo, tuple[list[ClassInfo], list[Value]]] = {}
         self._named: dict[tuple[str, Module], Value] = {}
         self.stores: dict[str, list[tuple[Module, list[Value]]]] = {}
-        self._by_path = {str(module.path): module for module in program.modules}
+        self.by_path = {str(module.path): module for module in program.modules}
 
     def resolve(self, value: Value, env: Env) -> Value:
         raise NotImplementedError
 
-    def invoke(
-        self,
-        callee: V.Function,
-        args: tuple[Value, ...],
-        keywords: dict[str, Value],
-        spread: bool,
-        depth: int,
-    ) -> Value:
+    def invoke(self, callee: V.Function, given: Given) -> Value:
         raise NotImplementedError
 
-    def all(self, values: Iterable[Value], env: Env) -> tuple[Value, ...]:
-        return tuple(self.resolve(value, env) for value in values)
+    def bind(self, info: FunctionInfo, given: Given, skip: int) -> Bindings:
+        """The parameters of a function, but for the first `skip`, in a call."""
+        params = info.params[skip:]
+        values = dict(zip(params, given.args, strict=False)) | given.keywords
+        if not given.term.spread:  # * and ** may hold what is not seen
+            defaults = (n for n in info.defaults if n not in values)
+            values |= {n: _implied(self.resolve(info.defaults[n], self.nothing)) for n in defaults}
+        known = (*params, *info.keyword_only)
+        return {(info, name): values[name] for name in known if name in values}
+
+    def given(self, term: V.Called, env: Env) -> Given:
+        args = tuple(self.resolve(value, env) for value in term.args)
+        return Given(args, {n: self.resolve(v, env) for n, v in term.keywords}, term, env.depth)
 
     # Attributes
 
@@ -88,6 +82,8 @@ class Objects:
                 return V.External(f"{owner.path}.{key}")
             case V.LossModule() | V.Function() if key == "forward":
                 return owner
+            case V.Loss() if not isinstance(key, str):
+                return UNKNOWN if owner.reduced else owner
         if owner is FOREIGN:
             return FOREIGN
         if owner is UNKNOWN and isinstance(key, str):
@@ -109,40 +105,35 @@ class Objects:
         found = self._of_class(owner.info, name, owner, env)
         if found is not UNKNOWN:
             return found
-        _, others = self._family(owner.info)
+        others = self._family(owner.info)[1]
         if name == "module" or (name in _MODEL_METHODS and others):
             return owner
-        return FOREIGN if others and any(not _is_plain(base) for base in others) else UNKNOWN
+        return UNKNOWN if all(map(_is_plain, others)) else FOREIGN
 
     def _family(self, info: ClassInfo) -> tuple[list[ClassInfo], list[Value]]:
         if info not in self._families:
             self._families[info] = [info], []  # while its bases are being found out
-            self._families[info] = self.program.family(
-                info, lambda v: self.resolve(v, self.nothing)
-            )
+            resolve = lambda value: self.resolve(value, self.nothing)  # noqa: E731
+            self._families[info] = self.program.family(info, resolve)
         return self._families[info]
 
     def _of_class(self, info: ClassInfo, name: str, receiver: Value, env: Env) -> Value:
-        known = self._fields.get((info, receiver, name))
-        if known is None:
-            self._fields[info, receiver, name] = (
-                NONE  # while it is being found out: x = f(x) adds nothing
-            )
-            known = self._fields[info, receiver, name] = self._find_in_class(
-                info, name, receiver, env
-            )
-        return known
+        key = (info, receiver, name)
+        if key not in self._fields:
+            self._fields[key] = NONE  # while it is being found out: x = f(x) adds nothing
+            self._fields[key] = self._find_in_class(info, name, receiver, env)
+        return self._fields[key]
 
     def _find_in_class(self, info: ClassInfo, name: str, receiver: Value, env: Env) -> Value:
         result: Value | None = None
         for current in self._family(info)[0]:
             method = current.methods.get(name)
             if method is not None and result is None:
-                bound = V.Function(
-                    method, receiver if isinstance(receiver, (V.Instance, V.Record)) else None
-                )
-                cached = {"property", "cached_property"} & method.decorators
-                return self.invoke(bound, (), {}, False, env.depth) if cached else bound
+                is_object = isinstance(receiver, (V.Instance, V.Record))
+                bound = V.Function(method, receiver if is_object else None)
+                if not {"property", "cached_property"} & method.decorators:
+                    return bound
+                return self.invoke(bound, Given((), {}, _NO_CALL, env.depth))
             for value in current.fields.get(name, ()):
                 known = self.resolve(value, self._inside(receiver))
                 result = known if result is None else joined(result, known)
@@ -152,37 +143,25 @@ class Objects:
         """Where the fields of an object are resolved: its constructor's arguments are known."""
         if not isinstance(receiver, V.Instance):
             return self.nothing
-        if receiver in self._inner:
-            return self._inner[receiver]
-        env = self._inner[receiver] = Env(receiver=receiver)
-        init = self._initializer(receiver.info)
-        if init is not None and receiver.call is not None:
-            params = init.params[1:]
-            given = dict(zip(params, receiver.call.args, strict=False)) | dict(
-                receiver.call.keywords
-            )
-            for name in (*params, *init.keyword_only):
-                if name in given:
-                    env.bindings[init, name] = given[name]
-                elif name in init.defaults and not receiver.call.spread:
-                    env.bindings[init, name] = self.resolve(init.defaults[name], self.nothing)
-        return env
+        if receiver not in self._inner:
+            env = self._inner[receiver] = Env(receiver=receiver)
+            init = self._initializer(receiver.info)
+            if init is not None and receiver.call is not None:
+                env.bindings |= self.bind(init, self.given(receiver.call, self.nothing), skip=1)
+        return self._inner[receiver]
 
     def _initializer(self, info: ClassInfo) -> FunctionInfo | None:
         found = (c.methods["__init__"] for c in self._family(info)[0] if "__init__" in c.methods)
         return next(found, None)
 
     def _of_super(self, owner: V.Super, name: str) -> Value:
-        classes, _ = self._family(owner.info)
-        for current in classes[1:]:
+        for current in self._family(owner.info)[0][1:]:
             if name in current.methods:
                 return V.Function(current.methods[name], owner.receiver)
         spec = self._loss_base(owner.info)
         if spec is not None and name in {"forward", "__call__"}:
-            receiver = (
-                owner.receiver if isinstance(owner.receiver, V.Instance) else V.Instance(owner.info)
-            )
-            return self._base_module(spec, receiver)
+            known = isinstance(owner.receiver, V.Instance)
+            return self._base_module(spec, owner.receiver if known else V.Instance(owner.info))  # type: ignore[arg-type]
         return owner if name == "compute_loss" else UNKNOWN
 
     def _of_module(self, module: Module, name: str) -> Value:
@@ -235,191 +214,149 @@ class Objects:
 
     def called(self, term: V.Called, env: Env) -> Value:
         callee = self.resolve(term.callee, env)
-        args = self.all(term.args, env)
-        keywords = {name: self.resolve(value, env) for name, value in term.keywords}
-        return self._call(callee, args, keywords, term, env)
+        return self._call(callee, self.given(term, env), env)
 
-    def _call(
-        self,
-        callee: Value,
-        args: tuple[Value, ...],
-        keywords: dict[str, Value],
-        term: V.Called,
-        env: Env,
-    ) -> Value:
+    def _call(self, callee: Value, given: Given, env: Env) -> Value:
         match callee:
             case V.Function():
-                return self.invoke(callee, args, keywords, term.spread, env.depth)
+                return self.invoke(callee, given)
             case V.Class():
-                return self._construct(callee.info, args, keywords, term)
+                return self.construct(callee.info, given)
             case V.LossModule():
-                return self._loss_of(callee, keywords, term)
+                return self._loss_of(callee, given)
             case V.Partial():
-                merged = dict(callee.keywords) | keywords
-                return self._call(callee.callee, (*callee.args, *args), merged, term, env)
+                args = (*callee.args, *given.args)
+                keywords = dict(callee.keywords) | given.keywords
+                return self._call(callee.callee, replace(given, args=args, keywords=keywords), env)
             case V.Instance():
-                return self._call_instance(callee, args, keywords, term, env)
+                return self._call_instance(callee, given, env)
             case V.Record():
-                return self._call(callee.base, args, keywords, term, env)
-            case V.Super() if callee.info:
-                return self._trainer_loss(callee, keywords, term)
+                base = callee.base
+                if isinstance(base, V.LossModule) and callee.get("reduction") is not None:
+                    base = replace(base, reduction=V.text_of(callee.get("reduction")))
+                return self._call(base, given, env)
+            case V.Super():
+                return self._trainer_loss(callee, given)
             case V.External() if callee.path in SPECS:
-                return self._call_loss(SPECS[callee.path], args, keywords, term)
-        if callee is UNKNOWN or callee is FOREIGN or isinstance(callee, V.External):
-            return self._stranger(callee, args, keywords, term)
-        return UNKNOWN
+                module = _module(SPECS[callee.path], given.args, given.keywords, given.term.spread)
+                return module if module.spec.is_module else self._loss_of(module, given)
+        if callee == _PARTIAL and given.args:
+            return V.Partial(given.args[0], given.args[1:], tuple(given.keywords.items()))
+        strange = callee is UNKNOWN or callee is FOREIGN or isinstance(callee, V.External)
+        return self._stranger(callee, given) if strange else UNKNOWN
 
-    def _stranger(
-        self, callee: Value, args: tuple[Value, ...], keywords: dict[str, Value], term: V.Called
-    ) -> Value:
+    def _stranger(self, callee: Value, given: Given) -> Value:
         """What code outside the analysed files returns."""
+        args, keywords, term = given.args, given.keywords, given.term
         last = callee.path.rpartition(".")[2] if isinstance(callee, V.External) else ""
-        if "labels" in keywords and keywords["labels"] != NONE and not _UNREDUCED & keywords.keys():
+        if keywords.get("labels", NONE) != NONE and not _UNREDUCED & keywords.keys():
             return self._model_output(term)
         if isinstance(term.callee, V.Member) and term.callee.key == "prepare" and len(args) > 1:
             return V.Tuple(args)
-        if 0 <= term.wraps < len(args) and (
-            args[term.wraps] is UNKNOWN or isinstance(args[term.wraps], (V.Instance, V.LossModule))
-        ):
-            return args[term.wraps]  # model = DistributedDataParallel(model)
+        model = args[term.wraps] if 0 <= term.wraps < len(args) else FOREIGN
+        if model is UNKNOWN or isinstance(model, (V.Instance, V.LossModule)):
+            return model  # model = DistributedDataParallel(model)
         if callee is UNKNOWN:
             return UNKNOWN
-        wrapped = [a for a in args if isinstance(a, (V.Instance, V.LossModule, V.Function))]
-        if wrapped and last in {"compile", "script", "deepcopy", "DataParallel"}:
-            return wrapped[0]
-        if last[:1].isupper() and any(names.is_loss(name) for name in keywords):
+        if (
+            args
+            and isinstance(args[0], (V.Instance, V.LossModule, V.Function))
+            and last in _WRAPPERS
+        ):
+            return args[0]
+        if last[:1].isupper() and any(map(names.is_loss, keywords)):
             return V.Record(FOREIGN, tuple(keywords.items()))
         return FOREIGN
 
     def _model_output(self, term: V.Called) -> Value:
         """A model that is given labels returns its mean loss first, as all of transformers do."""
-        loss = V.Loss("the model", "mean", term.place, _IMPLIED)
+        loss = V.Loss("the model", "mean", term.place, IMPLIED)
         by_name = self._by_name("loss", term.reader, loss)
         return V.Record(FOREIGN, (("loss", by_name), (0, by_name)))
 
-    def _trainer_loss(self, callee: V.Super, keywords: dict[str, Value], term: V.Called) -> Value:
-        _, others = self._family(callee.info)
-        if not any(isinstance(base, V.External) and "Trainer" in base.path for base in others):
+    def _trainer_loss(self, callee: V.Super, given: Given) -> Value:
+        bases = [b.path for b in self._family(callee.info)[1] if isinstance(b, V.External)]
+        outputs = given.keywords.get("return_outputs", V.Const(False))
+        if not any("Trainer" in path for path in bases) or not isinstance(outputs, V.Const):
             return UNKNOWN
-        loss = V.Loss("compute_loss", "mean", term.place, _IMPLIED)
-        outputs = keywords.get("return_outputs", V.Const(False))
-        if isinstance(outputs, V.Const):
-            return V.Tuple((loss, UNKNOWN)) if outputs.value else loss
-        return UNKNOWN
+        loss = V.Loss("compute_loss", "mean", given.term.place, IMPLIED)
+        return V.Tuple((loss, UNKNOWN)) if outputs.value else loss
 
-    def _construct(
-        self, info: ClassInfo, args: tuple[Value, ...], keywords: dict[str, Value], term: V.Called
-    ) -> Value:
-        call = V.Called(
-            UNKNOWN,
-            args,
-            tuple(sorted(keywords.items(), key=lambda item: item[0])),
-            term.place,
-            term.reader,
-            -1,
-            term.spread,
-        )
-        instance = V.Instance(info, replace(call, place=Place("", 0, 0, 0)))
+    def construct(self, info: ClassInfo, given: Given) -> Value:
+        keywords = tuple(sorted(given.keywords.items(), key=lambda item: item[0]))
+        call = replace(_NO_CALL, args=given.args, keywords=keywords, spread=given.term.spread)
+        instance = V.Instance(info, call)
         if self._initializer(info) is None:
             order = [name for current in self._family(info)[0][::-1] for name in current.order]
-            fields = dict(zip(order, args, strict=False)) | keywords
-            if order or any(map(names.is_loss, keywords)):
+            if order or any(map(names.is_loss, given.keywords)):
+                fields = dict(zip(order, given.args, strict=False)) | given.keywords
                 return V.Record(instance, tuple(fields.items()))
         return instance
 
-    def constructed(self, info: ClassInfo, call: V.Called, env: Env) -> Value:
-        keywords = {name: self.resolve(value, env) for name, value in call.keywords}
-        made = self._construct(info, self.all(call.args, env), keywords, call)
-        return made.base if isinstance(made, V.Record) else made
-
-    def _call_instance(
-        self,
-        callee: V.Instance,
-        args: tuple[Value, ...],
-        keywords: dict[str, Value],
-        term: V.Called,
-        env: Env,
-    ) -> Value:
-        for name in _CALLERS[:2]:
+    def _call_instance(self, callee: V.Instance, given: Given, env: Env) -> Value:
+        for name in ("__call__", "forward"):
             method = self._of_class(callee.info, name, callee, env)
             if isinstance(method, V.Function):
-                return self.invoke(method, args, keywords, term.spread, env.depth)
+                return self.invoke(method, given)
         spec = self._loss_base(callee.info)
         if spec is not None:
-            return self._loss_of(self._base_module(spec, callee), keywords, term)
-        _, others = self._family(callee.info)
-        return self._stranger(FOREIGN, args, keywords, term) if others else UNKNOWN
+            return self._loss_of(self._base_module(spec, callee), given)
+        return self._stranger(FOREIGN, given) if self._family(callee.info)[1] else UNKNOWN
 
     # Losses
 
     def _loss_base(self, info: ClassInfo) -> LossSpec | None:
         """The loss module of PyTorch that a class inherits from."""
-        for base in self._family(info)[1]:
-            if isinstance(base, V.External) and base.path in SPECS and SPECS[base.path].is_module:
-                return SPECS[base.path]
-        return None
+        bases = (base.path for base in self._family(info)[1] if isinstance(base, V.External))
+        return next((SPECS[p] for p in bases if p in SPECS and SPECS[p].is_module), None)
 
     def _base_module(self, spec: LossSpec, receiver: V.Instance) -> V.LossModule:
-        init = self._initializer(receiver.info)
-        env = self._inside(receiver)
-        if init is None:
-            call = receiver.call
-        else:
-            assert init.owner is not None
-            call = init.owner.base_init
+        init, env = self._initializer(receiver.info), self._inside(receiver)
+        call = receiver.call if init is None or init.owner is None else init.owner.base_init
+        if self._of_class(receiver.info, "reduction", receiver, env) is not UNKNOWN:
+            return V.LossModule(spec, None)
         if call is None:
-            return V.LossModule(spec, "mean" if init is not None else UNKNOWN)
-        arguments = dict(zip(spec.parameters, self.all(call.args, env), strict=False))
-        arguments |= {name: self.resolve(value, env) for name, value in call.keywords}
-        changed = self._of_class(receiver.info, "reduction", receiver, env)
-        return V.LossModule(
-            spec,
-            *_reduction(arguments if changed is UNKNOWN else {"reduction": UNKNOWN}, call.spread),
-        )
+            return V.LossModule(spec, "mean" if init is not None else None)
+        given = self.given(call, env)
+        return _module(spec, given.args, given.keywords, call.spread)
 
-    def _call_loss(
-        self, spec: LossSpec, args: tuple[Value, ...], keywords: dict[str, Value], term: V.Called
-    ) -> Value:
-        given = dict(zip(spec.parameters, args, strict=False)) | keywords
-        reduction, ignores = _reduction(given, term.spread)
-        module = V.LossModule(spec, reduction, ignores)
-        return module if spec.is_module else self._loss_of(module, keywords, term)
-
-    def _loss_of(self, module: V.LossModule, keywords: dict[str, Value], term: V.Called) -> Value:
-        if not isinstance(module.reduction, str) or "return_stats" in keywords:
+    def _loss_of(self, module: V.LossModule, given: Given) -> Value:
+        spec, stats = module.spec, given.keywords.get("return_stats", V.Const(False))
+        if module.reduction is None or not isinstance(stats, V.Const):
             return UNKNOWN
-        return V.Loss(module.spec.function, module.reduction, term.place, module.ignores)
-
-    def can_be_ignored(self, loss: V.Loss) -> bool:
-        """False where no target is ever the ignore_index: it is a number such as -1, and no file
-        that meets the loss puts it into labels. -100 is named by those who use it."""
-        index = -100 if loss.ignores is _IMPLIED else getattr(loss.ignores, "value", None)
-        sure = index == -100 and loss.ignores is not _IMPLIED
-        if sure or not isinstance(index, int) or index >= 0:
-            return True
-        home = self._by_path.get(loss.place.path)
-        return any(
-            {index, "any"} & module.fills
-            for module in self.program.modules
-            if module.fills and (home is None or self.program.met(home, module))
-        )
+        parameters = spec.parameters
+        if spec.is_module:
+            linear = spec.function == "linear_cross_entropy"
+            parameters = (*(("hidden", "weight") if linear else ("logits",)), "target", "mask")
+        values = dict(zip(parameters, given.args, strict=False)) | given.keywords
+        whole = values.get("normalizer", NONE) == NONE  # else: the count of the whole batch
+        masked = spec.name == "masked_mean" or values.get("mask", NONE) != NONE
+        uneven = spec.is_ours and masked and whole
+        ignores = module.ignores if whole else None
+        place = given.term.place
+        loss = V.Loss(spec.function, module.reduction, place, ignores, uneven)
+        return V.Tuple((loss, UNKNOWN)) if stats.value else loss
 
 
-def implied(ignores: Value | None) -> Value | None:
+_NO_CALL = V.Called(UNKNOWN, (), (), Place("", 0, 0, 0), None)  # type: ignore[arg-type]
+
+
+def _implied(value: Value) -> Value:
     """-100 as the default of some parameter says no more than PyTorch's own default."""
-    return _IMPLIED if ignores == _IMPLIED else ignores
+    return IMPLIED if value == IMPLIED else value
 
 
-def _reduction(given: dict[str, Value], spread: bool) -> tuple[str | Value, Value | None]:
-    ignores = implied(given.get("ignore_index"))
+def _module(
+    spec: LossSpec, args: tuple[Value, ...], keywords: dict[str, Value], spread: bool
+) -> V.LossModule:
+    given = dict(zip(spec.parameters, args, strict=False)) | keywords
+    reduction = V.text_of(given.get("reduction", UNKNOWN if spread else V.Const("mean")))
     legacy = [given.get(name, NONE) for name in ("size_average", "reduce")]
+    flags = [None if v == NONE else bool(v.value) for v in legacy if isinstance(v, V.Const)]
     if legacy != [NONE, NONE]:
-        return UNKNOWN, ignores
-    value = given.get("reduction", UNKNOWN if spread else V.Const("mean"))
-    known = (
-        isinstance(value, V.Const) and isinstance(value.value, str) and value.value in REDUCTIONS
-    )
-    return (str(value.value) if isinstance(value, V.Const) and known else UNKNOWN), ignores
+        reduction = legacy_reduction(flags[0], flags[1]) if len(flags) == 2 else None
+    known = reduction if reduction in REDUCTIONS else None
+    return V.LossModule(spec, known, given.get("ignore_index"))
 
 
 def joined(a: Value, b: Value) -> Value:
@@ -432,12 +369,9 @@ def joined(a: Value, b: Value) -> Value:
             return a if first.reduced or b == NONE else UNKNOWN
         if second is not None and (is_number(a) or a == NONE):
             return b if second.reduced or a == NONE else UNKNOWN
-        if (
-            isinstance(a, V.External)
-            and isinstance(b, V.External)
-            and {a.path, b.path} <= SPECS.keys()
-        ):
-            return a if SPECS[a.path].is_module == SPECS[b.path].is_module else UNKNOWN
+        paths = {v.path for v in (a, b) if isinstance(v, V.External)}
+        if len(paths) == 2 and paths <= SPECS.keys():
+            return a if len({SPECS[path].is_module for path in paths}) == 1 else UNKNOWN
     return join(a, b)
 
 

@@ -75,6 +75,29 @@ class FunctionInfo:
         )
 
 
+Bindings = dict[tuple[FunctionInfo, str], Value]
+
+
+@dataclass(eq=False)
+class Env:
+    """The arguments of one evaluation of a function; empty: nothing is known of them."""
+
+    bindings: Bindings = field(default_factory=dict)
+    receiver: Value | None = None
+    depth: int = 0
+    memo: dict[int, tuple[Value, Value]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The arguments of a call, and where in the program it is."""
+
+    args: tuple[Value, ...]
+    keywords: dict[str, Value]
+    term: Called
+    depth: int = 0
+
+
 @dataclass(eq=False)
 class ClassInfo:
     name: str
@@ -101,6 +124,7 @@ class Module:
     walked: bool = False
 
     def __post_init__(self) -> None:
+        self.folder = self.path.absolute().parent.as_posix()
         self.top = FunctionInfo("<module>", self)
         self.functions.append(self.top)
 
@@ -109,11 +133,9 @@ class Program:
     def __init__(self, modules: Iterable[Module], walk: Callable[[Module], object]) -> None:
         self.modules = sorted(modules, key=lambda module: str(module.path))
         self._walk = walk
-        self._files = {str(m.path.absolute()): m for m in self.modules}
-        self._known_names = {
-            part for m in self.modules for part in (m.path.stem, m.path.parent.name)
-        }
-        self._found: dict[tuple[str, str], Module | None] = {}
+        self._files = {f"{m.folder}/{m.path.name}": m for m in self.modules}
+        self._known_names = {part for m in self.modules for part in (m.path.stem, *m.path.parts)}
+        self._above: dict[str, list[str]] = {}  # of each folder where its imports are looked for
 
     def walked(self, module: Module) -> Module:
         """The module with its names; one that says nothing of losses is walked when it is asked."""
@@ -129,24 +151,21 @@ class Program:
         root = dotted.partition(".")[0]
         if not level and root not in self._known_names:
             return None
-        folder = importer.path.absolute().parent
-        inside = dotted.replace(".", "/")
+        folder, inside = importer.folder, dotted.replace(".", "/")
         if level:
-            for _ in range(level - 1):
-                folder = folder.parent
-            return self._at(f"{folder}/{inside}" if inside else str(folder))
-        if (str(folder), dotted) not in self._found:
-            above = [folder, *folder.parents]
-            roots = [f"{f}{more}" for f in above for more in ("", "/src", "/lib")]
-            found = (m for r in roots if (m := self._at(f"{r}/{inside}")))
-            self._found[str(folder), dotted] = next(found, None)
-        return self._found[str(folder), dotted]
+            folder = "/".join(folder.split("/")[: 1 - level or None])
+            return self._at(f"{folder}/{inside}" if inside else folder)
+        if folder not in self._above:
+            parts = folder.split("/")
+            above = ["/".join(parts[:n]) for n in range(len(parts), 0, -1)]
+            self._above[folder] = [f"{f}{more}" for f in above for more in ("", "/src", "/lib")]
+        return next((m for f in self._above[folder] if (m := self._at(f"{f}/{inside}"))), None)
 
     def _at(self, path: str) -> Module | None:
         return self._files.get(f"{path}.py") or self._files.get(f"{path}/__init__.py")
 
     def submodule(self, package: Module, name: str) -> Module | None:
-        return self._at(f"{package.path.absolute().parent}/{name}")
+        return self._at(f"{package.folder}/{name}")
 
     def _imported(self, module: Module) -> Iterator[Module]:
         for dotted, level in module.imports:
@@ -171,7 +190,7 @@ class Program:
 
     def met(self, a: Module, b: Module) -> bool:
         """True for files of one folder, and for two of which one, or a third, imports the other."""
-        return a.path.parent == b.path.parent or bool(self._importers[a] & self._importers[b])
+        return a.folder == b.folder or bool(self._importers[a] & self._importers[b])
 
     # Classes
 

@@ -14,10 +14,10 @@ from typing import Any
 from masked_loss_lint import names
 from masked_loss_lint import values as V
 from masked_loss_lint.expressions import decided
-from masked_loss_lint.objects import Env, Objects, implied, joined
-from masked_loss_lint.program import Conditions, FunctionInfo, Program
+from masked_loss_lint.objects import IMPLIED, Objects, joined
+from masked_loss_lint.program import Conditions, Env, FunctionInfo, Given, Program
 from masked_loss_lint.rules import Finding, as_loss, judge
-from masked_loss_lint.torch_losses import REDUCTIONS, SPECS
+from masked_loss_lint.torch_losses import SPECS
 from masked_loss_lint.values import (
     NONE,
     NUMBER,
@@ -74,9 +74,10 @@ class Resolver(Objects):
             return
         receivers: list[Value | None] = [None]
         if owner is not None and function.bound:
-            made = [self.constructed(owner, call, self.nothing) for call in owner.made]
-            receivers = list(dict.fromkeys(m for m in made if isinstance(m, V.Instance))) or [None]
-        for receiver in receivers:
+            calls = [self.given(call, self.nothing) for call in owner.made]
+            made = [self.construct(owner, call) for call in calls]
+            receivers = [*dict.fromkeys(m.base if isinstance(m, V.Record) else m for m in made)]
+        for receiver in receivers or [None]:
             self._queue.append((function, Env(receiver=receiver)))
 
     def _judge(self, function: FunctionInfo, env: Env) -> None:
@@ -136,39 +137,35 @@ class Resolver(Objects):
                 return False
         return True
 
-    def invoke(
-        self,
-        callee: V.Function,
-        args: tuple[Value, ...],
-        keywords: dict[str, Value],
-        spread: bool,
-        depth: int,
-    ) -> Value:
-        info = callee.info
-        params = info.params
-        receiver = callee.receiver
-        if info.bound and receiver is not None:
-            params = params[1:]
-        given = dict(zip(params, args, strict=False)) | keywords
-        bindings: dict[tuple[FunctionInfo, str], Value] = {}
-        for name in (*params, *info.keyword_only):
-            if name in given:
-                bindings[info, name] = given[name]
-            elif name in info.defaults and not spread:
-                bindings[info, name] = self.resolve(info.defaults[name], self.nothing)
+    def invoke(self, callee: V.Function, given: Given) -> Value:
+        info, receiver = callee.info, callee.receiver
+        bindings = self.bind(info, given, skip=int(info.bound and receiver is not None))
         contexts = self._contexts.setdefault(info, {})
         key = (receiver, *((name, v) for (_, name), v in bindings.items() if v is not UNKNOWN))
         if key in contexts:
             return contexts[key]
-        if depth >= _MAX_DEPTH or len(contexts) >= _MAX_CONTEXTS:
+        if given.depth >= _MAX_DEPTH or len(contexts) >= _MAX_CONTEXTS:
             return UNKNOWN
         contexts[key] = NONE  # while it is being evaluated: a recursive call adds nothing
-        env = Env(bindings, receiver, depth + 1)
-        result = UNKNOWN if info.opaque else self.resolve(info.returns, env)
-        contexts[key] = result
+        env = Env(bindings, receiver, given.depth + 1)
+        contexts[key] = UNKNOWN if info.opaque else self.resolve(info.returns, env)
         if info.events or info.calls:
             self._queue.append((info, env))
-        return result
+        return contexts[key]
+
+    def can_be_ignored(self, loss: V.Loss) -> bool:
+        """False where no target is ever the ignore_index: it is a number such as -1, and no file
+        that meets the loss puts it into labels. -100 is named by those who use it."""
+        index = -100 if loss.ignores is IMPLIED else getattr(loss.ignores, "value", None)
+        sure = index == -100 and loss.ignores is not IMPLIED
+        if sure or not isinstance(index, int) or index >= 0:
+            return True
+        home = self.by_path.get(loss.place.path)
+        return any(
+            {index, "any"} & module.fills
+            for module in self.program.modules
+            if module.fills and (home is None or self.program.met(home, module))
+        )
 
     # Terms
 
@@ -283,26 +280,24 @@ class Resolver(Objects):
     def _reduced(self, term: V.Reduced, env: Env) -> Value:
         base = self.resolve(term.base, env)
         if term.dims:
-            return base if isinstance(base, V.Loss) and not base.reduced else UNKNOWN
+            if isinstance(base, V.Loss) and not base.reduced:
+                return replace(base, ignores=None)
+            return UNKNOWN
         if isinstance(base, V.Loss) and base.reduced:
             return base
         if isinstance(base, V.Mask):
             return V.Count(base.key, "", of_mask=True)
         return replace(term, base=base)
 
-    def _loss(self, term: V.Loss | V.LossModule, env: Env) -> Value:
-        reduction = term.reduction
-        if isinstance(reduction, Value):
-            known = self.resolve(reduction, env)
-            reduction = (
-                known.value if isinstance(known, V.Const) and isinstance(known.value, str) else ""
-            )
-        if reduction not in REDUCTIONS:
-            return UNKNOWN if isinstance(term, V.Loss) else replace(term, reduction=UNKNOWN)
-        ignores = term.ignores
-        if ignores is not None and not isinstance(ignores, V.Const):
-            ignores = implied(self.resolve(ignores, env))
-        return replace(term, reduction=reduction, ignores=ignores)
+    def _changed(self, term: V.Changed, env: Env) -> Value:
+        base = self.resolve(term.base, env)
+        if not isinstance(base, V.Loss):
+            return UNKNOWN if term.how == "shaped" else base
+        if term.how == "selected":
+            return replace(base, uneven=True, ignores=None)
+        if term.how == "shaped" and base.reduced:
+            return UNKNOWN  # one number has no other shape
+        return replace(base, detached=True) if term.how == "detached" else base
 
     def _parts(self, term: Value, env: Env) -> Value:
         """The same kind of value, of resolved parts."""
@@ -326,8 +321,7 @@ _RESOLVERS: dict[type[Value], Any] = {
     V.Added: Resolver._added,
     V.Product: Resolver._product,
     V.Reduced: Resolver._reduced,
-    V.Loss: Resolver._loss,
-    V.LossModule: Resolver._loss,
+    V.Changed: Resolver._changed,
 }
 _RESOLVERS |= dict.fromkeys(
     (V.Ratio, V.Record, V.Tuple, V.Many, V.Partial, V.Super), Resolver._parts

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import re
 import tokenize
 from bisect import bisect_right
@@ -21,9 +22,7 @@ _SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "build", "di
 _NOQA = re.compile(r"#\s*noqa(?P<codes>\s*:\s*[A-Z]+\d+(?:[\s,]+[A-Z]+\d+)*)?", re.IGNORECASE)
 _MAGIC = re.compile(r"^\s*[%!?]|^\s*[\w.]+\?{1,2}\s*$")
 # A file without any of these has nothing to report; its names are looked up when others ask.
-_RELEVANT = re.compile(
-    r"loss|entropy|criteri|nll|kl_div|accum|size_average|mask(?s:.*)\bsum\(", re.IGNORECASE
-)
+_RELEVANT = re.compile(r"loss|entropy|criteri|nll|kl_div|accum|size_average", re.IGNORECASE)
 
 
 class UnreadableError(Exception):
@@ -42,11 +41,14 @@ class Source:
 
     def __post_init__(self) -> None:
         self._name = str(self.path)
-        self._lines = [] if self.text.isascii() else split(self.text)
+        lines = split(self.text)
+        self.ascii_lines = lines if self.text.isascii() else []
+        self._lines = [] if self.ascii_lines else lines
 
     @property
     def relevant(self) -> bool:
-        return _RELEVANT.search(self.text) is not None
+        averages = "sum(" in self.text and "mask" in self.text
+        return averages or _RELEVANT.search(self.text) is not None
 
     def place(self, node: ast.expr | ast.stmt) -> Place:
         line, column = node.lineno, node.col_offset
@@ -59,6 +61,12 @@ class Source:
         return Place(
             self._name, self.cell_numbers[index], line - self.cells[index] + 1, column + 1, lines
         )
+
+    def segment(self, node: ast.expr) -> str:
+        """The text of an expression of one line, "" for others."""
+        if node.lineno != node.end_lineno or not self.ascii_lines:
+            return ""
+        return self.ascii_lines[node.lineno - 1][node.col_offset : node.end_col_offset]
 
     def imports(self) -> list[tuple[str, int]]:
         """The dotted names that are imported anywhere in it, with their levels."""
@@ -95,21 +103,19 @@ def split(text: str) -> list[str]:
 def find(paths: Iterable[Path], exclude: Iterable[str] = ()) -> Iterator[Path]:
     """Every Python file and notebook under `paths`, once, in a fixed order."""
     patterns = list(exclude)
-    seen: set[Path] = set()
-    for path in paths:
-        if path.is_file():
-            candidates = [path]
-        else:
-            candidates = sorted([*path.rglob("*.py"), *path.rglob("*.ipynb")])
-        for candidate in candidates:
-            inside = candidate.relative_to(path).parts[:-1] if candidate != path else ()
-            if any(part in _SKIPPED or part.startswith(".") for part in inside):
-                continue
-            if any(fnmatch(str(candidate), p) or fnmatch(candidate.name, p) for p in patterns):
-                continue
-            if candidate not in seen and candidate.is_file():
-                seen.add(candidate)
-                yield candidate
+    found = dict.fromkeys(file for path in paths for file in _inside(path))
+    for file in found:
+        if not any(fnmatch(str(file), p) or fnmatch(file.name, p) for p in patterns):
+            yield file
+
+
+def _inside(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    for folder, folders, files in os.walk(path):
+        folders[:] = sorted(f for f in folders if f not in _SKIPPED and not f.startswith("."))
+        names = (name for name in sorted(files) if name.endswith((".py", ".ipynb")))
+        yield from (Path(folder, name) for name in names if os.path.isfile(f"{folder}/{name}"))
 
 
 def read(path: Path) -> Source:

@@ -91,7 +91,7 @@ class Tensors(Expressions):
         chosen = a if is_number(b) or "zeros" in names.text(no) else b if is_number(a) else None
         if chosen is None:
             return UNKNOWN
-        if self._selects(test, condition) and isinstance(chosen, V.CARRIERS):
+        if self._selects(test, condition) and isinstance(chosen, V.TERMS):
             self.emit("chosen", node, chosen, names.text(test))
         return chosen
 
@@ -129,12 +129,12 @@ class Tensors(Expressions):
         if name in {"masked_fill", "masked_fill_", "masked_select"} and node.args:
             self._note_fills(node, name)
             selects = self._selects(node.args[0], self.value(node.args[0]))
-            if selects and isinstance(receiver, V.CARRIERS):
+            if selects and isinstance(receiver, V.TERMS):
                 self.emit("chosen", node, receiver, names.text(node.args[0]))
-            if name == "masked_select" and isinstance(receiver, V.Loss):
-                return replace(receiver, uneven=True, ignores=None)
-            return receiver if isinstance(receiver, V.CARRIERS) else UNKNOWN
-        if name in _COMPARISONS and not isinstance(receiver, (V.Loss, V.Mask)) and node.args:
+            how = "selected" if name == "masked_select" else "filled"
+            known = isinstance(receiver, V.TERMS)
+            return bounded(V.Changed(receiver, how), receiver) if known else UNKNOWN
+        if name in _COMPARISONS and not isinstance(receiver, V.Mask) and node.args:
             other = node.args[-1]
             return self.compare(node, [owner, other], [receiver, self.value(other)])
         if name == "new_tensor" and len(node.args) == 1:
@@ -152,29 +152,19 @@ class Tensors(Expressions):
             return NUMBER if whole else UNKNOWN
         if isinstance(receiver, V.Mask):
             return NUMBER if whole and name != "size" else UNKNOWN
-        if name in _SCALING and isinstance(receiver, V.CARRIERS):
+        if name in _SCALING and isinstance(receiver, V.TERMS):
             return receiver
-        if isinstance(receiver, V.Loss):
-            return NUMBER if name == "tolist" else UNKNOWN
         if isinstance(receiver, V.Sliced):
             return UNKNOWN
         return None
 
     def _viewed(self, node: ast.Call, name: str, receiver: Value) -> Value | None:
         """The same tensor for our purpose: moved, cast, or in another shape."""
-        if name == "detach" and isinstance(receiver, V.Loss):
-            return replace(receiver, detached=True)
-        if name in _SHAPED and isinstance(receiver, V.CARRIERS):
-            flat = [names.text(a) for a in node.args] in (
-                ["-1"],
-                ["1"],
-                ["()"],
-                ["(1,)"],
-                ["(-1,)"],
-            )
-            if flat or (isinstance(receiver, V.Loss) and not receiver.reduced):
-                return receiver
-            return UNKNOWN  # one number has no other shape
+        if name == "detach" and isinstance(receiver, V.TERMS):
+            return bounded(V.Changed(receiver, "detached"), receiver)
+        if name in _SHAPED and isinstance(receiver, V.TERMS):
+            flat = ", ".join(map(names.text, node.args)) in {"-1", "1", "()", "(1,)", "(-1,)"}
+            return receiver if flat else bounded(V.Changed(receiver, "shaped"), receiver)
         if isinstance(receiver, V.Sliced):
             if name == "contiguous" and not receiver.tail:
                 return replace(receiver, copied=self.place(node))
@@ -196,11 +186,11 @@ class Tensors(Expressions):
             return self._divide(node, a, right, b)
         if isinstance(op, (ast.Add, ast.Sub)):
             a, b = (
-                NUMBER if not isinstance(v, V.Loss) and names.is_auxiliary(operand) else v
+                NUMBER if names.is_auxiliary(operand) else v
                 for v, operand in ((a, left), (b, right))
             )
             return self.add(a, b)
-        if isinstance(op, ast.Pow) and isinstance(a, V.CARRIERS):
+        if isinstance(op, ast.Pow) and isinstance(a, V.TERMS):
             return a
         if is_number(a) and is_number(b):
             return NUMBER
@@ -222,7 +212,7 @@ class Tensors(Expressions):
         for value, other in ((a, b), (b, a)):
             if isinstance(value, V.Count) and isinstance(other, V.Const):
                 return replace(value, guarded=True)
-        if isinstance(a, V.CARRIERS) and isinstance(b, V.CARRIERS):
+        if isinstance(a, V.TERMS) and isinstance(b, V.TERMS):
             return bounded(V.Added(a, b), a, b)
         return UNKNOWN
 
@@ -230,7 +220,7 @@ class Tensors(Expressions):
         """None for a number."""
         mask = isinstance(value, V.Mask) or (names.is_mask(node) and not is_number(value))
         if is_number(value) or (
-            names.is_coefficient(node) and not mask and not isinstance(value, V.CARRIERS)
+            names.is_coefficient(node) and not mask and not isinstance(value, V.TERMS)
         ):
             return None
         kind = "mask" if mask else "weights" if names.is_weights(node) else ""
@@ -258,7 +248,7 @@ class Tensors(Expressions):
             return NUMBER
         if len(factors) == 1:
             return factors[0].value
-        masks = [f for f in factors if f.kind == "mask" and not isinstance(f.value, V.Loss)]
+        masks = [f for f in factors if f.kind == "mask"]
         if len(masks) == len(factors):
             return V.Mask(names.text(node), any(f.never_empty for f in factors))
         if len(factors) > 12:
@@ -272,7 +262,7 @@ class Tensors(Expressions):
     def _reduced(
         self, op: str, node: ast.Call, owner: ast.expr, receiver: Value, dims: str
     ) -> Value:
-        if isinstance(receiver, V.CARRIERS) and not names.is_mask(owner):
+        if isinstance(receiver, V.TERMS) and not names.is_mask(owner):
             return self._reduce(op, node, receiver, dims, names.text(owner))
         if is_number(receiver):
             return NUMBER
@@ -299,7 +289,7 @@ class Tensors(Expressions):
     def _divide(
         self, node: ast.expr | ast.stmt, left: Value, divisor: ast.expr, right: Value
     ) -> Value:
-        if names.is_accumulation(divisor) and isinstance(left, V.CARRIERS):
+        if names.is_accumulation(divisor) and isinstance(left, V.TERMS):
             self.emit("accumulated", node, left, names.text(divisor))
             return left
         count = self.count_of(right)

@@ -75,7 +75,7 @@ class Loss(Value):
     """What a loss function returned, or a number made of it."""
 
     function: str
-    reduction: str | Value  # "none", "mean", "sum", or the term that decides
+    reduction: str  # "none", "mean", "sum"
     place: Place
     ignores: Value | None = None  # its ignore_index, if the program names one
     uneven: bool = False  # a mean over those tokens only that a mask selects
@@ -200,6 +200,14 @@ class Test(Value):
 
 
 @dataclass(frozen=True)
+class Changed(Value):
+    """A loss that is "detached", "selected" from by a mask, or "shaped" as one number cannot be."""
+
+    base: Value
+    how: str
+
+
+@dataclass(frozen=True)
 class Added(Value):
     left: Value
     right: Value
@@ -246,7 +254,7 @@ class Super(Value):
 @dataclass(frozen=True)
 class LossModule(Value):
     spec: LossSpec
-    reduction: str | Value
+    reduction: str | None  # None: not known
     ignores: Value | None = None
 
 
@@ -286,8 +294,12 @@ class Many(Value):
     each: Value
 
 
-TERMS = (Param, Import, Member, Called, Either, Added, Product, Reduced, Ratio)
-CARRIERS = (Loss, *TERMS)
+TERMS = (Param, Import, Member, Called, Either, Changed, Added, Product, Reduced, Ratio)
+
+
+def text_of(value: Value | None) -> str | None:
+    """The string that a value is known to be."""
+    return value.value if isinstance(value, Const) and isinstance(value.value, str) else None
 
 
 def is_number(value: Value) -> bool:
@@ -326,12 +338,12 @@ def join(a: Value | None, b: Value | None) -> Value:
         return a if a == b else NUMBER
     match a, b:
         case Loss(), Loss():
-            if a.reduced != b.reduced or isinstance(a.reduction, Value):
+            if a.reduced != b.reduced:
                 return UNKNOWN
             first = min(a, b, key=lambda loss: loss.place)
             return replace(first, uneven=a.uneven and b.uneven)
         case LossModule(), LossModule():
-            known = isinstance(a.reduction, str) and isinstance(b.reduction, str)
+            known = None not in (a.reduction, b.reduction)
             return a if known and (a.reduction == "none") == (b.reduction == "none") else UNKNOWN
         case Mask(), Mask():
             return a

@@ -102,7 +102,7 @@ class _Walker(Assignments):
         chain: list[ast.stmt] = [node]
         while len(chain) == 1 and isinstance(chain[0], ast.If):
             tests.append(self.test(chain[0].test))
-            devices |= bool(_DEVICES & set(names.words(names.text(chain[0].test))))
+            devices |= bool(_DEVICES & set(names.words(self.source.segment(chain[0].test))))
             blocks.append(chain[0].body)
             chain = chain[0].orelse
         self.frame.devices += devices
@@ -122,20 +122,16 @@ class _Walker(Assignments):
             tuple[Value, bool]
         ] = []  # what is known where the blocks that end did not end it
         for number, block in enumerate(blocks):
-            test = tests[number] if number < len(tests) else V.Const(True)
-            if isinstance(test, V.Const) and not test.value:
-                continue
+            test = tests[number] if number < len(tests) else UNKNOWN
             scope.names = dict(start)
-            if not isinstance(test, V.Const) and test is not UNKNOWN:
+            if test is not UNKNOWN:
                 frame.conditions.append((test, True))
             if not self.block(block):
                 ends.append((test, scope.names))
             elif frame.conditions[conditions:] and frame.conditions[-1][1]:
                 left.append((test, False))
-            if not isinstance(test, V.Const) and test is not UNKNOWN:
+            if test is not UNKNOWN:
                 frame.conditions[-1] = (test, False)
-            if isinstance(test, V.Const):
-                break
         del frame.conditions[conditions:]
         frame.conditions += left
         scope.names = start

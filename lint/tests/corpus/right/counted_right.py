@@ -15,3 +15,8 @@ def selected(logits, labels, pad_id):
 def by_masked_select(logits, labels, pad_id):
     losses = F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="none")
     return losses.masked_select(labels.ne(pad_id)).mean()
+
+
+def by_sequence(logits, labels, pad_id):
+    losses = F.cross_entropy(logits, labels, ignore_index=pad_id, reduction="none")
+    return losses.sum(1).mean()
