@@ -5,10 +5,11 @@
     python examples/minimind/apply.py ../minimind --write
     python examples/minimind/apply.py ../minimind --revert
 
-Pretraining, full SFT and LoRA get one line after the model is made: fuse_linear_loss. Distillation
-needs its logits for the divergence, so its cross entropy becomes masked_cross_entropy. The places
-are found in the syntax tree, by what the code does; a trainer that has no such place is reported
-and left as it is, and the exit status is 1.
+Pretraining, full SFT, LoRA, DPO, PPO, GRPO and the agent trainer get one line after each model is
+made: fuse_linear_loss. Distillation compares logits: its cross entropy becomes
+masked_cross_entropy, its divergence masked_divergence. The places are found in the syntax tree, by
+what the code does; a trainer that has no such place is reported and left as it is, and the exit
+status is 1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ import sys
 from pathlib import Path
 
 MARK = "  # masked_loss"
-FUSED = ("train_pretrain.py", "train_full_sft.py", "train_lora.py")
+FUSED = (
+    "train_pretrain.py",
+    "train_full_sft.py",
+    "train_lora.py",
+    "train_dpo.py",
+    "train_ppo.py",
+    "train_grpo.py",
+    "train_agent.py",
+)
 MASKED = ("train_distillation.py",)
 
 
@@ -53,7 +62,7 @@ def keyword(call: ast.Call, name: str) -> object:
 
 
 def fuse(source: str) -> str:
-    """One line after the first assignment from init_model(): `model, ... = init_model(...)`."""
+    """One line after each assignment from init_model(): `model, ... = init_model(...)`."""
     tree = ast.parse(source)
     made = [
         (node.end_lineno or node.lineno, node.col_offset, node.targets[0].elts[0].id)
@@ -65,10 +74,10 @@ def fuse(source: str) -> str:
     ]
     if not made:
         raise NotFoundError("no `model, ... = init_model(...)`")
-    line, indent, model = min(made)
     lines = source.splitlines(keepends=True)
-    new = f"{' ' * indent}{model} = masked_loss.fuse_linear_loss({model}){MARK}\n"
-    lines.insert(line, new)
+    for line, indent, model in sorted(made, reverse=True):
+        new = f"{' ' * indent}{model} = masked_loss.fuse_linear_loss({model}){MARK}\n"
+        lines.insert(line, new)
     lines.insert(import_line(tree), f"import masked_loss{MARK}\n")
     return "".join(lines)
 
@@ -135,8 +144,43 @@ def masked_product(node: ast.stmt, per_token: str) -> str | None:
     return None
 
 
+def diverge(source: str) -> str:
+    """Makes masked_divergence of `d = distillation_loss(student[m == 1], teacher[m == 1], ...)`.
+
+    distillation_loss is T^2 times the Kullback-Leibler divergence of the tokens that m selects.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Assign) or not calls(node.value, "distillation_loss"):
+            continue
+        call = node.value
+        assert isinstance(call, ast.Call)
+        students = [selected(a) for a in call.args]
+        temperature = next((k.value for k in call.keywords if k.arg == "temperature"), None)
+        if len(students) != 2 or None in students or temperature is None:
+            continue
+        (student, chosen), (teacher, _) = students
+        t, indent = ast.unparse(temperature), " " * node.col_offset
+        mask = f"{chosen}.view({student}.shape[:-1])"
+        new = (
+            f"{indent}{ast.unparse(node.targets[0])} = {t} ** 2 * masked_loss.masked_divergence(\n"
+            f"{indent}    {student}, {teacher}, {mask}, temperature={t}\n"
+            f"{indent}){MARK}\n"
+        )
+        lines = source.splitlines(keepends=True)
+        lines[node.lineno - 1 : node.end_lineno] = [new]
+        return "".join(lines)
+    raise NotFoundError("no `distillation_loss(x[mask == 1], y[mask == 1], temperature=...)`")
+
+
+def selected(node: ast.expr) -> tuple[str, str] | None:
+    """x and m of `x.view(...)[m == 1]`."""
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Compare):
+        return ast.unparse(viewed(node.value)), ast.unparse(node.slice.left)
+    return None
+
+
 def change(name: str, source: str) -> str:
-    return fuse(source) if name in FUSED else mask(source)
+    return fuse(source) if name in FUSED else mask(diverge(source))
 
 
 def revert(path: Path, kept: Path) -> bool:

@@ -6,6 +6,12 @@ Python docstrings, MiniMind's recipe (AdamW, cosine, clipping). Exits with 1 if 
 more than the tolerance.
 
     python examples/minimind/check.py ../minimind [--hidden 256 --layers 2 --batch 8 --steps 10]
+
+With --trainer, MiniMind's own scripts run instead, tiny, as they are and as apply.py changes them
+(trainers.py):
+
+    python examples/minimind/check.py ../minimind --trainer dpo --trainer grpo
+    python examples/minimind/check.py ../minimind --trainer all --steps 4
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +107,33 @@ def apart(args: argparse.Namespace, run: str) -> dict[str, list[float]]:
     return result
 
 
+def report(stock: dict[str, Any], fused: dict[str, Any]) -> float:
+    """Prints the runs side by side; the largest difference of a loss."""
+    pairs = list(zip(stock["losses"], fused["losses"], strict=True))
+    print(f"{'step':<6}{'stock':>12}{'masked_loss':>14}")
+    for step, (a, b) in enumerate(pairs, start=1):
+        print(f"{step:<6}{a:>12.5f}{b:>14.5f}")
+    times = [1e3 * statistics.median(r["seconds"]) for r in (stock, fused)]
+    print(f"{'ms':<6}{times[0]:>12.0f}{times[1]:>14.0f}   {times[0] / times[1]:.2f} times as fast")
+    less = stock["peak"] - fused["peak"]
+    print(f"{'MiB':<6}{stock['peak']:>12.0f}{fused['peak']:>14.0f}   {less:.0f} less")
+    return max(abs(a - b) for a, b in pairs)
+
+
+def check_trainers(args: argparse.Namespace) -> int:
+    sys.path.insert(0, str(HERE))
+    import trainers
+
+    status = 0
+    for name in trainers.TRAINERS if "all" in args.trainer else args.trainer:
+        print(f"train_{name}.py")
+        results = trainers.compare(args.checkout, name, args.steps, min(args.batch, 2))
+        difference = report(*results)
+        print(f"losses differ by {difference:.1e}\n")
+        status |= difference > args.tolerance
+    return status
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkout", type=Path, help="a checkout of MiniMind")
@@ -111,8 +145,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's choice")
-    parser.add_argument("--tolerance", type=float, default=2e-4)
+    parser.add_argument("--tolerance", type=float, default=1e-4)
     parser.add_argument("--run", choices=("stock", "masked_loss"), help="only this one, as JSON")
+    parser.add_argument(
+        "--trainer",
+        action="append",
+        choices=("all", "dpo", "grpo", "ppo", "agent", "distillation"),
+        help="run train_NAME.py",
+    )
     args = parser.parse_args()
     if not (args.checkout / "model" / "model_minimind.py").exists():
         parser.error(f"{args.checkout} has no model/model_minimind.py: not a checkout of MiniMind")
@@ -120,19 +160,12 @@ def main() -> int:
         print(json.dumps(train(args)))
         return 0
 
+    if args.trainer:
+        return check_trainers(args)
     stock, fused = apart(args, "stock"), apart(args, "masked_loss")
-    pairs = list(zip(stock["losses"], fused["losses"], strict=True))
-    difference = max(abs(a - b) for a, b in pairs)
-    print(f"{'step':<6}{'stock':>12}{'masked_loss':>14}")
-    for step, (a, b) in enumerate(pairs, start=1):
-        print(f"{step:<6}{a:>12.5f}{b:>14.5f}")
-    times = [1e3 * statistics.median(r["seconds"]) for r in (stock, fused)]
-    logits = 4 * args.batch * args.max_len * args.vocab / 2**20
-    print(f"{'ms':<6}{times[0]:>12.0f}{times[1]:>14.0f}   {times[0] / times[1]:.2f} times as fast")
-    print(
-        f"{'MiB':<6}{stock['peak']:>12.0f}{fused['peak']:>14.0f}   "
-        f"{stock['peak'] - fused['peak']:.0f} less; logits and their gradient: {2 * logits:.0f}"
-    )
+    difference = report(stock, fused)
+    logits = 2 * 4 * args.batch * args.max_len * args.vocab / 2**20
+    print(f"logits and their gradient are {logits:.0f} MiB")
     print(f"{100 * stock['active']:.0f} % of the tokens count; losses differ by {difference:.1e}")
     return int(difference > args.tolerance)
 

@@ -71,8 +71,15 @@ HEAD = """
     import torch.nn.functional as F
     from model.model_minimind import batches, init_model
 
+    def distillation_loss(student, teacher, temperature):
+        target = F.softmax(teacher / temperature, dim=-1)
+        logs = F.log_softmax(student / temperature, dim=-1)
+        return temperature ** 2 * F.kl_div(logs, target, reduction='batchmean')
+
+
     losses = []
     model, tokenizer = init_model()
+    REFERENCE
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for input_ids, labels in batches():
 """
@@ -90,10 +97,22 @@ DISTIL = """
             reduction='none'
         )
         raw = torch.sum(ce_loss * loss_mask_flat) / (loss_mask_flat.sum() + 1e-8)
-        active = student_logits.view(-1, student_logits.size(-1))[loss_mask_flat == 1]
-        loss = 0.5 * raw + 0.5 * F.kl_div(
-            F.log_softmax(active, dim=-1), torch.full_like(active, 1 / 300), reduction='batchmean'
+        teacher_logits = reference(input_ids).logits[..., :-1, :].detach().contiguous()
+        distill_loss = distillation_loss(
+            student_logits.view(-1, student_logits.size(-1))[loss_mask_flat == 1],
+            teacher_logits.view(-1, teacher_logits.size(-1))[loss_mask_flat == 1],
+            temperature=1.5
         )
+        loss = 0.5 * raw + 0.5 * distill_loss
+"""
+POLICY = """
+        policy, fixed = model(input_ids).logits, reference(input_ids).logits.detach()
+        logps = [
+            F.log_softmax(x[:, :-1, :], dim=-1).gather(2, input_ids[:, 1:, None])[..., 0]
+            for x in (policy, fixed)
+        ]
+        mask = labels[:, 1:] != -100
+        loss = -F.logsigmoid(0.1 * ((logps[0] - logps[1]) * mask).sum(1)).mean()
 """
 FOOT = """
         loss.backward()
@@ -105,8 +124,13 @@ TRAINERS = {
     "train_pretrain.py": TRAIN,
     "train_full_sft.py": TRAIN,
     "train_lora.py": TRAIN,
+    "train_dpo.py": POLICY,
+    "train_ppo.py": POLICY,
+    "train_grpo.py": POLICY,
+    "train_agent.py": POLICY,
     "train_distillation.py": DISTIL,
 }
+FUSED = {TRAIN: 1, POLICY: 2, DISTIL: 0}  # models that a trainer makes and apply.py fuses
 
 
 @pytest.fixture
@@ -118,6 +142,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, body in TRAINERS.items():
         source = "".join(textwrap.dedent(x) if x is HEAD else textwrap.indent(
             textwrap.dedent(x), "    ") for x in (HEAD, body, FOOT))  # fmt: skip
+        made = "" if body is TRAIN else "reference, _ = init_model()"
+        source = source.replace("REFERENCE", made)
         (tmp_path / "trainer" / name).write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
@@ -157,19 +183,22 @@ def test_apply_changes_the_trainers_and_not_their_losses(
     expected = {name: losses(checkout, name) for name in TRAINERS}
 
     assert call(apply, monkeypatch, checkout) == 0  # shows, and writes nothing
-    assert capsys.readouterr().out.count("+import masked_loss") == 4
+    assert capsys.readouterr().out.count("+import masked_loss") == 8
     assert {name: (checkout / "trainer" / name).read_text() for name in TRAINERS} == sources
 
     assert call(apply, monkeypatch, checkout, "--write") == 0
     for name in TRAINERS:
         changed = (checkout / "trainer" / name).read_text()
-        what = "masked_cross_entropy" if "distil" in name else "fuse_linear_loss"
-        assert changed.count(f"masked_loss.{what}(") == 1
+        assert changed.count("masked_loss.fuse_linear_loss(") == FUSED[TRAINERS[name]]
+        for loss in ("masked_cross_entropy", "masked_divergence"):
+            assert changed.count(f"masked_loss.{loss}(") == ("distil" in name)
         assert losses(checkout, name) == pytest.approx(expected[name], abs=2e-5)
-    assert "F.cross_entropy" not in (checkout / "trainer" / "train_distillation.py").read_text()
+    distillation = (checkout / "trainer" / "train_distillation.py").read_text()
+    assert "F.cross_entropy" not in distillation
+    assert "= distillation_loss" not in distillation
 
     assert call(apply, monkeypatch, checkout, "--write") == 0
-    assert capsys.readouterr().out.count("changed already") == 4
+    assert capsys.readouterr().out.count("changed already") == 8
     assert call(apply, monkeypatch, checkout, "--revert") == 0
     assert {name: (checkout / "trainer" / name).read_text() for name in TRAINERS} == sources
     assert not list((checkout / "trainer").glob("*.orig"))
@@ -184,7 +213,7 @@ def test_revert_leaves_what_was_edited_since(
     edited.write_text(source)
     assert call(apply, monkeypatch, checkout, "--revert") == 1
     output = capsys.readouterr()
-    assert output.out.count("as it was") == 3
+    assert output.out.count("as it was") == 7
     assert "train_lora.py: edited since" in output.err
     assert edited.read_text() == source
     assert edited.with_name("train_lora.py.orig").exists()
@@ -200,7 +229,7 @@ def test_apply_reports_what_it_does_not_know(
     output = capsys.readouterr()
     assert "train_pretrain.py: changed" in output.out
     assert "train_lora.py: not changed, no `model, ... = init_model(...)`" in output.err
-    assert "train_distillation.py: not changed, no `F.cross_entropy(" in output.err
+    assert "train_distillation.py: not changed, no `distillation_loss(" in output.err
     assert "train_full_sft.py: not there" in output.err
     with pytest.raises(SystemExit):
         call(script("apply"), monkeypatch, checkout / "model")
