@@ -21,6 +21,7 @@ from masked_loss.modules import (
     CrossEntropyLoss,
     LinearCrossEntropyLoss,
     MaskedCrossEntropyLoss,
+    MaskedDivergenceLoss,
 )
 from masked_loss.moments import masked_moments, masked_whiten
 from masked_loss.reduce import masked_mean, masked_reduce
@@ -35,6 +36,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LossStats",
     "MaskedCrossEntropyLoss",
+    "MaskedDivergenceLoss",
     "ReducedLossError",
     "cross_entropy",
     "detect_reduced_loss",

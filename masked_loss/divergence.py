@@ -5,17 +5,24 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from masked_loss import reference
 from masked_loss._op.arguments import (
     divisor_of,
+    require_bool,
     require_constant,
     require_floating,
     require_mask,
     require_temperature,
-    widened,
+    temperatures_of,
 )
+from masked_loss._op.divergence import masked_divergence as _plain
+from masked_loss._op.divergence import masked_divergence_stats as _with_stats
+from masked_loss._op.overrides import override
+from masked_loss.options import Meaning
 from masked_loss.stats import DivergenceStats
 
 
@@ -148,10 +155,15 @@ def masked_divergence(
     (0.327..., tensor([[-0.3808,  0.3808],
             [ 0.0000,  0.0000]]))
     """
+    tensors = (logits, teacher_logits, mask)
+    if has_torch_function(tensors) and not torch.compiler.is_compiling():
+        del tensors
+        return override(masked_divergence, locals())
     who = "masked_divergence"
     require_floating(who, "logits", logits)
     require_floating(who, "teacher_logits", teacher_logits)
     require_constant(who, "teacher_logits", teacher_logits)
+    require_bool(who, shift=shift, inplace_backward=inplace_backward, return_stats=return_stats)
     if teacher_logits.shape != logits.shape:
         raise ValueError(
             f"{who}: teacher_logits must have shape {list(logits.shape)}, "
@@ -162,16 +174,19 @@ def masked_divergence(
     require_kind(who, kind, beta)
     require_temperature(who, "temperature", temperature, tokens)
     require_temperature(who, "teacher_temperature", teacher_temperature, tokens)
-    result = reference.masked_divergence(
-        widened(logits), widened(teacher_logits), mask, kind=kind, beta=beta,
-        temperature=temperature, teacher_temperature=teacher_temperature, softcap=softcap,
-        teacher_softcap=teacher_softcap, reduction=reduction,
-        normalizer=divisor_of(who, normalizer, logits), shift=shift, return_stats=return_stats,
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    own, own_each = temperatures_of(temperature, tokens, logits)
+    others, others_each = temperatures_of(teacher_temperature, tokens, logits)
+    divisor = divisor_of(who, normalizer, logits)
+    operator = _with_stats if return_stats else _plain
+    loss, *more = operator(
+        who, (logits, teacher_logits, mask, divisor, own_each, others_each),
+        Meaning(reduction, softcap=softcap, shift=shift), {}, temperature=own,
+        teacher_temperature=others, kind=kind, beta=beta, teacher_softcap=teacher_softcap,
+        inplace_backward=inplace_backward,
     )  # fmt: skip
-    if isinstance(result, Tensor):
-        return result
-    loss, stats = result
-    return loss, DivergenceStats(*stats)
+    return (loss, DivergenceStats(*more[0].unbind())) if return_stats else loss
 
 
 def require_kind(who: str, kind: str, beta: float) -> None:

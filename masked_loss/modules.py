@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from masked_loss import functional
+from masked_loss.divergence import masked_divergence
 from masked_loss.linear import linear_cross_entropy
-from masked_loss.stats import LossStats
+from masked_loss.stats import DivergenceStats, LossStats
 
 
 class _Loss(torch.nn.Module):
@@ -143,3 +144,29 @@ class LinearCrossEntropyLoss(_Loss, function=linear_cross_entropy, at_call=("bia
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossStats]:
         return self._loss(hidden, weight, target, mask, bias=bias, normalizer=normalizer)
+
+
+class MaskedDivergenceLoss(_Loss, function=masked_divergence, at_call=("normalizer",)):
+    r"""Module form of :func:`masked_loss.masked_divergence`, which has formula and errors.
+
+    The arguments are the keywords of the function.
+
+    Shape:
+        logits [..., V], teacher_logits [..., V], mask [...]; the result is 0-dim, or [...] for
+        ``reduction="none"``. With ``return_stats`` a pair (loss, :class:`DivergenceStats`).
+
+    >>> import torch, masked_loss
+    >>> criterion = masked_loss.MaskedDivergenceLoss(kind="reverse_kl", temperature=2.0)
+    >>> criterion(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, -2.0]]))
+    tensor(0.4338)
+    """
+
+    def forward(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        mask: Tensor | None = None,
+        *,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, DivergenceStats]:
+        return self._loss(logits, teacher_logits, mask, normalizer=normalizer)

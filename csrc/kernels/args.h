@@ -117,6 +117,57 @@ struct RowArgs {
   void* scratch;         // as in WeighArgs
 };
 
+// What the token table holds of a divergence: weights and values where cross entropy has them, so
+// that the same kernels weigh and reduce.
+struct DivergenceField {
+  enum : int64_t {
+    kWeight = TokenField::kWeight,
+    kValue = TokenField::kLoss,
+    kTop,  // of the student's row, as in TokenField
+    kSum,
+    kTeacherTop,
+    kTeacherSum,
+    kMeanScore,  // of the gradient: sum_j q_j score_j
+    kSaved,
+    kEntropy = kSaved,
+    kTeacherEntropy,
+    kAgreement,
+    kCount
+  };
+};
+
+enum class Divergence : int8_t { kForwardKl, kReverseKl, kJsd, kSkewForwardKl, kSkewReverseKl };
+
+// Rows of logits as base + batch * batch_stride + step * step_stride, and what they mean.
+struct LogitRows {
+  const void* logits;
+  DType dtype;
+  int64_t batch_stride, step_stride;
+  double softcap;            // 0: none
+  double temperature;        // what capped logits are divided by
+  const void* temperatures;  // or one for each token, of the accumulation type; else null
+};
+
+struct DivergenceArgs {
+  LogitRows student, teacher;
+  int64_t rows, steps, cols;
+  bool shift;  // row t of a sequence is that of its token t + 1
+  Divergence kind;
+  double beta;
+  bool wide;     // the accumulation type is double
+  void* table;   // DivergenceField table [.., rows]; weight in, the rest out (in, for backward)
+  bool stats;    // fill what is behind kSaved too
+  bool forward;  // compute the rows' values
+  // Gradient of the student's logits, where dlogits is not null; it may be these logits.
+  void* dlogits;
+  int64_t grad_batch_stride, grad_step_stride;
+  bool stream;  // as in CrossEntropyArgs
+  Groups groups;
+  const void* dloss;  // of the accumulation type, one or [rows]; null: 1
+  bool dloss_per_token;
+  bool unless_one;  // do nothing where dloss is 1
+};
+
 // From the token table to the loss and the statistics.
 struct ReduceArgs {
   Groups groups;  // in: scales; out: means

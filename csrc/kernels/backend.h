@@ -19,6 +19,8 @@ struct Backend {
   void (*cross_entropy)(const RowArgs& args, Queue queue);
   // The gradient anew where dloss is not 1, for which args.dlogits holds it already.
   void (*rescale)(const RowArgs& args, Queue queue);
+  // Of pairs of rows: values, and gradients of the first.
+  void (*divergence)(const DivergenceArgs& args, Queue queue);
   void (*load_values)(const ValuesArgs& args, Queue queue);
   void (*reduce)(const ReduceArgs& args, Queue queue);
   void (*mask_grad)(const MaskGradArgs& args, Queue queue);

@@ -245,6 +245,40 @@ inline double softcap(const char* who, const std::optional<double>& softcap) {
   return softcap.value_or(0);
 }
 
+// The parameters of a divergence. A skew of 0 is none.
+inline Divergence divergence(const char* who, const std::string& name, double beta) {
+  const Divergence kind = name == "forward_kl"        ? Divergence::kForwardKl
+                          : name == "reverse_kl"      ? Divergence::kReverseKl
+                          : name == "jsd"             ? Divergence::kJsd
+                          : name == "skew_forward_kl" ? Divergence::kSkewForwardKl
+                          : name == "skew_reverse_kl" ? Divergence::kSkewReverseKl
+                                                      : Divergence(-1);
+  if (kind == Divergence(-1)) {
+    fail("ValueError", who,
+         ": kind must be one of forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, "
+         "got \"",
+         name, "\"");
+  }
+  if (kind == Divergence::kJsd && !(beta > 0 && beta < 1)) {
+    fail("ValueError", who, ": beta must be above 0 and below 1 for \"jsd\", got ", beta,
+         ": it tends to 0 there; the KL divergences are kind=\"forward_kl\" and "
+         "kind=\"reverse_kl\"");
+  }
+  const bool skewed = kind == Divergence::kSkewForwardKl || kind == Divergence::kSkewReverseKl;
+  if (skewed && !(beta >= 0 && beta < 1)) {
+    fail("ValueError", who, ": beta must be at least 0 and below 1 for \"", name, "\", got ", beta);
+  }
+  if (beta == 0 && kind == Divergence::kSkewForwardKl) return Divergence::kForwardKl;
+  if (beta == 0 && kind == Divergence::kSkewReverseKl) return Divergence::kReverseKl;
+  return kind;
+}
+
+inline void temperature(const char* who, const char* what, double value) {
+  if (!(value > 0 && std::isfinite(value))) {
+    fail("ValueError", who, ": ", what, " must be greater than 0 and finite, got ", value);
+  }
+}
+
 inline void cross_entropy(const char* who, const Tensor& logits, const Tensor& target,
                           bool probabilities, bool shift) {
   floating(who, "logits", logits);

@@ -22,6 +22,7 @@ using torch::headeronly::ScalarType;
 
 constexpr const char* kCrossEntropy = "cross_entropy";
 constexpr const char* kMaskedReduce = "masked_reduce";
+constexpr const char* kDivergence = "masked_divergence";
 constexpr const char* kLinear = "linear_cross_entropy";
 
 // Straight through the C shim: the dispatcher's new_empty costs more than a small loss.
@@ -533,6 +534,103 @@ Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor
   const Device device(values);
   device.kernels.values_grad(args, device.queue());
   return dvalues;
+}
+
+std::tuple<Tensor, Tensor> divergence_weigh(Tensor logits, OptionalTensor mask,
+                                            OptionalTensor normalizer, std::string reduction_name,
+                                            bool shift, bool stats) {
+  const DType dtype = check::floating(kDivergence, "logits", logits);
+  Shape shape = shape_of(logits);
+  if (shape.empty()) {
+    check::fail("ValueError", kDivergence, ": logits must have shape [..., V], got []");
+  }
+  shape.pop_back();
+  if (shift && shape.empty()) {
+    check::fail("ValueError", kDivergence, ": shift needs logits [..., T, V], got ",
+                check::text(shape_of(logits)));
+  }
+  if (mask) check::mask(kDivergence, *mask, shape);
+  WeighArgs args{};
+  args.steps = shape.empty() ? 1 : shape.back();
+  args.skip_first = shift;
+  args.reduction =
+      check::reduction(kDivergence, reduction_name, static_cast<int64_t>(shape.size()), normalizer);
+  args.wide = dtype == DType::kFloat64;
+  const int64_t fields = stats ? DivergenceField::kCount : DivergenceField::kSaved;
+  const Tables tables =
+      weigh(kDivergence, Device(logits), args, logits, fields, mask, normalizer, shape);
+  return {tables.tokens, tables.groups};
+}
+
+void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor groups,
+                     OptionalTensor dloss, OptionalTensor dlogits, OptionalTensor temperatures,
+                     OptionalTensor teacher_temperatures, double temperature,
+                     double teacher_temperature, std::string kind, double beta,
+                     std::optional<double> softcap, std::optional<double> teacher_softcap,
+                     bool shift, bool forward, bool unless_one) {
+  const DType dtype = check::floating(kDivergence, "logits", logits);
+  const bool wide = dtype == DType::kFloat64;
+  check::floating(kDivergence, "teacher_logits", teacher_logits);
+  check::shape(kDivergence, "teacher_logits", teacher_logits, shape_of(logits));
+  check::temperature(kDivergence, "temperature", temperature);
+  check::temperature(kDivergence, "teacher_temperature", teacher_temperature);
+  // Kernels read doubles with doubles only.
+  const bool mixed = wide != (teacher_logits.scalar_type() == ScalarType::Double);
+  const Rows student = rows_of(logits);
+  const Rows teacher =
+      rows_of(mixed ? as_type(teacher_logits, accumulation_type(wide)) : teacher_logits);
+  if (student.cols == 0 && student.rows > 0) {
+    check::fail("ValueError", kDivergence, ": logits must have at least one class, got shape ",
+                check::text(shape_of(logits)));
+  }
+  check_tables(kDivergence, tokens, groups, student.rows, wide, DivergenceField::kSaved);
+  const auto per_token = [&](const OptionalTensor& t) {
+    return t ? OptionalTensor(upstream(kDivergence, *t, wide, student.rows)) : std::nullopt;
+  };
+  const OptionalTensor scale = per_token(dloss), own = per_token(temperatures),
+                       others = per_token(teacher_temperatures);
+
+  DivergenceArgs args{};
+  const auto side = [](const Rows& rows, double cap, double value, const OptionalTensor& values) {
+    return LogitRows{rows.tensor.data_ptr(),
+                     *check::dtype_of(rows.tensor),
+                     rows.batch_stride,
+                     rows.step_stride,
+                     cap,
+                     value,
+                     data(values)};
+  };
+  args.student = side(student, check::softcap(kDivergence, softcap), temperature, own);
+  args.teacher =
+      side(teacher, check::softcap(kDivergence, teacher_softcap), teacher_temperature, others);
+  args.rows = student.rows;
+  args.steps = std::max<int64_t>(1, student.steps);
+  args.cols = student.cols;
+  args.shift = shift;
+  args.kind = check::divergence(kDivergence, kind, beta);
+  args.beta = beta;
+  args.wide = wide;
+  args.table = tokens.data_ptr();
+  args.stats = forward && tokens.size(0) == DivergenceField::kCount;
+  args.forward = forward;
+  args.groups = Tables{tokens, groups}.of(student.rows);
+  args.dloss = data(scale);
+  args.dloss_per_token = dloss && dloss->dim() != 0;
+  args.unless_one = unless_one;
+  const Device device(logits);
+  if (dlogits) {
+    check::shape(kDivergence, "dlogits", *dlogits, shape_of(logits));
+    check::same_dtype(kDivergence, "dlogits", *dlogits, "logits", logits);
+    const std::optional<Rows> rows = rows_in_place(*dlogits);
+    if (!rows) {
+      check::fail("ValueError", kDivergence, ": dlogits must have contiguous classes and rows");
+    }
+    args.dlogits = dlogits->data_ptr();
+    args.grad_batch_stride = rows->batch_stride;
+    args.grad_step_stride = rows->step_stride;
+    args.stream = dlogits->numel() * dlogits->element_size() > device.kernels.cache_bytes;
+  }
+  device.kernels.divergence(args, device.queue());
 }
 
 std::string cpu_capability() { return cpu::kernels().name; }

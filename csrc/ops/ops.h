@@ -81,6 +81,22 @@ std::tuple<Tensor, Tensor, Tensor> masked_reduce_forward(Tensor values, Optional
 
 Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups);
 
+// What divergences (masked_loss/_op/divergence.py) are made of, before reduce.
+// Weights of all tokens and scales of all groups, where there is no target -> tokens, groups
+std::tuple<Tensor, Tensor> divergence_weigh(Tensor logits, OptionalTensor mask,
+                                            OptionalTensor normalizer, std::string reduction,
+                                            bool shift, bool stats);
+
+// Of every pair of rows its value into the table of tokens (forward), and the gradient of the
+// student's logits into dlogits, which may be these logits. With unless_one, dlogits holds the
+// gradient for dloss = 1, and for another dloss it is computed anew.
+void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor groups,
+                     OptionalTensor dloss, OptionalTensor dlogits, OptionalTensor temperatures,
+                     OptionalTensor teacher_temperatures, double temperature,
+                     double teacher_temperature, std::string kind, double beta,
+                     std::optional<double> softcap, std::optional<double> teacher_softcap,
+                     bool shift, bool forward, bool unless_one);
+
 std::string cpu_capability();
 
 // Fields of the token table that are saved for backward, all of its fields, those of the group

@@ -55,7 +55,15 @@
     "-> (Tensor loss, Tensor tokens, Tensor groups)")                                             \
   _(masked_reduce_backward,                                                                       \
     "(Tensor dloss, Tensor values, Tensor tokens, Tensor groups) -> "                             \
-    "Tensor")
+    "Tensor")                                                                                     \
+  _(divergence_weigh,                                                                             \
+    "(Tensor logits, Tensor? mask, Tensor? normalizer, str reduction, bool shift, bool stats) "   \
+    "-> (Tensor tokens, Tensor groups)")                                                          \
+  _(divergence_rows,                                                                              \
+    "(Tensor(a!) tokens, Tensor logits, Tensor teacher_logits, Tensor groups, Tensor? dloss, "    \
+    "Tensor(b!)? dlogits, Tensor? temperatures, Tensor? teacher_temperatures, "                   \
+    "float temperature, float teacher_temperature, str kind, float beta, float? softcap, "        \
+    "float? teacher_softcap, bool shift, bool forward, bool unless_one) -> ()")
 
 namespace masked_loss {
 namespace {

@@ -167,3 +167,12 @@ def name_of(x: Tensor) -> str:
 def widened(x: Tensor) -> Tensor:
     """In what losses are computed: half types in float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def temperatures_of(
+    value: float | Tensor, tokens: torch.Size, like: Tensor
+) -> tuple[float, Tensor | None]:
+    """As the operators take it: one number, or one for each token."""
+    if not isinstance(value, Tensor):
+        return float(value), None
+    return 1.0, value.detach().to(like.device, widened(like[..., :0]).dtype).expand(tokens)

@@ -51,7 +51,7 @@ def _call(
     plain = are_plain(logits)
     inplace = inplace_backward and plain
     if inplace:
-        _require_writable(logits)
+        require_writable("cross_entropy", logits)
     fused = plain and not inplace and logits.requires_grad and meaning.reduction != "none"
     function = _with_stats if stats else _without_stats
     return function(*inputs, How(meaning, stats, fused, inplace))
@@ -113,7 +113,7 @@ _without_stats, _with_stats = (
 )
 
 
-def _require_writable(logits: Tensor) -> None:
+def require_writable(who: str, logits: Tensor) -> None:
     """Every logit has a place of its own, where the kernels find it: [batch, step, class].
 
     Here and not in csrc/ops/check.h: to write in place is autograd's affair, the forward kernels do
@@ -133,7 +133,7 @@ def _require_writable(logits: Tensor) -> None:
         reach += stride * (size - 1)
     if not writable:
         raise RuntimeError(
-            "ValueError: cross_entropy: inplace_backward needs logits whose classes are contiguous "
+            f"ValueError: {who}: inplace_backward needs logits whose classes are contiguous "
             f"and whose rows do not overlap, got shape {list(logits.shape)} with strides "
             f"{list(logits.stride())}"
         )

@@ -26,7 +26,13 @@ from rounding import HALF_TYPES, Numbers, assert_rounds_to_nearest_even, hard_nu
 from samples import CASES, FEW_CASES, REDUCE_CASES, REDUCTIONS, Case, Sample
 from torch import Tensor
 
-from masked_loss import cross_entropy, masked_cross_entropy, masked_reduce, reference
+from masked_loss import (
+    cross_entropy,
+    masked_cross_entropy,
+    masked_divergence,
+    masked_reduce,
+    reference,
+)
 
 EVERYTHING: dict[str, Any] = {
     "label_smoothing": 0.1,
@@ -497,3 +503,35 @@ def test_a_missing_barrier_is_noticed(mutant: str, tmp_path: Path) -> None:
 def test_what_a_device_forbids_is_noticed(what: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=what):
         results_by_seed(build_mutant(FORBIDDEN[what], tmp_path), seeds=1)
+
+
+@pytest.mark.parametrize("kind", reference.DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_divergences(kind: str, dtype: torch.dtype) -> None:
+    """Values, statistics and gradients, with excluded classes, masked rows and a row per token."""
+    student, teacher = (3 * torch.randn(2, 3, 700).to(dtype) for _ in range(2))
+    excluded = torch.rand(700) < 0.1
+    student, teacher = (x.masked_fill(excluded, -float("inf")) for x in (student, teacher))
+    mask = torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 1.0]])
+    student[0, 0] = float("nan")  # the row of the token that is masked
+    options = {"kind": kind, "beta": 0.3, "softcap": 6.0, "shift": True, "return_stats": True}
+    options |= {"teacher_softcap": 9.0, "temperature": 0.5 + torch.rand(2, 3)}
+    found = []
+    for function, wide in (
+        (masked_divergence, dtype),
+        (reference.masked_divergence, torch.float64),
+    ):
+        y = student.to(wide).requires_grad_()
+        loss, stats = function(y, teacher.to(wide), mask, **options)
+        (gradient,) = torch.autograd.grad(loss, y)
+        found.append([x.double() for x in (loss.detach(), *stats, gradient)])
+    coarse = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-11}[dtype]
+    for ours, truth in zip(*found, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=coarse, atol=1e-6 if coarse > 1e-9 else 1e-12)
+
+
+def test_a_token_has_the_same_divergence_in_every_batch() -> None:
+    student, teacher = torch.randn(2, 9, 700)
+    alone = masked_divergence(student[4], teacher[4], kind="jsd", reduction="none")
+    together = masked_divergence(student, teacher, kind="jsd", reduction="none")
+    assert torch.equal(alone, together[4])

@@ -87,6 +87,19 @@ void rescale(const RowArgs& args, const Threads& threads) {
   if (!one) cross_entropy(args, threads);
 }
 
+void divergence(const DivergenceArgs& args, const Threads& threads, const Kernels& table) {
+  const bool one = args.unless_one && (args.wide ? *static_cast<const double*>(args.dloss) == 1
+                                                 : *static_cast<const float*>(args.dloss) == 1);
+  if (one) return;
+  const int64_t bytes = kScratchRows * args.cols * (args.wide ? sizeof(double) : sizeof(float));
+  share(args.rows, 2 * args.cols, threads, [&](int64_t begin, int64_t end) {
+    // Kept: pages that come fresh from the system would take longer than the rows.
+    static thread_local std::vector<char> scratch;
+    if (static_cast<int64_t>(scratch.size()) < bytes) scratch.resize(bytes);
+    table.divergence(args, begin, end, scratch.data());
+  });
+}
+
 namespace {
 
 template <auto kernel, class Args>
@@ -95,6 +108,9 @@ auto on_threads(const Args& args, Queue queue) {
 }
 void rows_of_this_machine(const RowArgs& args, const Threads& threads) {
   cross_entropy(args, threads);
+}
+void pairs_of_this_machine(const DivergenceArgs& args, const Threads& threads) {
+  divergence(args, threads);
 }
 template <class Args>
 int64_t no_scratch(const Args&) {
@@ -106,6 +122,7 @@ int64_t no_scratch(const Args&) {
 const Backend kBackend = {on_threads<&weigh>,
                           on_threads<&rows_of_this_machine>,
                           on_threads<&rescale>,
+                          on_threads<&pairs_of_this_machine>,
                           on_threads<&load_values>,
                           on_threads<&reduce>,
                           on_threads<&mask_grad>,

@@ -25,9 +25,14 @@ struct RowKernels {
   void (*grad)(const RowArgs& args, int64_t row, int64_t segment);
 };
 
+// Two rows in the accumulation type, and what a look at them leaves for the gradient.
+constexpr int64_t kScratchRows = 4;
+
 struct Kernels {
   const char* name;
   RowKernels rows[4];  // by DType: fp64, fp32, bf16, fp16
+  // Of pairs of rows; scratch: kScratchRows rows of the accumulation type.
+  void (*divergence)(const DivergenceArgs& args, int64_t begin, int64_t end, void* scratch);
 };
 
 // The instruction sets that this machine has, best first.
@@ -39,6 +44,8 @@ const Kernels& kernels();
 // Weights and scales. Returns the first token whose target is out of range, or -1.
 int64_t weigh(const WeighArgs& args, const Threads& threads);
 void cross_entropy(const RowArgs& args, const Threads& threads, const Kernels& table = kernels());
+void divergence(const DivergenceArgs& args, const Threads& threads,
+                const Kernels& table = kernels());
 // The gradient anew where dloss is not 1, for which args.dlogits holds it already.
 void rescale(const RowArgs& args, const Threads& threads);
 void load_values(const ValuesArgs& args, const Threads& threads);

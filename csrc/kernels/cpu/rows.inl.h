@@ -368,5 +368,6 @@ constexpr RowKernels row_kernels() {
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           {row_kernels<double>(), row_kernels<float>(), row_kernels<BFloat16>(),
-           row_kernels<Float16>()}};
+           row_kernels<Float16>()},
+          divergence_rows};
 }

@@ -28,6 +28,9 @@ struct Limits {
   static constexpr typename V::Scalar lowest() {
     return std::numeric_limits<typename V::Scalar>::lowest();
   }
+  static constexpr typename V::Scalar infinity() {
+    return std::numeric_limits<typename V::Scalar>::infinity();
+  }
   static constexpr typename V::Scalar underflow() {
     return Limits<typename V::Scalar>::underflow();
   }

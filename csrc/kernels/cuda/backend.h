@@ -22,6 +22,7 @@ int64_t scratch_bytes(const ReduceArgs& args);
 int64_t weigh(const WeighArgs& args, Stream stream);
 void cross_entropy(const RowArgs& args, Stream stream);
 void rescale(const RowArgs& args, Stream stream);
+void divergence(const DivergenceArgs& args, Stream stream);
 void load_values(const ValuesArgs& args, Stream stream);
 void reduce(const ReduceArgs& args, Stream stream);
 void mask_grad(const MaskGradArgs& args, Stream stream);

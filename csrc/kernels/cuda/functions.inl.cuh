@@ -21,11 +21,13 @@ template <>
 struct Limits<float> {
   ML_FN static constexpr float lowest() { return -3.402823466e38f; }
   ML_FN static constexpr float epsilon() { return 1.1920928955e-7f; }
+  ML_FN static constexpr float infinity() { return HUGE_VALF; }
   ML_FN static constexpr float underflow() { return 128.0f; }
 };
 template <>
 struct Limits<double> {
   ML_FN static constexpr double lowest() { return -1.7976931348623157e308; }
   ML_FN static constexpr double epsilon() { return 2.220446049250313e-16; }
+  ML_FN static constexpr double infinity() { return HUGE_VAL; }
   ML_FN static constexpr double underflow() { return 1024.0; }
 };

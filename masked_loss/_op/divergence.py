@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""masked_divergence and masked_divergence_stats: a student's logits against a teacher's."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from masked_loss._op import checks, tables
+from masked_loss._op.autograd import (
+    Formulas,
+    Inputs,
+    are_plain,
+    below_autograd,
+    differentiable,
+    is_differentiated,
+    keeps_graph,
+    may_require_grad,
+)
+from masked_loss._op.checks import checked
+from masked_loss._op.cross_entropy import require_writable
+from masked_loss._op.factory import (
+    Operator,
+    Signature,
+    batch_by_loop,
+    fake,
+    fake_like,
+    fake_nothing,
+    kernel,
+    library,
+    record,
+)
+from masked_loss._op.memory import logits_pool
+from masked_loss._op.tables import ops
+from masked_loss.options import Meaning
+
+_WHO = "masked_divergence"
+INPUTS = (
+    "logits", "teacher_logits", "mask", "normalizer", "temperatures", "teacher_temperatures",
+)  # fmt: skip
+
+# Rows of the table of tokens, as csrc/kernels/args.h has them (DivergenceField).
+SAVED = ("weight", "value", "top", "sum", "teacher_top", "teacher_sum", "mean_score")
+FIELDS = (*SAVED, "entropy", "teacher_entropy", "agreement")
+
+_KIND = (
+    "float temperature, float teacher_temperature, str kind, float beta, float? softcap, "
+    "float? teacher_softcap, bool shift"
+)
+_PUBLIC = (
+    "(Tensor logits, Tensor teacher_logits, Tensor? mask=None, *, Tensor? normalizer=None, "
+    "Tensor? temperatures=None, Tensor? teacher_temperatures=None, float temperature=1.0, "
+    'float teacher_temperature=1.0, str kind="forward_kl", float beta=0.5, float? softcap=None, '
+    'float? teacher_softcap=None, bool shift=False, str reduction="mean", '
+    "bool inplace_backward=False) -> "
+)
+library.define(f"masked_divergence{_PUBLIC}Tensor")
+library.define(f"masked_divergence_stats{_PUBLIC}(Tensor loss, Tensor stats)")
+library.define(
+    "masked_divergence_forward(Tensor logits, Tensor teacher_logits, Tensor? mask, "
+    "Tensor? normalizer, Tensor? temperatures, Tensor? teacher_temperatures, "
+    f"{_KIND}, str reduction, bool stats) -> "
+    "(Tensor loss, Tensor stats, Tensor tokens, Tensor groups)"
+)
+library.define(
+    "masked_divergence_backward(Tensor dloss, Tensor logits, Tensor teacher_logits, "
+    "Tensor tokens, Tensor groups, Tensor? temperatures, Tensor? teacher_temperatures, "
+    f"{_KIND}) -> Tensor"
+)
+
+
+class Divergence(NamedTuple):
+    """What is compared with what, in the order in which the operators take it."""
+
+    temperature: float
+    teacher_temperature: float
+    kind: str
+    beta: float
+    softcap: float | None
+    teacher_softcap: float | None
+    shift: bool
+
+
+class How(NamedTuple):
+    divergence: Divergence
+    reduction: str
+    stats: bool
+    fused: bool
+    """Forward computes the gradient too, for dloss = 1: as for the cross entropy."""
+    inplace: bool
+
+
+def _call(
+    stats: bool, inputs: Inputs, meaning: Meaning, *, inplace_backward: bool, **more: Any
+) -> tuple[Tensor, ...]:
+    """loss, stats if asked for, perhaps more."""
+    logits, _, mask, *_ = inputs
+    divergence = Divergence(softcap=meaning.softcap, shift=meaning.shift, **more)
+    how = How(divergence, meaning.reduction, stats, False, False)
+    if not is_differentiated(logits, mask):
+        return _forward(inputs, how)
+    plain = are_plain(*inputs)
+    inplace = inplace_backward and plain
+    if inplace:
+        require_writable(_WHO, logits)
+    fused = plain and not inplace and logits.requires_grad and meaning.reduction != "none"
+    function = _with_stats if stats else _without_stats
+    return function(*inputs, how._replace(fused=fused, inplace=inplace))
+
+
+def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
+    """loss, stats, tokens, groups, and perhaps the gradient for dloss = 1."""
+    if how.fused:
+        dlogits = logits_pool.empty_like(inputs[0])
+        return (*_run(inputs, how, dlogits), dlogits)
+    return ops.masked_divergence_forward.default(*inputs, *how.divergence, how.reduction, how.stats)
+
+
+@kernel
+def _run(inputs: Inputs, how: How, dlogits: Tensor | None = None) -> tuple[Tensor, ...]:
+    logits, teacher, mask, normalizer, *temperatures = inputs
+    tokens, groups = ops.divergence_weigh.default(
+        logits, mask, normalizer, how.reduction, how.divergence.shift, how.stats
+    )
+    ops.divergence_rows.default(
+        tokens, logits, teacher, groups, None, dlogits, *temperatures, *how.divergence, True, False
+    )
+    loss, _ = ops.linear_reduce.default(tokens, groups, logits[..., 0], how.reduction, 0.0, False)
+    return loss, _statistics(tokens, how.stats), tokens, groups
+
+
+def _statistics(tokens: Tensor, stats: bool) -> Tensor:
+    """Sums over the tokens, in the order of DivergenceStats."""
+    if not stats:
+        return tokens.new_empty(0)
+    weight = tokens[FIELDS.index("weight")]
+    columns = ("value", "entropy", "teacher_entropy", "agreement")
+    # masked_reduce, whose sums have a fixed order.
+    sums = [
+        ops.masked_reduce.default(tokens[FIELDS.index(c)], weight, reduction="sum") for c in columns
+    ]
+    return torch.stack([ops.masked_reduce.default(weight, reduction="sum"), *sums])
+
+
+def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
+    logits, teacher, mask, _, *temperatures = inputs
+    _, _, *rest = outputs
+    return logits, teacher, mask if may_require_grad(mask) else None, *temperatures, *rest
+
+
+def _backward(
+    saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
+) -> Inputs:
+    logits, teacher, mask, own, others, tokens, groups, *dlogits = saved
+    (dloss,) = upstream
+    needs_logits, _, needs_mask, *_ = needs
+    dmask = gradient = None
+    if needs_mask:
+        dmask = ops.mask_grad.default(dloss, mask, tokens, groups, None, None, 0.0)
+
+    def write(to: Tensor, unless_one: bool = False) -> Tensor:
+        with below_autograd():  # to which logits that require grad are not to be written
+            ops.divergence_rows.default(
+                tokens, logits, teacher, groups, dloss.reshape(-1) if dloss.dim() else dloss, to,
+                own, others, *how.divergence, False, unless_one,
+            )  # fmt: skip
+        return to
+
+    if not needs_logits:
+        pass
+    elif not plain:
+        gradient = ops.masked_divergence_backward.default(
+            dloss, logits, teacher, tokens, groups, own, others, *how.divergence
+        )
+    elif how.inplace:
+        gradient = write(logits.detach())
+        torch.autograd.graph.increment_version(logits)
+    elif dlogits and not keeps_graph():
+        (gradient,) = dlogits
+        # On CUDA the operator looks at dloss itself: reading it here would wait for the device.
+        if not dloss.is_cpu or dloss.item() != 1:
+            write(gradient, unless_one=True)
+    else:
+        gradient = write(logits_pool.empty_like(logits))
+    return gradient, None, dmask, None, None, None
+
+
+_without_stats, _with_stats = (
+    differentiable(Formulas("MaskedDivergence", _forward, _save, _backward, results))
+    for results in (1, 2)
+)
+
+
+# The operators' kernels and fakes
+
+
+def _public_kernel(
+    stats: bool, inputs: Inputs, meaning: Meaning, *, inplace_backward: bool, **more: Any
+) -> tuple[Tensor, ...]:
+    divergence = Divergence(softcap=meaning.softcap, shift=meaning.shift, **more)
+    return _run(inputs, How(divergence, meaning.reduction, stats, False, False))
+
+
+def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
+    a = _forward_arguments.bind(args, {})
+    how = How(record(Divergence, a), a.reduction, a.stats, False, False)
+    return _run(tuple(getattr(a, name) for name in INPUTS), how)
+
+
+@kernel
+def _backward_kernel(*args: Any) -> Tensor:
+    a = _backward_arguments.bind(args, {})
+    dlogits = torch.empty_like(a.logits, memory_format=torch.contiguous_format)
+    dloss = a.dloss.reshape(-1) if a.dloss.dim() else a.dloss
+    ops.divergence_rows.default(
+        a.tokens, a.logits, a.teacher_logits, a.groups, dloss, dlogits, a.temperatures,
+        a.teacher_temperatures, *record(Divergence, a), False, False,
+    )  # fmt: skip
+    return dlogits
+
+
+def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
+    shape = a.logits.shape[:-1]
+    checks.reduction(_WHO, a.reduction, len(shape), a.normalizer)
+    return (
+        tables.fake_loss(a.logits, a.reduction, shape),
+        a.logits.new_empty((5 if stats else 0,), dtype=tables.loss_dtype(a.logits)),
+        *_fake_tables(a, stats),
+    )
+
+
+def _fake_tables(a: SimpleNamespace, stats: bool) -> tuple[Tensor, Tensor]:
+    shape = a.logits.shape[:-1]
+    return (
+        tables.fake_tokens(a.logits, FIELDS if stats else SAVED, shape),
+        tables.fake_groups(a.logits, a.reduction, shape),
+    )
+
+
+fake("masked_divergence")(lambda a: _fake(a, False))
+fake("masked_divergence_stats")(lambda a: _fake(a, True))
+fake("masked_divergence_forward")(lambda a: _fake(a, a.stats))
+fake_like("logits", "masked_divergence_backward")
+fake("divergence_weigh")(lambda a: _fake_tables(a, a.stats))
+fake_nothing("divergence_rows")
+
+_forward_arguments = Signature("masked_divergence_forward")
+_backward_arguments = Signature("masked_divergence_backward")
+for _name, _kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
+    _overload = getattr(ops, f"masked_divergence_{_name}").default
+    library.impl(_overload._opname, checked(_overload, _kernel), "CompositeExplicitAutograd")
+batch_by_loop("masked_divergence_forward", "masked_divergence_backward")
+
+masked_divergence, masked_divergence_stats = (
+    Operator(name, INPUTS, partial(_call, stats), partial(_public_kernel, stats))
+    for name, stats in (("masked_divergence", False), ("masked_divergence_stats", True))
+)

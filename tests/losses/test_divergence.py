@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""masked_divergence: as exact as PyTorch, never negative, and what it is where it is infinite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import DRAWS
+from torch import Tensor
+
+import masked_loss
+from masked_loss import DivergenceStats, masked_divergence, reference
+
+INF, NAN = float("inf"), float("nan")
+KINDS = list(reference.DIVERGENCES)
+FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 2.0, "teacher_temperature": 0.7},
+    "temperatures": {"temperature": True},
+    "softcap": {"softcap": 5.0, "teacher_softcap": 9.0},
+    "shift": {"shift": True},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "normalizer": {"normalizer": 7.0},
+    "sequence_mean": {"reduction": "sequence_mean"},
+    "everything": {"temperature": True, "softcap": 5.0, "shift": True, "reduction": "none"},
+}
+
+
+def problem(dtype: torch.dtype, cols: int = 301, options: str = "plain", near: float | None = None):
+    """Student, teacher, mask and options; the teacher ``near`` the student, or unrelated to it."""
+    student = 3 * torch.randn(3, 4, cols, dtype=torch.float64)
+    teacher = 3 * torch.randn(3, 4, cols, dtype=torch.float64)
+    if near is not None:
+        teacher = student + near * teacher
+    mask = torch.rand(3, 4) * (torch.rand(3, 4) < 0.8)
+    mask[0, 1], mask[2] = 1, 0
+    more = dict(OPTIONS[options])
+    if more.get("temperature") is True:
+        more["temperature"] = 0.5 + torch.rand(3, 4)
+    return student.to(dtype).requires_grad_(), teacher.to(dtype), mask.requires_grad_(), more
+
+
+def as_written(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
+    """From log-softmaxes by F.kl_div, as trainers do."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return F.kl_div(b, a, reduction="none", log_target=True).sum(-1)
+
+    def mix(c: float) -> Tensor:
+        return torch.logaddexp(log_p + torch.tensor(c).log(), log_q + torch.tensor(1 - c).log())
+
+    if kind == "forward_kl":
+        return kl(log_p, log_q)
+    if kind == "reverse_kl":
+        return kl(log_q, log_p)
+    if kind == "jsd":
+        return beta * kl(log_p, mix(beta)) + (1 - beta) * kl(log_q, mix(beta))
+    if kind == "skew_forward_kl":
+        return kl(log_p, mix(beta))
+    return kl(log_q, mix(1 - beta))
+
+
+def off(ours: Tensor, truth: Tensor) -> float:
+    """The worst element, beyond a rounding of the type to its own size, or to none at all."""
+    info = torch.finfo(ours.dtype)
+    own = info.eps / 2 * truth.abs() + info.eps * info.tiny
+    return ((ours.double() - truth).abs() - own).max().item()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option(kind: str, options: str, dtype: torch.dtype, device: str) -> None:
+    """Value and gradients no further from fp64 than PyTorch's in fp32, and six roundings."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def results(function: Any, dtype: torch.dtype, inputs: Any) -> list[Tensor]:
+        student, teacher, mask, more = inputs
+        leaves = [student.detach().to(device, dtype), mask.detach().to(device)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        more = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in more.items()}
+        teacher = teacher.to(device, dtype)
+        loss = function(leaves[0], teacher, leaves[1], kind=kind, beta=0.3, **more)
+        upstream = torch.linspace(-1, 1, max(1, loss.numel())).to(loss).view(loss.shape)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
+
+    worst = [[0.0, 0.0] for _ in range(3)]  # ours, PyTorch's: luck is no measure
+    for _ in range(DRAWS):
+        inputs = problem(dtype, options=options)
+        ours = results(masked_divergence, dtype, inputs)
+        eager = results(reference.masked_divergence, wide, inputs)
+        truth = results(reference.masked_divergence, torch.float64, inputs)
+        assert [x.dtype for x in ours[:2]] == [wide, dtype]
+        for errors, mine, theirs, true in zip(worst, ours, eager, truth, strict=True):
+            slack = 6 * torch.finfo(wide).eps * true.double().abs().max().item() + 1e-14
+            errors[0] = max(errors[0], off(mine, true.double()) - slack)
+            errors[1] = max(errors[1], (theirs.double() - true).abs().max().item())
+        if all(mine <= theirs for mine, theirs in worst):
+            return
+    raise AssertionError(f"value, gradient, gradient of the mask (ours, PyTorch's): {worst}")
+
+
+@pytest.mark.parametrize("cols", [1, 2, 15, 16, 17, 33, 1000, 4099, 20011])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_length(kind: str, cols: int, device: str) -> None:
+    student, teacher, _, _ = problem(torch.float32, cols)
+    ours = masked_divergence(student.to(device), teacher.to(device), kind=kind, reduction="none")
+    truth = reference.masked_divergence(
+        student.double(), teacher.double(), kind=kind, reduction="none"
+    )
+    torch.testing.assert_close(ours.cpu().double(), truth, rtol=1e-5, atol=1e-7)
+    upstream = torch.randn(3, 4)
+    ours = torch.autograd.grad(ours, student, upstream.to(device))[0]
+    truth = torch.autograd.grad(truth, student, upstream.double())[0]
+    torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("near", [1e-1, 1e-2, 1e-3, 1e-5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_close_by(kind: str, near: float, device: str) -> None:
+    """Right to 1e-5 where the sum of p (log p - log q) is nothing but rounding; never negative."""
+    student, teacher, _, _ = problem(torch.float32, 4000, near=near)
+    teacher.requires_grad_(False)
+    ours = masked_divergence(student.to(device), teacher.to(device), kind=kind, reduction="none")
+    truth = reference.masked_divergence(
+        student.double(), teacher.double(), kind=kind, reduction="none"
+    )
+    assert (ours >= 0).all()
+    limit = 1e-5 if near >= 1e-2 else 1e-3
+    torch.testing.assert_close(ours.cpu().double(), truth, rtol=limit, atol=0)
+    loss, peer = (
+        ours.sum(),
+        as_written(teacher.log_softmax(-1), student.log_softmax(-1), kind, 0.5).sum(),
+    )
+    gradient, peers, true = (
+        torch.autograd.grad(x, student)[0].double() for x in (loss, peer, truth.sum())
+    )
+    slack = torch.finfo(torch.float32).eps * true.abs().max()
+    assert (gradient - true).abs().max() <= (peers - true).abs().max() + slack
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_equals_is_zero(kind: str, dtype: torch.dtype, device: str) -> None:
+    logits = problem(dtype)[0].detach().to(device)
+    loss = masked_divergence(logits, logits.clone(), kind=kind, reduction="none")
+    assert (loss == 0).all()
+
+
+@pytest.mark.parametrize("teacher_dtype", FLOATING)
+def test_types_may_differ(teacher_dtype: torch.dtype, dtype: torch.dtype, device: str) -> None:
+    student, teacher, _, _ = problem(dtype)
+    teacher = teacher.to(teacher_dtype)
+    ours = masked_divergence(student.to(device), teacher.to(device), kind="jsd")
+    truth = reference.masked_divergence(student.double(), teacher.double(), kind="jsd")
+    torch.testing.assert_close(ours.cpu().double(), truth, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strided_rows(kind: str, device: str) -> None:
+    """A teacher with a larger vocabulary, sequences that are dimension 1: read where they are."""
+    student = torch.randn(5, 3, 40).transpose(0, 1)[..., :33]
+    teacher = torch.randn(3, 5, 50)[..., 3:36]
+    ours = masked_divergence(student.to(device), teacher.to(device), kind=kind)
+    same = masked_divergence(
+        student.contiguous().to(device), teacher.contiguous().to(device), kind=kind
+    )
+    assert torch.equal(ours, same)
+
+
+@pytest.mark.parametrize("excluded", ["both", "student", "teacher"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_excluded_classes(kind: str, excluded: str, dtype: torch.dtype, device: str) -> None:
+    student, teacher, _, _ = problem(dtype)
+    nowhere = torch.zeros(301, dtype=torch.bool)
+    nowhere[[3, 17, 300]] = True
+    y = student.detach().masked_fill(nowhere, -INF) if excluded != "teacher" else student.detach()
+    t = teacher.masked_fill(nowhere, -INF) if excluded != "student" else teacher
+    y, t = y.to(device).requires_grad_(), t.to(device)
+    loss = masked_divergence(y, t, kind=kind, beta=0.3, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), y)
+    x = y.detach().double().requires_grad_()
+    truth = reference.masked_divergence(x, t.double(), kind=kind, beta=0.3, reduction="none")
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=1e-6)
+    infinite = (kind, excluded) in (("forward_kl", "student"), ("reverse_kl", "teacher"))
+    assert infinite == loss.isinf().all()
+    if (kind, excluded) == ("reverse_kl", "teacher"):
+        assert gradient.isnan().any()
+        return
+    (true,) = torch.autograd.grad(truth.sum(), x)
+    coarse = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-4)
+    torch.testing.assert_close(gradient.double(), true, rtol=coarse, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "sequence_mean"])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_masked_rows_are_never_read(bad: float, reduction: str, device: str) -> None:
+    student, teacher, mask, _ = problem(torch.float32)
+    rows = (mask == 0)[..., None]
+    found = []
+    for fill in (0.0, bad):
+        y = student.detach().masked_fill(rows, fill).to(device).requires_grad_()
+        t = teacher.masked_fill(rows, fill).to(device)
+        loss = masked_divergence(y, t, mask.detach().to(device), kind="jsd", reduction=reduction)
+        (gradient,) = torch.autograd.grad(loss.sum(), y)
+        assert (gradient[mask == 0] == 0).all()
+        found.append((loss.detach(), gradient))
+    for clean, dirty in zip(*found, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_active_nan_comes_out(kind: str, who: str, device: str) -> None:
+    student, teacher, _, _ = problem(torch.float32)
+    with torch.no_grad():
+        (student if who == "student" else teacher)[0, 0, 7] = NAN
+    y = student.detach().to(device).requires_grad_()
+    loss = masked_divergence(y, teacher.to(device), kind=kind, reduction="none")
+    assert loss.isnan().sum() == 1
+    (gradient,) = torch.autograd.grad(loss.sum(), y)
+    assert gradient[0, 0].isnan().any()
+    assert gradient.view(-1, 301)[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "sequence_mean"])
+def test_every_token_masked(reduction: str, device: str) -> None:
+    y = torch.full((2, 3, 7), NAN, device=device, requires_grad=True)
+    loss = masked_divergence(y, y.detach(), torch.zeros(2, 3, device=device), reduction=reduction)
+    assert (loss == 0).all()
+    loss.sum().backward()
+    assert (y.grad == 0).all()
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.25])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_place(kind: str, upstream: float, dtype: torch.dtype) -> None:
+    student, teacher, mask, _ = problem(dtype)
+    weight = mask.detach()
+    loss = masked_divergence(student, teacher, weight, kind=kind)
+    (expected,) = torch.autograd.grad(loss, student, torch.tensor(upstream).to(loss))
+    own = student.detach().clone().requires_grad_()
+    loss = masked_divergence(own, teacher, weight, kind=kind, inplace_backward=True)
+    (gradient,) = torch.autograd.grad(loss, own, torch.tensor(upstream).to(loss))
+    assert gradient.data_ptr() == own.data_ptr()
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_statistics(dtype: torch.dtype, device: str) -> None:
+    student, teacher, mask, _ = problem(dtype)
+    with torch.no_grad():
+        teacher[:2] = student[:2] + 0.1 * teacher[:2]
+    args = (student.detach().to(device), teacher.to(device), mask.detach().to(device))
+    loss, stats = masked_divergence(*args, return_stats=True)
+    assert isinstance(stats, DivergenceStats)
+    wide = [x.double() for x in args]
+    _, truth = reference.masked_divergence(*wide, return_stats=True)
+    for name, ours, true in zip(stats._fields, stats, truth, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-6, msg=name)
+    assert torch.equal(loss, masked_divergence(*args))
+
+
+def test_retained_graphs_and_second_calls() -> None:
+    student, teacher, mask, _ = problem(torch.float32)
+    loss = masked_divergence(student, teacher, mask.detach())
+    first = torch.autograd.grad(loss, student, retain_graph=True)[0].clone()
+    again = torch.autograd.grad(loss * 2, student)[0]
+    torch.testing.assert_close(again, 2 * first)
+
+
+def test_threads_do_not_matter() -> None:
+    student, teacher, _, _ = problem(torch.float32, 5000)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        loss = masked_divergence(student, teacher, kind="jsd")
+        found.append((loss.detach(), torch.autograd.grad(loss, student)[0].clone()))
+    torch.set_num_threads(threads)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind: str) -> None:
+    student, teacher, mask, _ = problem(torch.float64, 9)
+    weight = mask.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda y, w: masked_divergence(y, teacher, w.where(mask != 0, 0), kind=kind, beta=0.3),
+        (student, weight),
+    )
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiled(reduction: str, stats: bool) -> None:
+    student, teacher, mask, _ = problem(torch.float32)
+
+    def loss(y: Tensor, t: Tensor, w: Tensor) -> Any:
+        return masked_divergence(
+            y, t, w, kind="jsd", temperature=2.0, reduction=reduction, return_stats=stats
+        )
+
+    found = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        result = call(student, teacher, mask)
+        value = result[0] if stats else result
+        found.append([value.detach(), *torch.autograd.grad(value.sum(), (student, mask))])
+        if stats:
+            found[-1] += list(result[1])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+def test_memory_is_one_gradient() -> None:
+    """Between forward and backward nothing of the size of the logits is kept but their gradient."""
+    student, teacher, _, _ = problem(torch.float32, 4000)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        masked_divergence(student, teacher, reduction="none")
+    new = {t.data_ptr(): t for t in saved}
+    for given in (student, teacher):
+        new.pop(given.data_ptr(), None)
+    assert sum(t.nbytes for t in new.values()) <= 12 * (28 + 48)
+
+
+# Each: what is wrong, the arguments that differ from good ones, the error, what its text has.
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"logits": torch.zeros(2, 3, 5).long()}, TypeError, "logits must be float64, .*, got int64"),
+    ({"teacher_logits": [1.0]}, TypeError, "teacher_logits must be a tensor, got list"),
+    ({"teacher_logits": torch.zeros(2, 3, 6)}, ValueError, r"teacher_logits .*\[2, 3, 5\], got"),
+    ({"teacher_logits": torch.zeros(2, 3, 5).requires_grad_()}, ValueError, "not differentiable"),
+    ({"mask": torch.ones(3)}, ValueError, r"mask must have shape \[2, 3\], got \[3\]"),
+    ({"kind": "kl"}, ValueError, "kind must be one of forward_kl, .*, got .kl."),
+    ({"kind": "jsd", "beta": 0.0}, ValueError, "beta must be above 0 .*forward_kl.*reverse_kl"),
+    ({"kind": "jsd", "beta": 1.0}, ValueError, "beta must be above 0 .*forward_kl.*reverse_kl"),
+    ({"kind": "skew_forward_kl", "beta": 1.0}, ValueError, "beta must be at least 0 and below 1"),
+    ({"temperature": 0.0}, ValueError, "temperature must be .*, got 0"),
+    ({"temperature": "hot"}, TypeError, "temperature must be a number or a tensor, got str"),
+    ({"temperature": torch.ones(4)}, ValueError, r"temperature must .*\[2, 3\], got \[4\]"),
+    ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature must be .*, got -1"),
+    ({"softcap": 0.0}, ValueError, "softcap must be greater than 0 and finite, got 0"),
+    ({"reduction": "avg"}, ValueError, "reduction must be .*, got .avg."),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "text"), BAD, ids=lambda x: str(x)[:30])
+def test_errors(wrong: dict[str, Any], error: type[Exception], text: str) -> None:
+    good = {"logits": torch.zeros(2, 3, 5), "teacher_logits": torch.zeros(2, 3, 5)}
+    with pytest.raises(error, match=f"masked_divergence: .*{text}"):
+        masked_divergence(**{**good, **wrong})
+
+
+def test_module() -> None:
+    student, teacher, mask, _ = problem(torch.float32)
+    options = {"kind": "jsd", "beta": 0.3, "temperature": 2.0, "shift": True}
+    module = masked_loss.MaskedDivergenceLoss(**options)
+    expected = masked_divergence(student, teacher, mask, **options)
+    assert torch.equal(module(student, teacher, mask), expected)
+    assert "kind='jsd'" in repr(module)
