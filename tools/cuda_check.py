@@ -33,22 +33,29 @@ REGISTERS = 65536
 ROWS = [
     cuda_model.Problem(8192, classes, dtype, fused)
     for dtype in ("bfloat16", "float32")
-    for classes in (1024, 4096, 32768)
+    for classes in (1024, 6400, 16384, 32000, 65536)
     for fused in (False, True)
 ]
 
 
 def is_row_kernel(kernel: Kernel) -> bool:
+    return kernel.name.startswith(cuda_model.ROW_KERNELS)
+
+
+def writes_gradients(kernel: Kernel) -> bool:
     return kernel.name.startswith("rows_kernel")
 
 
 def is_plain(kernel: Kernel) -> bool:
-    return "false" in kernel.name and "double" not in kernel.name
+    plain = "false" in kernel.name or not writes_gradients(kernel)
+    return is_row_kernel(kernel) and plain and "double" not in kernel.name
 
 
 def allowed_registers(kernel: Kernel) -> int:
     if not is_row_kernel(kernel):
         return 64
+    if not writes_gradients(kernel) and not kernel.name.endswith(" 16>"):
+        return REGISTERS // 1280 // 8 * 8
     return REGISTERS // (1024 if is_plain(kernel) else 512)
 
 
@@ -74,7 +81,7 @@ def complaints(kernel: Kernel) -> list[str]:
     if is_row_kernel(kernel):
         if not wide(kernel.code, "LDG"):
             found.append("has no 16-byte load")
-        if not wide(kernel.code, "STG"):
+        if writes_gradients(kernel) and not wide(kernel.code, "STG"):
             found.append("has no 16-byte store")
         if not kernel.spilled and (local := accesses_of_local_memory(kernel.code)):
             found.append(f"has {local} accesses of local memory")
@@ -124,7 +131,7 @@ def spills(kernels: list[Kernel]) -> dict[str, dict[str, str]]:
 
 def counted(kernels: list[Kernel]) -> dict[str, Any]:
     by_name = {kernel.name: kernel for kernel in kernels if kernel.arch == cuda_model.ARCH}
-    plain = [k for k in by_name.values() if is_row_kernel(k) and is_plain(k)]
+    plain = [k for k in by_name.values() if is_plain(k)]
     return {
         "nvcc": sass.nvcc_version(),
         "spills": spills(kernels),

@@ -31,6 +31,7 @@ ROOT = sass.ROOT
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
 
 ARCH = "sm_90"
+ROW_KERNELS = ("rows_kernel", "forward_kernel")
 REGISTERS, WARPS, SHARED = 65536, 64, 228 << 10  # of a multiprocessor
 CLOCK, MULTIPROCESSORS = 1.98e9, 132
 
@@ -106,7 +107,7 @@ def launches(problem: Problem) -> tuple[list[Launch], range]:
 def rows_launch(problem: Problem) -> tuple[Launch, range]:
     """The row kernel's, and where the logits lie."""
     found, logits = launches(problem)
-    rows = [launch for launch in found if launch.kernel.startswith("rows_kernel")]
+    rows = [launch for launch in found if launch.kernel.startswith(ROW_KERNELS)]
     if len(rows) != 1:
         raise SystemExit(f"cuda_model: {problem} takes {len(rows)} launches of the row kernel")
     return rows[0], logits

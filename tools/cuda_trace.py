@@ -392,10 +392,30 @@ class Warp(Lane):
 
     do_imnmx = do_vimnmx
 
+    def do_hmnmx2(self, i: Instruction, o: list[str]) -> None:
+        """The larger of halves: ordered as integers are, but for the sign."""
+        values = [self.integer(x.split(".H")[0]) for x in o[1:] if "P" not in x]
+        if any(v is None for v in values):
+            return self.write(o[0], None)
+        least = self.predicate(next(x for x in o[1:] if "P" in x))
+
+        def key(half: int) -> int:
+            return -(half & 0x7FFF) if half & 0x8000 else half
+
+        pick = min if least else max
+        low, high = (
+            pick((v >> s & 0xFFFF for v in values if v is not None), key=key) for s in (0, 16)
+        )
+        return self.write(o[0], high << 16 | low)
+
+    do_vhmnmx = do_hmnmx2
+
     def do_prmt(self, i: Instruction, o: list[str]) -> None:
         a, selector, b = (self.integer(x) for x in o[1:4])
-        if a is None or b is None or selector is None:
+        if selector is None or (a is None and b is None):
             return self.write(o[0], None)
+        # A register that was never written gets its halves one by one.
+        a, b = a or 0, b or 0
         both = (b & MASK) << 32 | a & MASK
         result = 0
         for k in range(4):

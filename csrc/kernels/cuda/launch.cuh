@@ -17,28 +17,41 @@ namespace masked_loss::cuda {
 // A kernel's dynamic shared memory.
 extern __shared__ uint4 shared_memory[];
 
-inline int attribute(cudaDeviceAttr name) {
-  int device = 0, value = 0;
+inline int current_device() {
+  int device = 0;
   check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&value, name, device));
+  return device;
+}
+
+inline int attribute(cudaDeviceAttr name) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, current_device()));
   return value;
 }
 
 // Above 48 KB, what the kernel itself declares included, shared memory must be asked for. Once for
 // all, and as much as there is: a limit that followed each launch would be moved by one thread
 // between another's limit and launch.
+//
+// A kernel that is asked about is loaded, where it was not yet; a stream that is being captured
+// allows that in relaxed mode alone, and a loss may well be the first call of a capture.
 inline void allow_shared(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;
-  int device = 0;
-  check(cudaGetDevice(&device));
+  const int device = current_device();
   const std::lock_guard<std::mutex> lock(mutex);
   if (allowed.count({kernel, device})) return;
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode));
   cudaFuncAttributes own{};
-  check(cudaFuncGetAttributes(&own, kernel));
-  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             most - static_cast<int>(own.sharedSizeBytes)));
+  int error = cudaFuncGetAttributes(&own, kernel);
+  if (!error) {
+    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - static_cast<int>(own.sharedSizeBytes));
+  }
+  check(cudaThreadExchangeStreamCaptureMode(&mode));  // as it was
+  check(error);
   allowed.insert({kernel, device});
 }
 
@@ -54,8 +67,9 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shar
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel, args...));
-  check(cudaGetLastError());
+  const int error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error) cudaGetLastError();  // it would be said again of the next launch, a good one
+  check(error);
 }
 
 }  // namespace masked_loss::cuda

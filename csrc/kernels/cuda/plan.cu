@@ -18,8 +18,16 @@ struct Team {
   int64_t up_to;
   int warps, teams, blocks;
 };
-constexpr Team kTeams[] = {{128, 1, 4, 8}, {2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
-constexpr Team kDoubleTeam = {INT64_MAX, 4, 1, 8};
+// What a row takes of a warp beside its loops, it takes of each warp of its team: teams are small.
+constexpr Team kLosses[] = {{2048, 1, 4, 8}, {INT64_MAX, 4, 1, 8}};
+// With its gradient a row is kept in shared memory meanwhile, which bounds the rows, not the warps.
+constexpr Team kFused[] = {
+    {512, 1, 4, 8}, {1024, 2, 2, 8}, {2048, 4, 1, 8}, {4096, 8, 1, 4}, {INT64_MAX, 16, 1, 2}};
+constexpr Team kGeneral[] = {{128, 1, 4, 8}, {2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
+constexpr Team kDouble[] = {{INT64_MAX, 4, 1, 8}};
+// Where rows are few, more warps for each: as many threads as a multiprocessor holds are wanted.
+constexpr int64_t kWarpsWanted = 32;
+constexpr Team kFewRows[] = {{INT64_MAX, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
 
 // A row is split between blocks where it is long enough to be worth another launch. A part
 // gives each thread of a block something to load, and an index into it is an int.
@@ -51,25 +59,35 @@ Plan plan_rows(const RowArgs& args) {
   const int64_t words = ceil_div(row_bytes, 16);
   const bool general = args.softcap != 0 || args.temperatures || args.temperature != 1 ||
                        args.label_smoothing != 0 || args.probs || args.stats;
-  Team team = kDoubleTeam;
-  if (args.dtype != DType::kFloat64) {
-    const Team* entry = kTeams;
-    while (words > entry->up_to) ++entry;
-    team = *entry;
+  const bool losses = !general && args.dtype != DType::kFloat64 && args.forward && !args.dlogits;
+  const int64_t sms = attribute(cudaDevAttrMultiProcessorCount);
+  const Team* entry = args.dtype == DType::kFloat64 ? kDouble
+                      : general                     ? kGeneral
+                      : losses                      ? kLosses
+                                                    : kFused;
+  while (words > entry->up_to) ++entry;
+  Team team = *entry;
+  for (const Team& larger : kFewRows) {
+    const bool few = args.rows * team.warps < kWarpsWanted * sms;
+    // Each of its threads has something to read still.
+    if (losses && few && larger.warps > team.warps && words >= larger.warps * 128) team = larger;
   }
   if (general) team.blocks /= 2;
-  const int64_t blocks = int64_t{team.blocks} * attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t blocks = team.blocks * sms;
   Plan plan{general, team.warps, team.teams, blocks, 1, args.cols, 0, false, Phase::kRows};
+  if (losses) plan.phase = Phase::kLosses;
   int64_t parts = ceil_div(args.cols, kMaxWidth);
   if (words >= kSplitWords) {
     parts = std::max(parts, std::min(blocks / args.rows, words / kPartWords));
   }
   if (parts > 1) {
+    plan.phase = Phase::kRows;
     plan.width = ceil_div(ceil_div(args.cols, parts), 64) * 64;  // all parts alike aligned
     plan.parts = ceil_div(args.cols, plan.width);
   } else if (args.forward && args.dlogits) {
     const int64_t teams_bytes = row_bytes * team.teams;
-    plan.cached = static_cast<int>(shared_bytes(team, teams_bytes) / team.teams / 16);
+    const int64_t cached = shared_bytes(team, teams_bytes) / team.teams / 16;
+    plan.cached = static_cast<int>(cached < words ? cached / 32 * 32 : cached);  // whole warps
   }
   return plan;
 }
@@ -82,7 +100,16 @@ int64_t scratch_bytes(const RowArgs& args) {
 
 namespace {
 
-void run(const RowArgs& args, Plan plan, Stream stream) {
+// Rows that lie at one distance are one batch of them: no division tells which one.
+RowArgs in_one_batch(RowArgs args) {
+  const bool together = args.batch_stride == args.steps * args.step_stride &&
+                        args.grad_batch_stride == args.steps * args.grad_step_stride;
+  if (!args.shift && (together || args.rows == args.steps)) args.steps = args.rows;
+  return args;
+}
+
+void run(RowArgs args, Plan plan, Stream stream) {
+  args = in_one_batch(args);
   const auto launch_rows = args.dtype == DType::kFloat64 || args.dtype == DType::kFloat32
                                ? launch_full_rows
                                : launch_half_rows;

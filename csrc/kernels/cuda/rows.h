@@ -12,6 +12,7 @@ namespace masked_loss::cuda {
 enum class Phase : int8_t {
   kRows,     // rows from beginning to end
   kPartial,  // of every part of a row: what one look at it tells, into scratch
+  kLosses,   // nothing but the losses of whole rows, and plain ones (forward.inl.cuh)
   kFinish,   // from all the parts of a row to its loss, and the gradient of each part
 };
 

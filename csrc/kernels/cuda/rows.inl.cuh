@@ -140,6 +140,11 @@ struct RowKernel {
   }
 
   ML_FN Sums look(const Row& r, uint4* cache) const {
+    if constexpr (!general && sizeof(T) < 8) {
+      Look<T, kThreads> look{r.x, r.n, rank(), cache, plan.cached};
+      const Sums sums = r.dx ? look.template run<true>() : look.template run<false>();
+      return merge_team<kWarps>(sums, Align{});
+    }
     const Words16<T> span(r.x, r.n);
     const int read_again = r.dx ? plan.cached : INT_MAX;  // from here on, out of L2
     SumsOf<A> sums;
@@ -354,11 +359,15 @@ struct RowKernel {
   }
 };
 
-// Registers for two blocks of 512 threads on a multiprocessor, or as many threads in smaller ones.
+// Registers for 1024 threads on a multiprocessor, or for half as many where a row takes more.
+constexpr int threads_of(int warps) { return warps < 4 ? 4 * kWarp : warps * kWarp; }
+template <class T>
+constexpr int blocks_of(bool general, int warps) {
+  return (general || sizeof(T) == 8 ? 512 : 1024) / threads_of(warps);
+}
+
 template <class T, bool general, int kWarps>
-__global__ void __launch_bounds__(kWarps == 16 ? 512 : 128, general || sizeof(T) == 8
-                                                                ? (kWarps == 16 ? 1 : 4)
-                                                                : (kWarps == 16 ? 2 : 8))
+__global__ void __launch_bounds__(threads_of(kWarps), blocks_of<T>(general, kWarps))
     rows_kernel(const RowArgs args, const Plan plan) {
   using A = typename Accumulation<T>::Type;
   if (plan.unless_one && *static_cast<const A*>(args.upstream[0].values) == A(1)) return;
@@ -389,11 +398,18 @@ void launch_team(const RowArgs& args, const Plan& plan, Stream stream) {
     if (plan.warps == 1) kernel = rows_kernel<T, general, 1>;
     if (plan.warps == 16) kernel = rows_kernel<T, general, 16>;
   }
+  if constexpr (sizeof(T) < 8 && !general) {
+    if (plan.warps == 2) kernel = rows_kernel<T, general, 2>;
+    if (plan.warps == 8) kernel = rows_kernel<T, general, 8>;
+  }
   launch(kernel, blocks, threads, shared, stream, args, plan);
 }
 
 template <class T>
 void launch_rows(const RowArgs& args, const Plan& plan, Stream stream) {
+  if constexpr (sizeof(T) < 8) {
+    if (plan.phase == Phase::kLosses) return launch_forward<T>(args, plan, stream);
+  }
   plan.general ? launch_team<T, true>(args, plan, stream)
                : launch_team<T, false>(args, plan, stream);
 }

@@ -15,10 +15,13 @@ namespace {
 
 // Right to the last bit but one: a float gradient shows it.
 ML_FN float exp(float x) { return ::expf(x); }
+ML_FN float exp2(float x) { return ::exp2f(x); }
 
 // clang-format off
 #include "kernels/math.inl.h"
 #include "kernels/losses.inl.h"
+#include "kernels/cuda/look.inl.cuh"
+#include "kernels/cuda/forward.inl.cuh"
 #include "kernels/cuda/rows.inl.cuh"
 // clang-format on
 

@@ -49,6 +49,19 @@ ML_FN void unpack(const uint4& word, float* y, Float16) {
   }
 }
 
+// The largest of the half numbers in some words; a NaN counts for nothing.
+template <class Pair>
+ML_FN float largest_of(const uint4 (&words)[4]) {
+  Pair pairs[16];
+  memcpy(pairs, words, sizeof pairs);
+  Pair most = pairs[0];
+#pragma unroll
+  for (int i = 1; i < 16; ++i) most = __hmax2(most, pairs[i]);
+  return fmaxf(__low2float(most), __high2float(most));
+}
+ML_FN float largest(const uint4 (&words)[4], BFloat16) { return largest_of<__nv_bfloat162>(words); }
+ML_FN float largest(const uint4 (&words)[4], Float16) { return largest_of<__half2>(words); }
+
 ML_FN uint4 pack(const double* y, double) {
   uint4 word;
   memcpy(&word, y, 16);

@@ -198,6 +198,10 @@ struct cudaLaunchConfig_t {
 };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+  return cudaSuccess;
+}
 // Another amount of shared memory is another device.
 inline cudaError_t cudaGetDevice(int* device) {
   *device = ::emulator::settings.shared_per_block;
