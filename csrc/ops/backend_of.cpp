@@ -25,7 +25,19 @@
 
 namespace masked_loss::cuda {
 
-void check(int error) { STD_CUDA_CHECK(static_cast<cudaError_t>(error)); }
+void check(int error) {
+  if (error == cudaSuccess) return;
+  if (error == cudaErrorInsufficientDriver) {
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    STD_TORCH_CHECK(false, "masked_loss: its CUDA kernels were built with CUDA ",
+                    CUDART_VERSION / 1000, ".", CUDART_VERSION % 1000 / 10,
+                    ", expected a driver for that, got one for CUDA ", driver / 1000, ".",
+                    driver % 1000 / 10,
+                    ". Update the driver, or build from source with an older toolkit.");
+  }
+  STD_CUDA_CHECK(static_cast<cudaError_t>(error));
+}
 
 }  // namespace masked_loss::cuda
 #endif

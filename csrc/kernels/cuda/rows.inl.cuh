@@ -111,7 +111,10 @@ struct RowKernel {
     const int64_t at = r->label - args.first - part * plan.width;
     r->target = at < 0 ? -1 : at < r->n ? static_cast<int>(at) : INT_MAX;
     r->hard = Loss::template hard<A>(args, r->label);
-    if (with_logit) r->own = A(widen(r->x[at]));
+    // Without a forward pass dx may be x, and another part's logit overwritten already.
+    const bool wanted =
+        with_logit && (args.forward || static_cast<uint64_t>(at) < static_cast<uint64_t>(r->n));
+    if (wanted) r->own = A(widen(r->x[at]));
   }
 
   // One look at a row
