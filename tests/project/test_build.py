@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import masked_loss
-from masked_loss import _library
+from masked_loss._op import library as loader
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH_ROOT = Path(torch.__file__).resolve().parent
@@ -153,11 +153,11 @@ def test_cuda_is_wanted_or_not(setup_py, monkeypatch):
 
 
 def test_library_is_tied_to_no_torch_and_no_python():
-    assert foreign_symbols(_library.LIBRARY) == []
+    assert foreign_symbols(loader.LIBRARY) == []
 
 
 def test_library_takes_only_c_functions_from_torch():
-    taken = {name for kind, name in dynamic_symbols(_library.LIBRARY) if kind in "Uw"}
+    taken = {name for kind, name in dynamic_symbols(loader.LIBRARY) if kind in "Uw"}
     from_torch = {name for name in taken if "torch" in name}
     assert from_torch, "nm found no symbol of torch at all: is this the right library?"
     assert {name for name in from_torch if "(" in name or ":" in name} == set()
@@ -169,7 +169,7 @@ def test_symbol_check_sees_what_it_should():
 
 def test_library_needs_torch_by_name():
     """libtorch.so brings libtorch_cuda.so along, which the weak CUDA symbols bind to."""
-    needed = re.findall(r"NEEDED.*\[(.+)\]", run(tool("readelf"), "-d", _library.LIBRARY))
+    needed = re.findall(r"NEEDED.*\[(.+)\]", run(tool("readelf"), "-d", loader.LIBRARY))
     assert {"libtorch.so", "libtorch_cpu.so", "libc10.so"} <= set(needed)
     assert not [name for name in needed if "python" in name or "cudart" in name]
 
@@ -177,7 +177,7 @@ def test_library_needs_torch_by_name():
 def test_missing_library_says_what_to_do(tmp_path):
     (tmp_path / "_C.cpython-312.so").touch()
     with pytest.raises(ImportError) as caught:
-        _library.load(tmp_path / "_C.so")
+        loader.load(tmp_path / "_C.so")
     assert str(caught.value) == (
         "masked_loss: the compiled operators are missing.\n"
         f"Looked for: {tmp_path / '_C.so'}\n"
@@ -210,7 +210,7 @@ def test_library_for_another_machine_says_so(tmp_path):
     library = tmp_path / "_C.so"
     library.write_bytes(b"not a library at all")
     with pytest.raises(ImportError) as caught:
-        _library.load(library)
+        loader.load(library)
     message = str(caught.value)
     assert message.startswith("masked_loss: the compiled operators do not fit this machine")
     assert f"a library for {platform.system()} {platform.machine()}, torch >= 2.10" in message
@@ -223,7 +223,7 @@ def test_library_for_another_machine_says_so(tmp_path):
 @pytest.mark.parametrize("version", ["2.9.1+cpu", "1.13.1", "2.9.0a0+gitabc123"])
 def test_old_torch_says_so(version):
     with pytest.raises(ImportError) as caught:
-        _library.load(torch_version=version)
+        loader.load(torch_version=version)
     assert str(caught.value) == (
         f"masked_loss: needs torch >= 2.10, found torch {version}.\n"
         f"Upgrade it: {sys.executable} -m pip install --upgrade torch"
@@ -232,7 +232,7 @@ def test_old_torch_says_so(version):
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "3.0.0a0+gitabc123"])
 def test_torch_that_fits_is_accepted(version):
-    _library.load(torch_version=version)
+    loader.load(torch_version=version)
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,7 @@ def test_cmake_builds_the_same_operators(cmake_build):
     library = cmake_build / "libmasked_loss.so"
     assert foreign_symbols(library) == []
     outputs = [
-        run(sys.executable, "-c", LIST_OPERATORS, path) for path in (library, _library.LIBRARY)
+        run(sys.executable, "-c", LIST_OPERATORS, path) for path in (library, loader.LIBRARY)
     ]
     assert "masked_loss::cross_entropy(" in outputs[0]
     assert outputs[0] == outputs[1]
@@ -339,7 +339,7 @@ def test_cmake_builds_the_same_operators(cmake_build):
 @pytest.mark.slow
 @pytest.mark.parametrize("built_by", ["cmake", "setup.py"])
 def test_cpp_example(cmake_build, built_by):
-    library = cmake_build / "libmasked_loss.so" if built_by == "cmake" else _library.LIBRARY
+    library = cmake_build / "libmasked_loss.so" if built_by == "cmake" else loader.LIBRARY
     output = run(cmake_build / "examples" / "cpp" / "masked_cross_entropy", library)
     assert float(output) == LOSS_OF_EQUAL_LOGITS
 
@@ -361,7 +361,7 @@ def test_pinned_tools_agree(name):
 
 
 def test_oldest_torch_agrees():
-    major, minor = _library.OLDEST_TORCH
+    major, minor = loader.OLDEST_TORCH
     hexadecimal = f"0x{major:02x}{minor:02x}000000000000"
     assert f"TORCH_TARGET_VERSION={hexadecimal}" in (ROOT / "setup.py").read_text()
     assert f"TORCH_TARGET_VERSION={hexadecimal}" in (ROOT / "CMakeLists.txt").read_text()
