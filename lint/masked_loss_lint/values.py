@@ -37,7 +37,11 @@ class Place:
 class Value:
     """Base of all values; itself the value of which nothing is known."""
 
-    depth = 0
+    __slots__ = ("_depth",)
+
+    @property
+    def depth(self) -> int:
+        return getattr(self, "_depth", 0)
 
 
 V = TypeVar("V", bound=Value)
@@ -48,7 +52,7 @@ def bounded(value: V, *inside: Value) -> V | Value:
     depth = 1 + max((v.depth for v in inside), default=0)
     if depth > _DEEPEST:
         return UNKNOWN
-    object.__setattr__(value, "depth", depth)
+    object.__setattr__(value, "_depth", depth)
     return value
 
 
@@ -57,7 +61,7 @@ FOREIGN = Value()  # an object of another library: what its attributes hold is n
 NUMBER = Value()  # a number, or a tensor of one element
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Const(Value):
     """None, a string, a bool, a number."""
 
@@ -70,7 +74,7 @@ NONE = Const(None)
 # Losses, masks and what is computed from them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Loss(Value):
     """What a loss function returned, or a number made of it."""
 
@@ -86,7 +90,7 @@ class Loss(Value):
         return self.reduction != "none"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Mask(Value):
     """A tensor of zeros and ones, known by how it was computed."""
 
@@ -94,7 +98,7 @@ class Mask(Value):
     never_empty: bool = False  # made of lengths or of padding: a sequence has a token
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Count(Value):
     """The sum of a tensor; `guarded` where it cannot be 0."""
 
@@ -105,7 +109,7 @@ class Count(Value):
     of_mask: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sliced(Value):
     """x[..., :-1, :], or x[..., 1:] (the tail); `copied`: by contiguous(), where."""
 
@@ -114,7 +118,7 @@ class Sliced(Value):
     copied: Place | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Factor:
     value: Value
     key: object  # equal keys: the same tensor
@@ -123,13 +127,13 @@ class Factor:
     never_empty: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Product(Value):
     factors: tuple[Factor, ...]
     place: Place
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reduced(Value):
     """base.sum() or base.mean(); over `dims` only, if these are given."""
 
@@ -140,7 +144,7 @@ class Reduced(Value):
     is_loss: bool = False  # its name, or that of its function, says so
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ratio(Value):
     """A sum divided by the sum of a mask."""
 
@@ -152,20 +156,20 @@ class Ratio(Value):
 # Terms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Param(Value):
     function: FunctionInfo
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Import(Value):
     paths: tuple[str, ...]  # of which the first that exists is meant
     importer: Module
     level: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member(Value):
     """owner.key, owner["key"] or owner[0]; key None: any of its elements."""
 
@@ -174,7 +178,7 @@ class Member(Value):
     reader: Module
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Called(Value):
     callee: Value
     args: tuple[Value, ...]
@@ -185,21 +189,21 @@ class Called(Value):
     spread: bool = False  # *args or **kwargs may hold anything
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Either(Value):
     test: Value
     yes: Value
     no: Value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Test(Value):
     op: str  # "==", "truth", "not"
     left: Value
     right: Value = NONE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Changed(Value):
     """A loss that is "detached", "selected" from by a mask, or "shaped" as one number cannot be."""
 
@@ -207,7 +211,7 @@ class Changed(Value):
     how: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Added(Value):
     left: Value
     right: Value
@@ -216,56 +220,56 @@ class Added(Value):
 # Objects
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class External(Value):
     """Something of torch, masked_loss or Python by its full name."""
 
     path: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ModuleRef(Value):
     module: Module
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Function(Value):
     info: FunctionInfo
     receiver: Value | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Class(Value):
     info: ClassInfo
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Instance(Value):
     info: ClassInfo
     call: Called | None = None  # how it was made, if known
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Super(Value):
     info: ClassInfo
     receiver: Value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LossModule(Value):
     spec: LossSpec
     reduction: str | None  # None: not known
     ignores: Value | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Partial(Value):
     callee: Value
     args: tuple[Value, ...]
     keywords: tuple[tuple[str, Value], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record(Value):
     """Named fields over a base: an output object, a dictionary."""
 
@@ -282,12 +286,12 @@ class Record(Value):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tuple(Value):
     items: tuple[Value, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Many(Value):
     """A list of values of one kind."""
 
