@@ -16,6 +16,7 @@ from masked_loss.errors import ReducedLossError
 from masked_loss.functional import cross_entropy, masked_cross_entropy
 from masked_loss.fuse import fuse_linear_loss, is_fused, unfuse
 from masked_loss.linear import linear_cross_entropy
+from masked_loss.linear_divergence import linear_divergence
 from masked_loss.log_probs import token_log_probs
 from masked_loss.modules import (
     CrossEntropyLoss,
@@ -45,6 +46,7 @@ __all__ = [
     "global_normalizer",
     "is_fused",
     "linear_cross_entropy",
+    "linear_divergence",
     "masked_cross_entropy",
     "masked_divergence",
     "masked_mean",

@@ -130,10 +130,10 @@ def _run(inputs: Inputs, how: How, dlogits: Tensor | None = None) -> tuple[Tenso
         tokens, logits, teacher, groups, None, dlogits, *temperatures, *how.divergence, True, False
     )
     loss, _ = ops.linear_reduce.default(tokens, groups, logits[..., 0], how.reduction, 0.0, False)
-    return loss, _statistics(tokens, how.stats), tokens, groups
+    return loss, statistics_of(tokens, how.stats), tokens, groups
 
 
-def _statistics(tokens: Tensor, stats: bool) -> Tensor:
+def statistics_of(tokens: Tensor, stats: bool) -> Tensor:
     """Sums over the tokens, in the order of DivergenceStats."""
     if not stats:
         return tokens.new_empty(0)
