@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+from collections.abc import Iterator
 from typing import Any
 
 from masked_loss_lint import local, names
@@ -183,7 +184,12 @@ class Calls(Tensors):
                 else UNKNOWN
             )
         if name == "update" and isinstance(receiver, V.Record):
-            return self._update(node, function, receiver)
+            for name_node, written in self._updates(node):
+                field = ast.Subscript(function.value, name_node, ast.Store())
+                self.assign(ast.copy_location(field, node), self.value(written))
+            if not all(isinstance(argument, ast.Dict) for argument in node.args):
+                self.assign(function.value, UNKNOWN)
+            return NONE
         if isinstance(receiver, V.Many) and name == "append" and len(node.args) == 1:
             value = self.value(node.args[0])
             empty = receiver.each is UNKNOWN and receiver.depth == 0
@@ -191,19 +197,10 @@ class Calls(Tensors):
             return NONE
         return self._tensor_method(node, function.value, name, receiver)
 
-    def _update(self, node: ast.Call, function: ast.Attribute, receiver: V.Record) -> Value:
-        positional, keywords = self._arguments(node)
-        for name, value in keywords.items():
-            self.store(name, value)
-        changed: Value = receiver
-        fields: list[tuple[str | int, Value]] = [*keywords.items()]
-        for argument in positional:
-            fields += argument.fields if isinstance(argument, V.Record) else [("**", UNKNOWN)]
-        for key, value in fields:
-            changed = (
-                changed.set(key, value)
-                if isinstance(changed, V.Record) and key != "**"
-                else UNKNOWN
-            )
-        self.assign(function.value, changed)
-        return NONE
+    def _updates(self, node: ast.Call) -> Iterator[tuple[ast.expr, ast.expr]]:
+        """The keys and values of dict.update(loss=..., **more) and dict.update({"loss": ...})."""
+        yield from ((ast.Constant(k.arg), k.value) for k in node.keywords if k.arg)
+        for argument in node.args:
+            if isinstance(argument, ast.Dict):
+                pairs = zip(argument.keys, argument.values, strict=True)
+                yield from ((key, value) for key, value in pairs if key is not None)

@@ -10,14 +10,18 @@ from functools import lru_cache
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _LOSS = re.compile(r"loss|nll|entropy|criterion", re.IGNORECASE)
 
+
+def _set(words: str) -> set[str]:
+    return set(words.split())
+
+
 _MASK = {"mask", "masks"}
-_NUMBER_WORDS = (
-    "w weight weights lambda lamb lam alpha beta gamma coef coeff scale factor rate ratio prob p"
-    " num n use has is with no do apply"
+_NUMBERS = _set(
+    "w weight weights lambda lamb lam alpha beta gamma coef coeff scale factor rate ratio "
+    "prob p num n use has is with no do apply"
 )
-_NUMBERS = set(_NUMBER_WORDS.split())
 # A name with one of these is not the mask itself but a number, a flag or a tensor about it.
-_NUMBERS_AND_FLAGS = (
+_NOT_A_MASK = _set(
     "token tokens id ids idx index loss losses logit logits head pred preds prediction "
     "ratio prob probs probability p weight weights w scale coef coeff coefficient factor "
     "lambda lamb lam alpha beta gamma rate lr sum count num n total len length size mean "
@@ -25,7 +29,6 @@ _NUMBERS_AND_FLAGS = (
     "penalty reg dice iou bce ce kl l embed embedding emb feature features per frac "
     "fraction norm denom denominator"
 )
-_NOT_A_MASK = set(_NUMBERS_AND_FLAGS.split())
 _SAMPLES = {"sample", "samples", "token", "tokens", "example", "instance", "pixel", "importance"}
 _MANY_LABELS = {"labels", "targets", "ids", "tokens", "inputs"}
 _LABELS = {"label", "target", "tgt", "trg", "y", "gt"}  # of a batch, or of one sample
@@ -40,12 +43,9 @@ _SCALARS = _TIMES | set(_SCALAR_WORDS.split())
 _CONFIGURATION = {"cfg", "config", "conf", "args", "opt", "opts", "options", "hparams", "settings"}
 _NOT_LABELS = _SCALARS | {"domain", "name", "type", "kind", "class", "path", "weight", "smoothing"}
 _NOT_LABELS |= {"seen", "processed", "consumed", "total", "limit", "budget"}
-_AUXILIARY_WORDS = "aux auxiliary balance balancing router moe reg vq commitment"
-_AUXILIARY = set(_AUXILIARY_WORDS.split())
-_COEFFICIENT_WORDS = "lambda lamb lam alpha beta gamma coef coeff coefficient scale rate ratio"
-_COEFFICIENTS = set(_COEFFICIENT_WORDS.split())
-_SEQUENCE_WORDS = "attention attn att length lengths len lens seq sequence pad padding src key"
-_SEQUENCE = set(_SEQUENCE_WORDS.split())
+_AUXILIARY = _set("aux auxiliary balance balancing router moe reg vq commitment")
+_COEFFICIENTS = _set("lambda lamb lam alpha beta gamma coef coeff coefficient scale rate ratio")
+_SEQUENCE = _set("attention attn att length lengths len lens seq sequence pad padding src key")
 _ACCUMULATION = ("accum", "micro", "iter_size", "grad_acc", "gradient_acc")
 
 # Methods and functions that leave a tensor the same for our purpose.

@@ -53,7 +53,7 @@ class Objects:
 
     # Attributes
 
-    def member_term(self, term: V.Member, env: Env) -> Value:
+    def _member(self, term: V.Member, env: Env) -> Value:
         if id(term) in self.busy:
             return NONE  # self.out = f(self.out) adds nothing to what it holds
         self.busy.add(id(term))
@@ -212,7 +212,7 @@ class Objects:
 
     # Calls
 
-    def called(self, term: V.Called, env: Env) -> Value:
+    def _called(self, term: V.Called, env: Env) -> Value:
         callee = self.resolve(term.callee, env)
         return self._call(callee, self.given(term, env), env)
 

@@ -34,6 +34,10 @@ _MAX_DEPTH = 8  # of calls within calls
 _MAX_NESTED = 150  # of terms within terms
 
 
+_METHODS: dict[type[Value], Any] = {}
+_OF_PARTS = {"Ratio", "Record", "Tuple", "Many", "Partial", "Super"}
+
+
 class Resolver(Objects):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
@@ -170,7 +174,11 @@ class Resolver(Objects):
     # Terms
 
     def resolve(self, value: Value, env: Env) -> Value:
-        method = _RESOLVERS.get(type(value))
+        kind = type(value)
+        if kind not in _METHODS:
+            name = "parts" if kind.__name__ in _OF_PARTS else kind.__name__.lower()
+            _METHODS[kind] = getattr(type(self), f"_{name}", None)
+        method = _METHODS[kind]
         if method is None:
             return value
         known = env.memo.get(id(value))
@@ -309,20 +317,3 @@ class Resolver(Objects):
 
         parts = [resolved(getattr(term, part.name)) for part in fields(term)]  # type: ignore[arg-type]
         return bounded(type(term)(*parts), term)
-
-
-_RESOLVERS: dict[type[Value], Any] = {
-    V.Param: Resolver._param,
-    V.Import: Resolver._import,
-    V.Member: Resolver.member_term,
-    V.Called: Resolver.called,
-    V.Either: Resolver._either,
-    V.Test: Resolver._test,
-    V.Added: Resolver._added,
-    V.Product: Resolver._product,
-    V.Reduced: Resolver._reduced,
-    V.Changed: Resolver._changed,
-}
-_RESOLVERS |= dict.fromkeys(
-    (V.Ratio, V.Record, V.Tuple, V.Many, V.Partial, V.Super), Resolver._parts
-)

@@ -22,6 +22,9 @@ _FILLS = {"masked_fill", "masked_fill_", "fill_", "full", "full_like", "new_full
 _FILLING = {"value", "fill_value", "padding_value", "constant_values", "label_pad_token_id"}
 
 
+_PRODUCTS = {"mul", "mul_", "multiply", "div", "div_", "divide", "true_divide"}
+
+
 class Tensors(Expressions):
     def _note_fills(self, node: ast.Call, name: str) -> None:
         """Remembers the constants that are put in the place of labels, such as -100."""
@@ -44,15 +47,6 @@ class Tensors(Expressions):
             return None
         first, rest = node.args[0], node.args[1:]
         self._note_fills(node, name)
-        if name in {"mul", "multiply", "dot", "inner", "matmul", "vdot"} and len(rest) == 1:
-            product = self.operate(node, ast.Mult(), first, rest[0])
-            return (
-                self._reduce("sum", node, product, "")
-                if name in {"dot", "inner", "vdot"}
-                else product
-            )
-        if name in {"div", "divide", "true_divide"} and len(rest) == 1:
-            return self.operate(node, ast.Div(), first, rest[0])
         if name == "einsum" and len(rest) == 2:
             product = self.operate(node, ast.Mult(), rest[0], rest[1])
             whole = isinstance(first, ast.Constant) and str(first.value).endswith("->")
@@ -99,10 +93,7 @@ class Tensors(Expressions):
         self, node: ast.Call, owner: ast.expr, name: str, receiver: Value
     ) -> Value | None:
         whole = not node.args and all(k.arg == "dtype" for k in node.keywords)
-        if (
-            name in {"mul", "mul_", "multiply", "div", "div_", "true_divide"}
-            and len(node.args) == 1
-        ):
+        if name in _PRODUCTS and len(node.args) == 1:
             op: ast.operator = ast.Mult() if name.startswith("mul") else ast.Div()
             result = self.operate(node, op, owner, node.args[0])
             if name.endswith("_"):
@@ -110,7 +101,7 @@ class Tensors(Expressions):
             return result
         if name in {"add", "sub", "add_", "sub_"} and len(node.args) == 1 and not node.keywords:
             return self.operate(node, ast.Add(), owner, node.args[0])
-        if name in {"dot", "inner", "matmul"} and len(node.args) == 1:
+        if name in {"dot", "inner", "vdot", "matmul"} and len(node.args) == 1:
             product = self.operate(node, ast.Mult(), owner, node.args[0])
             return product if name == "matmul" else self._reduce("sum", node, product, "")
         if name in _REDUCTIONS:
