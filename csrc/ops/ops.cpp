@@ -12,6 +12,9 @@
 #include "kernels/cpu/backend.h"
 #include "ops/backend_of.h"
 #include "ops/check.h"
+#if defined(MASKED_LOSS_WITH_CUDA)
+#include "kernels/cuda/backend.h"
+#endif
 
 namespace masked_loss {
 namespace {
@@ -634,6 +637,14 @@ void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor
 }
 
 std::string cpu_capability() { return cpu::kernels().name; }
+
+std::string cuda_architectures() {
+#if defined(MASKED_LOSS_WITH_CUDA)
+  return cuda::architectures();
+#else
+  return "";
+#endif
+}
 
 std::tuple<int64_t, int64_t, int64_t, int64_t> table_sizes() {
   return {TokenField::kSaved, TokenField::kCount, GroupField::kCount, StatField::kCount};

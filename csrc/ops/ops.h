@@ -98,6 +98,7 @@ void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor
                      bool shift, bool forward, bool unless_one);
 
 std::string cpu_capability();
+std::string cuda_architectures();  // as cuda::architectures(); empty without CUDA kernels
 
 // Fields of the token table that are saved for backward, all of its fields, those of the group
 // table, and statistics: for the fakes.

@@ -107,11 +107,13 @@ STABLE_TORCH_LIBRARY(masked_loss, m) {
 #define ML_DEFINE(name, signature) m.def(#name signature);
   ML_OPERATORS(ML_DEFINE)
   m.def("cpu_capability() -> str");
+  m.def("cuda_architectures() -> str");
   m.def("table_sizes() -> (int saved, int token, int group, int stats)");
 }
 STABLE_TORCH_LIBRARY_IMPL(masked_loss, CPU, m) { masked_loss::implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(masked_loss, CUDA, m) { masked_loss::implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(masked_loss, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&masked_loss::cpu_capability));
+  m.impl("cuda_architectures", TORCH_BOX(&masked_loss::cuda_architectures));
   m.impl("table_sizes", TORCH_BOX(&masked_loss::table_sizes));
 }

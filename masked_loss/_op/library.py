@@ -16,7 +16,7 @@ import torch
 
 OLDEST_TORCH = (2, 10)
 PACKAGE = Path(__file__).resolve().parents[1]
-LIBRARY = PACKAGE / "_C.so"
+LIBRARY = PACKAGE / ("_C.pyd" if sys.platform == "win32" else "_C.so")
 
 
 def load(library: Path = LIBRARY, torch_version: str = torch.__version__) -> None:

@@ -152,6 +152,20 @@ def test_cuda_is_wanted_or_not(setup_py, monkeypatch):
         setup_py["cuda_to_build_with"]()
 
 
+def test_a_build_without_a_compiler_says_what_to_install(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)],
+        cwd=ROOT,
+        env={"PATH": str(tmp_path), "MASKED_LOSS_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "setup.py: needs a C++17 compiler, GCC or Clang; 'c++' is not on PATH" in result.stderr
+    assert "apt install g++" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_library_is_tied_to_no_torch_and_no_python():
     assert foreign_symbols(loader.LIBRARY) == []
 

@@ -31,4 +31,7 @@ void values_grad(const ValuesArgs& args, Stream stream);
 // All of these.
 extern const Backend kBackend;
 
+// Compute capabilities times 100, with commas, such as "800,900".
+const char* architectures();
+
 }  // namespace masked_loss::cuda
