@@ -75,8 +75,9 @@ def _is_large(x: Tensor, dtype: torch.dtype) -> bool:
     return x.is_cpu and x.is_contiguous() and x.numel() * dtype.itemsize >= _PIECE_BYTES
 
 
-def _pieces(rows: int, row_bytes: int) -> Iterator[slice]:
-    step = max(1, _PIECE_BYTES // max(1, row_bytes))
+def _pieces(rows: int, row_bytes: int, of: Tensor) -> Iterator[slice]:
+    """Rows that a CPU's caches hold together; elsewhere all of them: a piece is a launch there."""
+    step = max(1, _PIECE_BYTES // max(1, row_bytes)) if of.is_cpu else max(1, rows)
     for begin in range(0, rows, step):
         yield slice(begin, min(begin + step, rows))
 
@@ -166,7 +167,7 @@ class _WeightGrad:
         if self.needs_weight:
             self._add_weight(dlogits.t(), hidden)
         if self.needs_bias:
-            for piece in _pieces(self.dbias.numel(), 4 * dlogits.shape[0]):
+            for piece in _pieces(self.dbias.numel(), 4 * dlogits.shape[0], dlogits):
                 self.dbias[piece] += dlogits[:, piece].sum(0, dtype=self.dbias.dtype)
         self.empty = False
 
@@ -187,7 +188,7 @@ class _WeightGrad:
             # once per chunk; float16 ones, which could overflow, are computed in float32.
             wide = hidden.dtype == torch.float16
             hidden = hidden.float() if wide else hidden
-            for piece in _pieces(total.shape[0], total.element_size() * max(hidden.shape)):
+            for piece in _pieces(total.shape[0], total.element_size() * max(hidden.shape), total):
                 rows = dlogits[piece]
                 part = torch.mm(rows.float() if wide else rows, hidden)
                 if self.empty:
@@ -300,6 +301,7 @@ def scaled_by(gradient: Tensor, factor: Tensor, dtype: torch.dtype, reuse: bool)
         result = fresh.empty(gradient.shape, gradient, dtype)
     else:
         result = torch.empty_like(gradient, dtype=dtype)
-    for piece in _pieces(gradient.shape[0], gradient.element_size() * gradient.shape[1]):
-        result[piece].copy_(gradient[piece] * factor)
+    row_bytes = gradient.element_size() * gradient.shape[1]
+    for piece in _pieces(gradient.shape[0], row_bytes, gradient):
+        torch.mul(gradient[piece], factor, out=result[piece])  # no product in gradient.dtype
     return result
