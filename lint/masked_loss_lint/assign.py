@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 
 from masked_loss_lint import names
 from masked_loss_lint import values as V
 from masked_loss_lint.calls import Calls
+from masked_loss_lint.program import ClassInfo
 from masked_loss_lint.values import NUMBER, UNKNOWN, Value, bounded
 
 
@@ -15,12 +17,7 @@ class Assignments(Calls):
     def _named(self, value: Value, name: str) -> Value:
         """A sum or a mean under the name of a loss is a loss."""
         if isinstance(value, (V.Reduced, V.Ratio)) and not value.is_loss and names.is_loss(name):
-            copy = (
-                V.Reduced(value.op, value.base, value.place, value.dims, True)
-                if isinstance(value, V.Reduced)
-                else V.Ratio(value.base, value.place, True)
-            )
-            return bounded(copy, value.base)
+            return bounded(replace(value, is_loss=True), value.base)
         return value
 
     def assign(self, target: ast.expr, value: Value) -> None:
@@ -66,35 +63,22 @@ class Assignments(Calls):
         self.store(key, value)
         if isinstance(value, V.Sliced) and value.copied:
             self.frame.read.append(value.copied)
-        if (
-            isinstance(owner, V.Param)
-            and owner.function.bound
-            and owner.name == owner.function.params[0]
-        ):
-            assert owner.function.owner is not None
-            owner.function.owner.fields[key].append(value)
-        elif isinstance(owner_node, (ast.Name, ast.Attribute)) and names.path(owner_node):
-            if isinstance(owner, (V.Record, V.Instance, *V.TERMS)):  # an object that gains a field
-                changed = owner if isinstance(owner, V.Record) else V.Record(owner, ())
-                self._replace(owner_node, changed.set(key, value))
+        if (own := _class_of(owner)) is not None:
+            own.fields[key].append(value)
+        elif names.path(owner_node) and isinstance(owner, (V.Record, *V.TERMS)):
+            changed = owner if isinstance(owner, V.Record) else V.Record(owner, ())
+            self._replace(owner_node, changed.set(key, value))  # an object gains a field
         path = names.path(target)
         if path:
             self.frame.scope.names[path] = value
             self.frame.scope.paths.add(path)
 
     def _replace(self, node: ast.expr, value: Value) -> None:
-        if isinstance(node, ast.Name):
-            self.frame.scope.names[node.id] = value
+        if not isinstance(node, ast.Attribute):
+            self.frame.scope.names[names.path(node)] = value
             return
-        assert isinstance(node, ast.Attribute)
-        owner = self.value(node.value)
-        if (
-            isinstance(owner, V.Param)
-            and owner.function.bound
-            and owner.name == owner.function.params[0]
-        ):
-            assert owner.function.owner is not None
-            owner.function.owner.fields[node.attr].append(value)
+        if (own := _class_of(self.value(node.value))) is not None:
+            own.fields[node.attr].append(value)
         self.frame.scope.names[names.path(node)] = value
         self.frame.scope.paths.add(names.path(node))
 
@@ -114,3 +98,9 @@ class Assignments(Calls):
             for node in ast.walk(target):
                 if isinstance(node, ast.Name) and self.frame.scope.names.get(node.id) is UNKNOWN:
                     self.frame.scope.names[node.id] = NUMBER
+
+
+def _class_of(value: Value) -> ClassInfo | None:
+    """The class whose object `self` is."""
+    is_param = isinstance(value, V.Param) and value.function.bound
+    return value.function.owner if is_param and value.name == value.function.params[0] else None  # type: ignore[attr-defined]

@@ -85,11 +85,8 @@ class Calls(Tensors):
         if isinstance(call, V.Called):
             self.frame.info.calls.append((call, tuple(self.frame.conditions)))
             owner = self.frame.info.owner
-            if (
-                isinstance(callee, V.Member)
-                and isinstance(callee.owner, V.Super)
-                and owner is not None
-            ) and callee.key == "__init__":
+            inherited = isinstance(callee, V.Member) and isinstance(callee.owner, V.Super)
+            if owner is not None and inherited and getattr(callee, "key", "") == "__init__":
                 owner.base_init = call
         return call
 
@@ -146,8 +143,9 @@ class Calls(Tensors):
         return self._called(node, callee)
 
     def _getattr(self, node: ast.Call, owner: Value, name: Value) -> Value:
-        if isinstance(name, V.Const) and isinstance(name.value, str):
-            return self.member(owner, name.value)
+        text = V.text_of(name)
+        if text is not None:
+            return self.member(owner, text)
         some = {"torch.nn": "CrossEntropyLoss", "torch.nn.functional": "cross_entropy"}
         path = owner.path if isinstance(owner, V.External) else ""
         if path in some and names.is_loss(names.text(node.args[1])):
@@ -156,10 +154,9 @@ class Calls(Tensors):
 
     def _setattr(self, node: ast.Call, name: Value, value: Value) -> None:
         """setattr(owner, name, value); a name that is not known may be that of the reduction."""
-        known = isinstance(name, V.Const) and isinstance(name.value, str)
-        attribute = str(name.value) if isinstance(name, V.Const) and known else "reduction"
-        target = ast.Attribute(node.args[0], attribute, ast.Store())
-        self.assign(ast.copy_location(target, node), value if known else UNKNOWN)
+        attribute = V.text_of(name)
+        target = ast.Attribute(node.args[0], attribute or "reduction", ast.Store())
+        self.assign(ast.copy_location(target, node), value if attribute else UNKNOWN)
 
     # Methods
 
@@ -177,12 +174,8 @@ class Calls(Tensors):
             self.assign(ast.copy_location(item, node), self.value(node.args[1]))
             return NONE
         if isinstance(receiver, V.Record) and name in {"get", "pop"} and node.args:
-            key = self.value(node.args[0])
-            return (
-                self.member(receiver, key.value)
-                if isinstance(key, V.Const) and isinstance(key.value, str)
-                else UNKNOWN
-            )
+            key = V.text_of(self.value(node.args[0]))
+            return UNKNOWN if key is None else self.member(receiver, key)
         if name == "update" and isinstance(receiver, V.Record):
             for name_node, written in self._updates(node):
                 field = ast.Subscript(function.value, name_node, ast.Store())

@@ -258,11 +258,8 @@ class Objects:
             return model  # model = DistributedDataParallel(model)
         if callee is UNKNOWN:
             return UNKNOWN
-        if (
-            args
-            and isinstance(args[0], (V.Instance, V.LossModule, V.Function))
-            and last in _WRAPPERS
-        ):
+        ours = args and isinstance(args[0], (V.Instance, V.LossModule, V.Function))
+        if ours and last in _WRAPPERS:
             return args[0]
         if last[:1].isupper() and any(map(names.is_loss, keywords)):
             return V.Record(FOREIGN, tuple(keywords.items()))

@@ -70,9 +70,8 @@ class FunctionInfo:
     @property
     def bound(self) -> bool:
         """True when its first parameter is the object."""
-        return (
-            self.owner is not None and bool(self.params) and "staticmethod" not in self.decorators
-        )
+        static = "staticmethod" in self.decorators
+        return self.owner is not None and bool(self.params) and not static
 
 
 Bindings = dict[tuple[FunctionInfo, str], Value]

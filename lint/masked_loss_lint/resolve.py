@@ -100,12 +100,8 @@ class Resolver(Objects):
                     known = self.findings.get((finding.place, finding.code))
                     if known is None or finding.message < known.message:
                         self.findings[finding.place, finding.code] = finding
-                if (
-                    event.kind == "product"
-                    and not found
-                    and env.receiver is None
-                    and not env.bindings
-                ):
+                alone = env.receiver is None and not env.bindings
+                if event.kind == "product" and alone and not found:
                     self._note_unclear(event.place, event.text, value)
 
     def _note_unclear(self, place: Place, mask: str, value: Value) -> None:
@@ -203,18 +199,11 @@ class Resolver(Objects):
             assert info.owner is not None
             if "classmethod" in info.decorators:
                 return V.Class(info.owner)
-            return (
-                env.receiver
-                if isinstance(env.receiver, (V.Instance, V.Record))
-                else V.Instance(info.owner)
-            )
+            known = isinstance(env.receiver, (V.Instance, V.Record))
+            return env.receiver if known else V.Instance(info.owner)  # type: ignore[return-value]
         if term.name in info.numbers:
             return NUMBER
-        default = (
-            self.resolve(info.defaults[term.name], self.nothing)
-            if term.name in info.defaults
-            else UNKNOWN
-        )
+        default = self.resolve(info.defaults.get(term.name, UNKNOWN), self.nothing)
         is_loss = isinstance(default, (V.LossModule, V.Partial)) or (
             isinstance(default, V.External) and default.path in SPECS
         )

@@ -70,13 +70,12 @@ def reduced_before_mask(event: Event, value: Value) -> Finding | None:
     A factor counts as a mask when it is known or named as one; where the product itself is summed
     or averaged, any factor counts that is not a number: who does that takes it for many elements.
     """
+    if event.kind == "accumulated":
+        return None
     if event.kind == "chosen":
         loss = as_loss(value)
-        return (
-            _finding_001(loss, event.text, "selects from", event.place, event.place)
-            if loss
-            else None
-        )
+        place = event.place
+        return _finding_001(loss, event.text, "selects from", place, place) if loss else None
     product = value.base if event.kind == "reduced" and isinstance(value, V.Reduced) else value
     if not isinstance(product, V.Product):
         return None
@@ -165,13 +164,10 @@ def judge(event: Event, value: Value, can_be_ignored: CanBeIgnored) -> list[Find
         return []
     if event.kind == "unguarded":  # weights, where they weigh a loss
         factors = value.factors if isinstance(value, V.Product) else ()
-        return (
-            [unguarded(event.place, event.text)] if any(as_loss(f.value) for f in factors) else []
-        )
+        weighed = any(as_loss(factor.value) for factor in factors)
+        return [unguarded(event.place, event.text)] if weighed else []
     found = [
-        reduced_before_mask(event, value)
-        if event.kind in {"product", "reduced", "chosen"}
-        else None,
+        reduced_before_mask(event, value),
         accumulated_mean(event, value, can_be_ignored),
         counted_ignored(event, value, can_be_ignored),
     ]

@@ -54,25 +54,19 @@ class Tensors(Expressions):
         if name in {"max", "min", "maximum"} and len(rest) == 1:
             values = [self.count_of(self.value(a)) for a in node.args]
             count = next((v for v in values if isinstance(v, V.Count)), None)
-            return (
-                replace(count, guarded=True)
-                if count and name != "min"
-                else NUMBER
-                if all(map(is_number, values))
-                else None
-            )
+            if count is not None and name != "min":
+                return replace(count, guarded=True)
+            return NUMBER if all(map(is_number, values)) else None
         if name == "where" and len(rest) == 2:
             return self._where(node, *node.args)
         if name in _LIKE:
             return V.Mask(names.text(node)) if names.is_labels(first) else UNKNOWN
         if name in {"tensor", "as_tensor", "scalar_tensor", "FloatTensor"}:
             value = self.value(first)
-            alone = (
-                isinstance(first, ast.List)
-                and len(first.elts) == 1
-                and names.is_scalar(first.elts[0])
+            element = (
+                first.elts[0] if isinstance(first, ast.List) and len(first.elts) == 1 else first
             )
-            return NUMBER if alone or is_number(value) or names.is_scalar(first) else UNKNOWN
+            return NUMBER if is_number(value) or names.is_scalar(element) else UNKNOWN
         if name in {"zeros", "ones", "full", "rand", "randn", "empty"}:
             return NUMBER if names.text(first) in _ONE else UNKNOWN
         receiver = self.value(first)
@@ -105,11 +99,8 @@ class Tensors(Expressions):
             product = self.operate(node, ast.Mult(), owner, node.args[0])
             return product if name == "matmul" else self._reduce("sum", node, product, "")
         if name in _REDUCTIONS:
-            dims = (
-                ""
-                if whole
-                else ", ".join(map(names.text, [*node.args, *(k.value for k in node.keywords)]))
-            )
+            given = [*node.args, *(k.value for k in node.keywords if k.arg != "dtype")]
+            dims = ", ".join(map(names.text, given))
             return self._reduced(_REDUCTIONS[name], node, owner, receiver, dims)
         count = self.count_of(receiver)
         if name in _CLAMPS and isinstance(count, V.Count):
@@ -129,11 +120,8 @@ class Tensors(Expressions):
             other = node.args[-1]
             return self.compare(node, [owner, other], [receiver, self.value(other)])
         if name == "new_tensor" and len(node.args) == 1:
-            return (
-                NUMBER
-                if is_number(self.value(node.args[0])) or names.is_scalar(node.args[0])
-                else UNKNOWN
-            )
+            number = is_number(self.value(node.args[0])) or names.is_scalar(node.args[0])
+            return NUMBER if number else UNKNOWN
         self._note_fills(node, name)
         if name in names.VIEWS:
             return self._viewed(node, name, receiver)
@@ -176,21 +164,15 @@ class Tensors(Expressions):
         if isinstance(op, (ast.Div, ast.FloorDiv)):
             return self._divide(node, a, right, b)
         if isinstance(op, (ast.Add, ast.Sub)):
-            a, b = (
-                NUMBER if names.is_auxiliary(operand) else v
-                for v, operand in ((a, left), (b, right))
-            )
-            return self.add(a, b)
+            a = NUMBER if names.is_auxiliary(left) else a
+            return self.add(a, NUMBER if names.is_auxiliary(right) else b)
         if isinstance(op, ast.Pow) and isinstance(a, V.TERMS):
             return a
         if is_number(a) and is_number(b):
             return NUMBER
         masks = isinstance(a, V.Mask) or isinstance(b, V.Mask)
-        return (
-            V.Mask(names.text(node))
-            if masks and isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor))
-            else UNKNOWN
-        )
+        joins = isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor))
+        return V.Mask(names.text(node)) if masks and joins else UNKNOWN
 
     def add(self, a: Value, b: Value) -> Value:
         if is_number(a) or is_number(b):
@@ -307,12 +289,8 @@ class Tensors(Expressions):
 
 def _is_inverse(node: ast.expr) -> bool:
     """True for 1 / steps."""
-    return (
-        isinstance(node, ast.BinOp)
-        and isinstance(node.op, ast.Div)
-        and isinstance(node.left, ast.Constant)
-        and node.left.value == 1
-    )
+    divides = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+    return divides and getattr(node.left, "value", None) == 1  # type: ignore[attr-defined]
 
 
 def _is_error(node: ast.expr) -> bool:
@@ -320,11 +298,8 @@ def _is_error(node: ast.expr) -> bool:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         return isinstance(node.left, ast.BinOp) and isinstance(node.left.op, ast.Sub)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        inner = (
-            node.args[0]
-            if names.text(node.func.value) == "torch" and node.args
-            else node.func.value
-        )
+        by_torch = names.text(node.func.value) == "torch" and node.args
+        inner = node.args[0] if by_torch else node.func.value
         error = node.func.attr in {"abs", "pow", "square"}
         return error and isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Sub)
     return False

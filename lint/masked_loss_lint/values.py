@@ -29,9 +29,8 @@ class Place:
     lines: tuple[int, int] = field(default=(0, 0), compare=False)  # first and last, of the text
 
     def __str__(self) -> str:
-        return (
-            f"{self.path}:cell {self.cell}:{self.line}" if self.cell else f"{self.path}:{self.line}"
-        )
+        cell = f"cell {self.cell}:" if self.cell else ""
+        return f"{self.path}:{cell}{self.line}"
 
 
 class Value:

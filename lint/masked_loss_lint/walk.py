@@ -296,11 +296,8 @@ class _Walker(Assignments):
     def _returned(self, values: list[Value]) -> Value:
         result: Value = NONE
         for value in reversed(values):
-            result = (
-                value
-                if result == NONE or same(result, value)
-                else self.either(UNKNOWN, value, result)
-            )
+            alone = result == NONE or same(result, value)
+            result = value if alone else self.either(UNKNOWN, value, result)
         return result
 
     @contextmanager
