@@ -51,7 +51,7 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
 
   if (kernel == "weigh") {
     WeighArgs args{};
-    args.groups = {rows, 1, rows, nullptr, groups.data()};
+    args.groups = {rows, 1, rows, groups.data(), GroupField::kCount, nullptr, 0};
     args.steps = rows;
     args.target = target.data();
     args.target_type = DType::kInt64;
@@ -64,7 +64,7 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
   } else if (kernel == "reduce") {
     A loss;
     ReduceArgs args{};
-    args.groups = {rows, 1, rows, nullptr, groups.data()};
+    args.groups = {rows, 1, rows, groups.data(), GroupField::kCount, nullptr, 0};
     args.reduction = Reduction::kMean;
     args.table = tokens.data();
     args.wide = sizeof(A) == sizeof(double);
@@ -74,7 +74,7 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
     RowArgs args{};
     args.logits = logits.data();
     args.dtype = dtype;
-    args.rows = args.steps = args.group_size = rows;
+    args.rows = args.steps = rows;
     args.cols = args.classes = args.step_stride = args.grad_step_stride = cols;
     args.target = target.data();
     args.target_type = DType::kInt64;
@@ -82,7 +82,7 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
     args.forward = kernel != "backward";
     args.dlogits = kernel == "forward" ? nullptr : gradient.data();
     args.stream = true;
-    args.groups = groups.data();
+    args.groups = {rows, 1, rows, groups.data(), GroupField::kCount, nullptr, 0};
     cpu::kernels().rows[static_cast<int>(dtype)].run(args, 0, rows);
   }
 }

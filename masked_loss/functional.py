@@ -59,6 +59,7 @@ def masked_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -95,6 +96,10 @@ def masked_cross_entropy(
         shift: for causal language models: ``logits[..., t, :]`` scores ``target[..., t + 1]``,
             without a copy of the logits. ``mask`` stays aligned with ``target``, and so is the
             result of ``"none"``; the first token of a sequence takes no part.
+        cu_seqlens: int32 or int64 [S + 1], from 0 ascending: sequences packed one after the other
+            in the flattened tokens. The means of ``"sequence_mean"`` are theirs, ``shift`` does not
+            cross their bounds, and tokens behind the last have weight 0. None: the last dimension
+            is one sequence.
         inplace_backward: backward overwrites the logits with their gradient, instead of
             allocating it. The logits must not be used afterwards. No effect under torch.compile.
         return_stats: returns ``(loss, LossStats)``.
@@ -127,10 +132,12 @@ def masked_cross_entropy(
     who = "masked_cross_entropy"
     require_tensors(who, {"logits": logits, "target": target}, {"mask": mask})
     require_constant(who, "class_weight", class_weight)
+    require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, inplace_backward=inplace_backward, return_stats=return_stats)
     if target.is_floating_point():
         raise TypeError(f"{who}: target must be int64 or int32 class indices, got {target.dtype}")
-    inputs = (logits, target, mask, divisor_of(who, normalizer, logits), class_weight)
+    divisor = divisor_of(who, normalizer, logits)
+    inputs = (logits, target, mask, divisor, class_weight, cu_seqlens)
     meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, shift)
     operator = _with_stats if return_stats else _plain
     loss, *more = operator(who, inputs, meaning, {}, inplace_backward=inplace_backward)
@@ -232,7 +239,7 @@ def cross_entropy(
             )
         if target.dtype == torch.uint8:  # PyTorch takes these too
             target = target.long()
-    inputs = (logits, target, mask, None, weight)
+    inputs = (logits, target, mask, None, weight, None)
     meaning = Meaning(reduction, ignore_index, label_smoothing)
     names = {"logits": "input", "class_weight": "weight"}
     loss, *_ = _plain(who, inputs, meaning, names, inplace_backward=False)

@@ -67,6 +67,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     return_stats: bool = False,
     chunk_tokens: int | None = None,
     accumulation_dtype: torch.dtype | None = None,
@@ -102,6 +103,10 @@ def linear_cross_entropy(
         z_loss: adds ``z_loss * logsumexp(x_n) ** 2`` to each token's loss.
         softcap: replaces the logits by ``softcap * tanh(logits / softcap)`` first.
         shift: for causal language models: ``hidden[..., t, :]`` scores ``target[..., t + 1]``.
+        cu_seqlens: int32 or int64 [S + 1], from 0 ascending: sequences packed one after the other
+            in the flattened tokens. The means of ``"sequence_mean"`` are theirs, ``shift`` does not
+            cross their bounds, and tokens behind the last have weight 0. None: the last dimension
+            is one sequence.
         return_stats: returns ``(loss, LossStats)``.
         chunk_tokens: how many tokens' logits exist at a time. None: as many as 64 MiB hold (512
             on CUDA; on the CPU half of it for float32 and float64, if that is 128 tokens).
@@ -144,10 +149,11 @@ def linear_cross_entropy(
     required = {"hidden": hidden, "weight": weight, "target": target}
     require_tensors(who, required, {"mask": mask, "bias": bias})
     require_constant(who, "class_weight", class_weight)
+    require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, return_stats=return_stats)
     require_dtype(who, "accumulation_dtype", accumulation_dtype)
     divisor = divisor_of(who, normalizer, hidden)
-    inputs = (hidden, weight, bias, target, mask, divisor, class_weight)
+    inputs = (hidden, weight, bias, target, mask, divisor, class_weight, cu_seqlens)
     meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, shift)
     operator = _with_stats if return_stats else _plain
     # A compiled graph has no place where the host could wait.

@@ -60,7 +60,7 @@ class _Loss(torch.nn.Module):
 
 
 class MaskedCrossEntropyLoss(
-    _Loss, function=functional.masked_cross_entropy, at_call=("normalizer",)
+    _Loss, function=functional.masked_cross_entropy, at_call=("normalizer", "cu_seqlens")
 ):
     r"""Module form of :func:`masked_loss.masked_cross_entropy`, which has formula and errors.
 
@@ -84,8 +84,9 @@ class MaskedCrossEntropyLoss(
         mask: Tensor | None = None,
         *,
         normalizer: float | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossStats]:
-        return self._loss(logits, target, mask, normalizer=normalizer)
+        return self._loss(logits, target, mask, normalizer=normalizer, cu_seqlens=cu_seqlens)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -114,7 +115,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
-class LinearCrossEntropyLoss(_Loss, function=linear_cross_entropy, at_call=("bias", "normalizer")):
+class LinearCrossEntropyLoss(
+    _Loss, function=linear_cross_entropy, at_call=("bias", "normalizer", "cu_seqlens")
+):
     r"""Module form of :func:`masked_loss.linear_cross_entropy`, which has formula and errors.
 
     The arguments are the keywords of the function; ``class_weight`` becomes a buffer. The weight of
@@ -142,8 +145,10 @@ class LinearCrossEntropyLoss(_Loss, function=linear_cross_entropy, at_call=("bia
         *,
         bias: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossStats]:
-        return self._loss(hidden, weight, target, mask, bias=bias, normalizer=normalizer)
+        at_call = {"bias": bias, "normalizer": normalizer, "cu_seqlens": cu_seqlens}
+        return self._loss(hidden, weight, target, mask, **at_call)
 
 
 class MaskedDivergenceLoss(_Loss, function=masked_divergence, at_call=("normalizer",)):

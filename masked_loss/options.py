@@ -45,6 +45,7 @@ class Keywords(TypedDict, total=False):
     z_loss: float
     softcap: float | None
     shift: bool
+    cu_seqlens: Tensor | None
 
 
 class DenseKeywords(Keywords, total=False):

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from masked_loss._op.arguments import divisor_of, require_floating, require_mask, require_tensors
+from masked_loss._op.arguments import (
+    divisor_of,
+    require_constant,
+    require_floating,
+    require_mask,
+    require_tensors,
+)
 from masked_loss._op.overrides import override
 from masked_loss._op.reduce import masked_reduce as _masked_reduce
 from masked_loss.errors import ReducedLossError
@@ -21,6 +27,7 @@ def masked_reduce(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     dim: int | tuple[int, ...] | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     r"""Reduces losses computed elsewhere, weighted by a mask.
 
@@ -42,6 +49,9 @@ def masked_reduce(
             sum; for ``"sequence_mean"`` instead of the number of sequences.
         dim: reduce these dimensions only: ``dim=-1`` gives one number for each sequence. With
             ``"mean"`` and ``"sum"``; a slice without an active token gives 0. None: all.
+        cu_seqlens: int32 or int64 [S + 1], from 0 ascending: sequences packed one after the other
+            in the flattened tokens. ``"sequence_mean"`` is over them, ``dim=-1`` gives [S] numbers,
+            and tokens behind the last have weight 0. None: the last dimension is one sequence.
 
     Returns:
         float32 (float64 for float64 values), of the shape of values for ``"none"``, else 0-dim, or
@@ -65,7 +75,7 @@ def masked_reduce(
     """
     if has_torch_function((values, mask)) and not torch.compiler.is_compiling():
         return override(masked_reduce, locals())
-    return reduced("masked_reduce", values, mask, reduction, normalizer, dim)
+    return reduced("masked_reduce", values, mask, reduction, normalizer, dim, cu_seqlens)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -89,6 +99,7 @@ def reduced(
     reduction: str,
     normalizer: float | Tensor | None,
     dim: int | tuple[int, ...] | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     require_tensors(who, {"values": values}, {"mask": mask})
     if mask is not None and values.dim() == 0 and mask.dim() > 0:
@@ -98,9 +109,13 @@ def reduced(
             f'count. Compute it with reduction="none".'
         )
     divisor = divisor_of(who, normalizer, values)
-    if dim is not None:
+    require_constant(who, "cu_seqlens", cu_seqlens)
+    if dim is not None and cu_seqlens is None:
         return _along(who, values, mask, reduction, divisor, dim)
-    return _masked_reduce(who, (values, mask, divisor), Meaning(reduction), {})[0]
+    if dim not in (None, -1):
+        raise ValueError(f"{who}: dim must be -1 with cu_seqlens, got {dim}")
+    inputs, meaning = (values, mask, divisor, cu_seqlens), Meaning(reduction)
+    return _masked_reduce(who, inputs, meaning, {}, per_sequence=dim is not None)[0]
 
 
 def _along(

@@ -43,6 +43,7 @@ def masked_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
     """Cross entropy of ``logits`` [..., V] and ``target`` [...], weighted by ``mask`` [...].
@@ -60,6 +61,7 @@ def masked_cross_entropy(
         z_loss: adds ``z_loss * logsumexp(logits) ** 2`` to the loss of each token.
         softcap: replaces logits by ``softcap * tanh(logits / softcap)`` first.
         shift: ``logits[..., t, :]`` scores ``target[..., t + 1]``, with the weight of the latter.
+        cu_seqlens: [S + 1], the bounds of sequences in the flattened tokens, instead of the rows.
         return_stats: returns (loss, (tokens, correct, entropy, z_loss)), sums over all tokens.
 
     >>> logits = torch.zeros(2, 3, 10)
@@ -67,7 +69,13 @@ def masked_cross_entropy(
     >>> masked_cross_entropy(logits, target, reduction="sum")
     tensor(6.9078)
     """
+    sequence = None
+    if cu_seqlens is not None:
+        sequence, begins = _sequences(cu_seqlens, target)
+        mask = _weight(mask, target.shape, logits)
+        mask = mask.where((sequence < len(cu_seqlens) - 1) & ~(begins & shift), 0)
     if shift:
+        sequence = None if sequence is None else sequence[..., 1:]
         first = logits.new_zeros(target[..., :1].shape)  # Nothing scores the first token.
         logits, target = logits[..., :-1, :], target[..., 1:]
         mask = None if mask is None else mask[..., 1:]
@@ -88,9 +96,9 @@ def masked_cross_entropy(
         ce = (1 - label_smoothing) * ce + label_smoothing * (c * nll).mean(dim=-1)
 
     # The mean of the cross entropy divides by the class weights too, that of the z-loss does not.
-    loss = _reduce(ce, weight, weight * c[index], reduction, normalizer)
+    loss = _reduce(ce, weight, weight * c[index], reduction, normalizer, sequence)
     if z_loss:
-        loss = loss + _reduce(z_loss * lse**2, weight, weight, reduction, normalizer)
+        loss = loss + _reduce(z_loss * lse**2, weight, weight, reduction, normalizer, sequence)
     if shift and reduction == "none":
         loss = torch.cat([first, loss], dim=-1)
     if not return_stats:
@@ -304,6 +312,7 @@ def masked_reduce(
     *,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Weighs ``values`` by ``mask`` of the same shape and reduces them.
 
@@ -315,6 +324,7 @@ def masked_reduce(
     - "sequence_mean": the "mean" along the last dimension, then the mean over those sequences
       that have a weight that is not 0
 
+    ``cu_seqlens`` [S + 1] bounds sequences in the flattened values, instead of the last dimension.
     A ``normalizer`` is the denominator of "sum" and "mean", and of the mean over sequences. Without
     any weight that is not 0 the result is 0.
 
@@ -323,8 +333,11 @@ def masked_reduce(
     >>> masked_reduce(values, mask), masked_reduce(values, mask, reduction="sequence_mean")
     (tensor(3.2500), tensor(4.5000))
     """
-    weight = _weight(mask, values.shape, values)
-    return _reduce(values.where(weight != 0, 0), weight, weight, reduction, normalizer)
+    weight, sequence = _weight(mask, values.shape, values), None
+    if cu_seqlens is not None:
+        sequence, _ = _sequences(cu_seqlens, values)
+        weight = weight.where(sequence < len(cu_seqlens) - 1, 0)
+    return _reduce(values.where(weight != 0, 0), weight, weight, reduction, normalizer, sequence)
 
 
 def _log_softmax(
@@ -353,12 +366,20 @@ def _weight(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
     return mask.to(like.dtype).where(mask != 0, 0)
 
 
+def _sequences(cu_seqlens: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of each token's sequence, S behind the last, and whether the token begins it."""
+    tokens = torch.arange(target.numel(), device=target.device).view(target.shape)
+    bounds = cu_seqlens.to(tokens)
+    return torch.bucketize(tokens, bounds, right=True) - 1, torch.isin(tokens, bounds)
+
+
 def _reduce(
     values: Tensor,
     weight: Tensor,
     share: Tensor,
     reduction: str,
     normalizer: float | Tensor | None,
+    sequence: Tensor | None = None,
 ) -> Tensor:
     """Sums ``weight * values`` and divides by the sum of ``share``, as ``reduction`` says."""
     weighted = weight * values
@@ -366,8 +387,16 @@ def _reduce(
     if reduction == "none":
         return weighted
     if reduction == "sequence_mean":
-        occupied = active.any(dim=-1)
-        means = weighted.sum(dim=-1) / share.sum(dim=-1).where(occupied, 1)
+        if sequence is None:
+            totals, shares, occupied = weighted.sum(-1), share.sum(-1), active.any(-1)
+        else:
+            zeros = values.new_zeros(int(sequence.max()) + 1 if sequence.numel() else 1)
+            totals, shares, occupied = (
+                zeros.index_add(0, sequence.flatten(), x.flatten().to(zeros))
+                for x in (weighted, share, active)
+            )
+            occupied = occupied > 0
+        means = totals / shares.where(occupied, 1)
         weighted, share = means, occupied.to(means.dtype)
     if normalizer is not None:
         denominator = torch.as_tensor(normalizer, dtype=values.dtype, device=values.device)

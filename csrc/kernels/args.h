@@ -51,12 +51,24 @@ struct GroupField {
   };
 };
 
-// Which tokens a group has: `size` each, or where `bounds` is not null [bounds[g], bounds[g + 1]),
-// in ascending order from 0. Tokens behind the last bound belong to no group; their weight is 0.
+// Which tokens a group has: `size` each; or, where there are bounds, those from its bound to the
+// next group's, the last group all that are left. Bounds ascend from 0. The table of such groups
+// has a column more, kBound, and its last group is what lies behind the last sequence: without
+// weight.
 struct Groups {
   int64_t tokens, count, size;
-  const int64_t* bounds;  // [count + 1], or null
-  double* table;          // [count, GroupField]
+  double* table;  // [count, columns]
+  int64_t columns;
+  const double* bounds;  // bounds[g * bound_step], or null
+  int64_t bound_step;
+
+  enum : int64_t { kBound = GroupField::kCount };
+};
+
+// The upstream gradient, of the accumulation type: one, or one for each token or group. null: 1.
+struct Upstream {
+  const void* values;
+  bool per_token, per_group;
 };
 
 struct StatField {
@@ -66,6 +78,7 @@ struct StatField {
 // Weights of the tokens, and what each group's sum is divided by.
 struct WeighArgs {
   Groups groups;       // out: its table, but for the means
+  Groups sequences;    // that shift does not cross, and behind which nothing has a weight; or none
   int64_t steps;       // length of the last dimension of target
   bool skip_first;     // shift: nothing predicts the first token of a sequence
   const void* target;  // [tokens] class indices, or null
@@ -80,12 +93,6 @@ struct WeighArgs {
   bool wide;                 // the accumulation type is double
   void* weight;              // out: [tokens] of the accumulation type
   void* scratch;             // what Backend::weigh_scratch wants
-};
-
-// The upstream gradient of a result: of the accumulation type, one or [rows]; null: 1.
-struct Upstream {
-  const void* values;
-  bool per_token;
 };
 
 struct RowArgs {
@@ -111,8 +118,7 @@ struct RowArgs {
   void* dlogits;
   int64_t grad_batch_stride, grad_step_stride;
   bool stream;           // dlogits is larger than the caches: write around them what is not there
-  const double* groups;  // [rows / group_size, GroupField]
-  int64_t group_size;
+  Groups groups;         // of the rows' tokens
   Upstream upstream[2];  // of each result of the loss
   void* scratch;         // as in WeighArgs
 };
@@ -175,9 +181,10 @@ struct ReduceArgs {
   const void* table;  // TokenField table
   bool wide;
   double z_loss;
-  void* loss;     // out: one, or [tokens]
-  void* stats;    // out: [StatField] of the accumulation type, or null
-  void* scratch;  // as in WeighArgs
+  bool per_group;  // a loss for each group, but for what lies behind the last sequence
+  void* loss;      // out: one, [tokens] or [groups]
+  void* stats;     // out: [StatField] of the accumulation type, or null
+  void* scratch;   // as in WeighArgs
 };
 
 // Gradient of the loss with respect to the mask.
@@ -189,8 +196,7 @@ struct MaskGradArgs {
   const void* target;  // with class_weight
   DType target_type;
   const void* class_weight;
-  const void* dloss;
-  bool dloss_per_token;
+  Upstream dloss;
   void* dmask;  // out: [tokens] of mask_type, a floating type
   DType mask_type;
 };
@@ -202,8 +208,7 @@ struct ValuesArgs {
   DType dtype;
   void* table;  // TokenField table: kWeight and kLoss
   bool wide;
-  const void* dloss;
-  bool dloss_per_token;
+  Upstream dloss;
   void* dvalues;  // [tokens] of dtype, or null
 };
 

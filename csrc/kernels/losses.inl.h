@@ -23,9 +23,7 @@ struct Token {
     if (args.temperatures) return static_cast<const A*>(args.temperatures)[index];
     return static_cast<A>(args.temperature);
   }
-  ML_FN const double* group() const {
-    return args.groups + quotient(index, args.group_size) * GroupField::kCount;
-  }
+  ML_FN const double* group() const { return group_at(args.groups, group_of(args.groups, index)); }
   ML_FN A upstream(int result) const {
     const Upstream& u = args.upstream[result];
     return u.values ? static_cast<const A*>(u.values)[u.per_token ? index : 0] : A(1);

@@ -71,31 +71,8 @@ struct Sums {
   }
 };
 
-// Groups. Each is cut into pieces of at most `size` tokens; a piece is added up in order, and then
-// the pieces of a group are, so that a sum has the same bits whoever adds up which piece.
-
-ML_FN int64_t group_begin(const Groups& groups, int64_t group) {
-  return groups.bounds ? groups.bounds[group] : group * groups.size;
-}
-// The tokens behind the last group follow as if they were one more.
-ML_FN int64_t group_end(const Groups& groups, int64_t group) {
-  if (group == groups.count) return groups.tokens;
-  return group_begin(groups, group + 1);
-}
-
-ML_FN int64_t group_of(const Groups& groups, int64_t token) {
-  if (!groups.bounds) return quotient(token, groups.size);
-  int64_t group = 0;
-  for (int64_t end = groups.count; group < end;) {
-    const int64_t middle = (group + end + 1) / 2;
-    if (groups.bounds[middle] <= token) {
-      group = middle;
-    } else {
-      end = middle - 1;
-    }
-  }
-  return group;
-}
+// Groups are cut into pieces of at most `size` tokens. A piece is added up in order, and then the
+// pieces of a group are, so that a sum has the same bits whoever adds up which piece.
 
 struct Piece {
   int64_t group, begin, end;
@@ -115,27 +92,19 @@ struct Pieces {
     return quotient(group_end(groups, group) - group_begin(groups, group) + size - 1, size);
   }
   ML_FN Piece operator[](int64_t piece) const {
-    int64_t group = 0;
-    if (groups.bounds) {
-      for (int64_t end = groups.count; group < end;) {
-        const int64_t middle = (group + end + 1) / 2;
-        if (first_of(middle) <= piece) {
-          group = middle;
-        } else {
-          end = middle - 1;
-        }
-      }
-    } else {
-      group = quotient(piece, per_group);
-    }
+    const int64_t group =
+        groups.bounds ? last_where(groups.count, [&](int64_t g) { return first_of(g) <= piece; })
+                      : quotient(piece, per_group);
     const int64_t end = group_end(groups, group);
     const int64_t begin = group_begin(groups, group) + (piece - first_of(group)) * size;
+    // CUDA finds wrong bounds while it runs: until then nothing is read beside the tokens.
+    if (begin < 0 || end > groups.tokens) return {group, 0, 0};
     return {group, begin, begin + size < end ? begin + size : end};
   }
 };
 
 inline Pieces pieces_of(const Groups& groups, int64_t size) {
-  if (groups.bounds) return {groups, size, 0, groups.tokens / size + groups.count + 1};
+  if (groups.bounds) return {groups, size, 0, groups.tokens / size + groups.count};
   const int64_t per_group = groups.size > size ? (groups.size + size - 1) / size : 1;
   return {groups, size, per_group, groups.count * per_group};
 }
@@ -153,18 +122,20 @@ struct TokenWeight {
 };
 
 // weight = mask * [target != ignore_index]; a masked token's target is not looked at either.
+// `sequence`: that of the token, in args.sequences.
 template <class A>
-ML_FN TokenWeight token_weight(const WeighArgs& args, const Piece& piece, int64_t i) {
-  if (piece.group == args.groups.count) return {0, 1, false};
-  if (args.skip_first &&
-      (i == group_begin(args.groups, piece.group) || i == quotient(i, args.steps) * args.steps)) {
-    return {0, 1, false};
+ML_FN TokenWeight token_weight(const WeighArgs& args, int64_t i, int64_t sequence) {
+  const TokenWeight masked{0, 1, false};
+  if (args.sequences.count && sequence == args.sequences.count - 1) return masked;
+  if (args.skip_first) {
+    if (i == quotient(i, args.steps) * args.steps) return masked;
+    if (args.sequences.count && i == group_begin(args.sequences, sequence)) return masked;
   }
   // As the rows' kernels see it: a weight that underflows there is none here either.
   const double w = args.mask ? static_cast<A>(number_at(args.mask, args.mask_type, i)) : A(1);
   if (!args.target || w == 0) return {w, 1, false};
   const int64_t target = index_at(args.target, args.target_type, i);
-  if (target == args.ignore_index) return {0, 1, false};
+  if (target == args.ignore_index) return masked;
   if (target < 0 || target >= args.classes) return {0, 1, true};
   return {w, args.class_weight ? as<A>(args.class_weight)[target] : A(1), false};
 }
@@ -191,12 +162,13 @@ ML_FN void write_group(const WeighArgs& args, const WeightSums& sums, double act
   const double loss = mean ? sums.v[WeightField::kClassWeights] : given;
   const double z = mean ? sums.v[WeightField::kWeights] : given;
   const bool active = sums.v[WeightField::kActive] > 0;
-  double* const out = args.groups.table + group * GroupField::kCount;
+  double* const out = group_at(args.groups, group);
   out[GroupField::kScaleLoss] = active ? 1 / (loss * share) : 0;
   out[GroupField::kScaleZ] = active ? 1 / (z * share) : 0;
   out[GroupField::kInverseLoss] = active && mean ? 1 / loss : 0;
   out[GroupField::kInverseZ] = active && mean ? 1 / z : 0;
   out[GroupField::kMeanLoss] = out[GroupField::kMeanZ] = 0;
+  if (args.groups.bounds) out[Groups::kBound] = args.groups.bounds[group];
 }
 
 // Reductions
@@ -236,21 +208,27 @@ ML_FN void add_loss(const ReduceArgs& args, int64_t i, LossSums* sums) {
   }
 }
 
-// A group's share in the loss; its means go to the group table.
+// A group's share in the loss; its means go to the group table, and its loss where each has one.
+template <class A>
 ML_FN double group_loss(const ReduceArgs& args, const LossSums& sums, int64_t index) {
-  if (sums.v[LossField::kActive] == 0) return 0;
-  double* const group = args.groups.table + index * GroupField::kCount;
-  const double loss = sums.v[LossField::kLoss], z = sums.v[LossField::kZ];
-  group[GroupField::kMeanLoss] = group[GroupField::kInverseLoss] * loss;
-  group[GroupField::kMeanZ] = group[GroupField::kInverseZ] * z;
-  double share = loss * group[GroupField::kScaleLoss];
-  if (args.z_loss != 0) share += z * group[GroupField::kScaleZ];
+  double share = 0;
+  if (sums.v[LossField::kActive] > 0) {
+    double* const group = group_at(args.groups, index);
+    const double loss = sums.v[LossField::kLoss], z = sums.v[LossField::kZ];
+    group[GroupField::kMeanLoss] = group[GroupField::kInverseLoss] * loss;
+    group[GroupField::kMeanZ] = group[GroupField::kInverseZ] * z;
+    share = loss * group[GroupField::kScaleLoss];
+    if (args.z_loss != 0) share += z * group[GroupField::kScaleZ];
+  }
+  const bool behind = args.groups.bounds && index == args.groups.count - 1;
+  if (args.per_group && !behind) static_cast<A*>(args.loss)[index] = static_cast<A>(share);
   return share;
 }
 
 template <class A>
 ML_FN void write_loss(const ReduceArgs& args, double loss, const double* stats) {
-  if (args.reduction != Reduction::kNone) *static_cast<A*>(args.loss) = static_cast<A>(loss);
+  const bool one = args.reduction != Reduction::kNone && !args.per_group;
+  if (one) *static_cast<A*>(args.loss) = static_cast<A>(loss);
   for (int i = 0; args.stats && i < StatField::kCount; ++i) {
     static_cast<A*>(args.stats)[i] = static_cast<A>(stats[i]);
   }
@@ -259,8 +237,9 @@ ML_FN void write_loss(const ReduceArgs& args, double loss, const double* stats) 
 // Gradients, of masked tokens 0: they take no part.
 
 template <class A>
-ML_FN double upstream_at(const void* dloss, bool per_token, int64_t token) {
-  return dloss ? as<A>(dloss)[per_token ? token : 0] : A(1);
+ML_FN double upstream_at(const Upstream& dloss, const Piece& piece, int64_t token) {
+  if (!dloss.values) return 1;
+  return as<A>(dloss.values)[dloss.per_token ? token : dloss.per_group ? piece.group : 0];
 }
 
 // d loss / d w_n = scale_loss (ce_n - c_n mean_loss) + scale_z (z_n - mean_z)
@@ -269,7 +248,7 @@ ML_FN void write_mask_grad(const MaskGradArgs& args, const Piece& piece, int64_t
   const Table<A> table{as<A>(args.table), args.groups.tokens};
   double d = 0;
   if (table(TokenField::kWeight, i) != 0) {
-    const double* const group = args.groups.table + piece.group * GroupField::kCount;
+    const double* const group = group_at(args.groups, piece.group);
     const double c = args.class_weight
                          ? as<A>(args.class_weight)[index_at(args.target, args.target_type, i)]
                          : A(1);
@@ -279,7 +258,7 @@ ML_FN void write_mask_grad(const MaskGradArgs& args, const Piece& piece, int64_t
     if (args.z_loss != 0) {
       d += group[GroupField::kScaleZ] * (z_of(table, args.z_loss, i) - group[GroupField::kMeanZ]);
     }
-    d = upstream_at<A>(args.dloss, args.dloss_per_token, i) * d;
+    d = upstream_at<A>(args.dloss, piece, i) * d;
   }
   store_number(d, args.dmask, args.mask_type, i);
 }
@@ -300,8 +279,8 @@ ML_FN void write_value_grad(const ValuesArgs& args, const Piece& piece, int64_t 
   const double w = as<A>(args.table)[TokenField::kWeight * args.groups.tokens + i];
   double d = 0;
   if (w != 0) {
-    d = upstream_at<A>(args.dloss, args.dloss_per_token, i) * w *
-        args.groups.table[piece.group * GroupField::kCount + GroupField::kScaleLoss];
+    d = upstream_at<A>(args.dloss, piece, i) * w *
+        group_at(args.groups, piece.group)[GroupField::kScaleLoss];
   }
   store_number(d, args.dvalues, args.dtype, i);
 }

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kernels/args.h"
+#include "ops/options.h"
 
 namespace masked_loss::check {
 
@@ -172,7 +173,7 @@ inline void same_dtype(const char* who, const char* what, const Tensor& t, const
   }
 }
 
-inline void shape(const char* who, const char* what, const Tensor& t, const Shape& expected) {
+inline void has_shape(const char* who, const char* what, const Tensor& t, const Shape& expected) {
   const Shape got = shape_of(t);
   if (got != expected) {
     fail("ValueError", who, ": ", what, " must have shape ", text(expected), ", got ", text(got));
@@ -188,12 +189,12 @@ inline DType class_indices(const char* who, const Tensor& target) {
   return *type;
 }
 
-inline void mask(const char* who, const Tensor& mask, const Shape& expected) {
+inline void is_mask(const char* who, const Tensor& mask, const Shape& expected) {
   if (!dtype_of(mask) && !is_wide_unsigned(mask)) {
     fail("TypeError", who, ": mask must be bool, integer or floating, got ",
          name_of(mask.scalar_type()));
   }
-  shape(who, "mask", mask, expected);
+  has_shape(who, "mask", mask, expected);
 }
 
 inline Reduction reduction(const char* who, const std::string& name, int64_t target_dims,
@@ -223,18 +224,48 @@ inline Reduction reduction(const char* who, const std::string& name, int64_t tar
   return parsed;
 }
 
-inline void class_weight(const char* who, const Tensor& weight, int64_t classes) {
-  floating(who, "class_weight", weight);
-  shape(who, "class_weight", weight, {classes});
+// A result for each sequence: of the last dimension, or of cu_seqlens.
+inline void per_sequence(const char* who, Reduction reduction, const std::string& name,
+                         int64_t dims) {
+  if (reduction != Reduction::kSum && reduction != Reduction::kMean) {
+    fail("ValueError", who,
+         ": a result for each sequence needs reduction=\"mean\" or \"sum\", got \"", name, "\"");
+  }
+  if (dims == 0) {
+    fail("ValueError", who, ": a result for each sequence needs a time dimension, got a scalar");
+  }
 }
 
-inline void numbers(const char* who, double label_smoothing, double z_loss) {
-  if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
-    fail("ValueError", who, ": label_smoothing must be between 0 and 1, got ", label_smoothing);
+// [S + 1] bounds of the sequences in the flattened tokens. On CUDA the values are asserted where
+// they are read: to look at them here, the host would wait.
+inline void cu_seqlens(const char* who, const Tensor& bounds, int64_t tokens) {
+  const auto type = dtype_of(bounds);
+  if (type != DType::kInt64 && type != DType::kInt32) {
+    fail("TypeError", who, ": cu_seqlens must be int64 or int32, got ",
+         name_of(bounds.scalar_type()));
   }
-  if (!(z_loss >= 0 && std::isfinite(z_loss))) {
-    fail("ValueError", who, ": z_loss must be at least 0 and finite, got ", z_loss);
+  if (bounds.dim() != 1 || bounds.numel() == 0) {
+    fail("ValueError", who, ": cu_seqlens must have shape [S + 1], got ", text(shape_of(bounds)));
   }
+  if (!bounds.is_cpu()) return;
+  const int64_t step = bounds.strides()[0];
+  int64_t before = 0;
+  for (int64_t i = 0; i < bounds.numel(); ++i) {
+    const int64_t bound = type == DType::kInt64
+                              ? static_cast<const int64_t*>(bounds.data_ptr())[i * step]
+                              : static_cast<const int32_t*>(bounds.data_ptr())[i * step];
+    if (i == 0 ? bound != 0 : bound < before || bound > tokens) {
+      fail("ValueError", who, ": cu_seqlens must ascend from 0 to at most ", tokens,
+           ", the number of tokens; got cu_seqlens[", i, "] = ", bound,
+           i == 0 ? "" : " after " + std::to_string(before));
+    }
+    before = bound;
+  }
+}
+
+inline void class_weight(const char* who, const Tensor& weight, int64_t classes) {
+  floating(who, "class_weight", weight);
+  has_shape(who, "class_weight", weight, {classes});
 }
 
 // As the kernels take it: 0 for none.
@@ -243,6 +274,19 @@ inline double softcap(const char* who, const std::optional<double>& softcap) {
     fail("ValueError", who, ": softcap must be greater than 0 and finite, got ", *softcap);
   }
   return softcap.value_or(0);
+}
+
+// Returns the softcap as the kernels take it.
+inline double formula(const char* who, const Options& options) {
+  const double cap = softcap(who, options.softcap);
+  const double label_smoothing = options.label_smoothing, z_loss = options.z_loss;
+  if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
+    fail("ValueError", who, ": label_smoothing must be between 0 and 1, got ", label_smoothing);
+  }
+  if (!(z_loss >= 0 && std::isfinite(z_loss))) {
+    fail("ValueError", who, ": z_loss must be at least 0 and finite, got ", z_loss);
+  }
+  return cap;
 }
 
 // The parameters of a divergence. A skew of 0 is none.
@@ -294,7 +338,7 @@ inline void cross_entropy(const char* who, const Tensor& logits, const Tensor& t
       fail("ValueError", who, ": shift needs logits [..., T, V], got ", text(shape_of(logits)));
     }
   }
-  shape(who, "target", target, expected);
+  has_shape(who, "target", target, expected);
 }
 
 // The position of a flat index in a shape, as it is written in Python.

@@ -1,13 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// check -> allocate -> run. What touches tensors, devices, threads and streams is here and nowhere
-// else.
+// check -> allocate -> run.
 #include "ops/ops.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <utility>
-#include <vector>
 
 #include "kernels/cpu/backend.h"
 #include "ops/backend_of.h"
@@ -19,110 +14,184 @@
 namespace masked_loss {
 namespace {
 
-using check::Shape;
-using check::shape_of;
-using torch::headeronly::ScalarType;
-
 constexpr const char* kCrossEntropy = "cross_entropy";
 constexpr const char* kMaskedReduce = "masked_reduce";
 constexpr const char* kDivergence = "masked_divergence";
 constexpr const char* kLinear = "linear_cross_entropy";
 
-// Straight through the C shim: the dispatcher's new_empty costs more than a small loss.
-Tensor empty(const Tensor& like, const Shape& shape, int32_t dtype) {
-  Shape strides(shape.size());
-  int64_t stride = 1;
-  for (size_t d = shape.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(1, shape[d]);
-  }
-  int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
-                                                         shape.data(), strides.data(), dtype,
-                                                         device_type, device_index, &handle));
-  return Tensor(handle);
-}
-int32_t dtype_id(const Tensor& t) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
-int32_t accumulation_id(bool wide) {
-  return wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
-ScalarType accumulation_type(bool wide) { return wide ? ScalarType::Double : ScalarType::Float; }
-
-Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-Tensor as_type(const Tensor& t, ScalarType type) {
-  return as_contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
-}
-Tensor as_mask(const Tensor& t) {
-  return check::is_wide_unsigned(t) ? as_type(t, ScalarType::Double) : as_contiguous(t);
-}
-const void* data(const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; }
-
-int64_t product(const Shape& shape) {
-  int64_t n = 1;
-  for (int64_t size : shape) n *= size;
-  return n;
+// The memory that a CUDA kernel's blocks hand each other their results in; the CPU asks for none.
+// To be kept until the kernel is launched: what the stream does later, it does in order.
+template <class Args>
+OptionalTensor scratch_for(int64_t (*bytes_for)(const Args&), Args* args, const Tensor& like) {
+  const int64_t bytes = bytes_for(*args);
+  if (bytes == 0) return std::nullopt;
+  Tensor scratch = empty(like, {(bytes + 7) / 8}, aoti_torch_dtype_float64());
+  args->scratch = scratch.data_ptr();
+  return scratch;
 }
 
-// Rows of logits as base + batch * batch_stride + step * step_stride; what has more structure than
-// that, or classes that are not contiguous, is copied. The strides of an empty tensor mean nothing:
-// PyTorch calls it contiguous whatever they are.
-struct Rows {
-  Tensor tensor;
-  int64_t rows, steps, cols, batch_stride, step_stride;
-};
-std::optional<Rows> rows_in_place(const Tensor& t) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  const int64_t dims = static_cast<int64_t>(sizes.size());
-  Rows r{t, 1, 1, sizes[dims - 1], 0, 0};
-  for (int64_t d = 0; d < dims - 1; ++d) r.rows *= sizes[d];
-  if (dims >= 2) r.steps = sizes[dims - 2], r.step_stride = strides[dims - 2];
-  if (r.rows == 0 || r.cols == 0) return r;
-  if (r.cols > 1 && strides[dims - 1] != 1) return std::nullopt;
-  int64_t expected = -1;  // the stride with which the next outer dimension joins the batch
-  for (int64_t d = dims - 3; d >= 0; --d) {
-    if (sizes[d] == 1) continue;
-    if (expected < 0) {
-      r.batch_stride = strides[d];
-    } else if (strides[d] != expected) {
-      return std::nullopt;
+// Tables
+
+// Token and group tables, filled by fill_tables(). The table of groups of any length has a row for
+// each bound: see Groups.
+struct Tables {
+  Tensor tokens, groups;
+
+  // As the kernels are told.
+  Groups of(int64_t count) const {
+    const int64_t rows = groups.size(0), columns = groups.size(1);
+    double* const table = doubles(groups);
+    if (columns > Groups::kBound) {
+      return {count, rows, 0, table, columns, table + Groups::kBound, columns};
     }
-    expected = strides[d] * sizes[d];
+    const int64_t group_count = std::max<int64_t>(1, rows);
+    return {count, group_count, count / group_count, table, columns, nullptr, 0};
   }
-  return r;
-}
-Rows rows_of(const Tensor& t) {
-  if (auto rows = rows_in_place(t)) return *rows;
-  return *rows_in_place(torch::stable::contiguous(t));
+};
+
+// What the tokens of a loss are weighed by.
+struct Weights {
+  const OptionalTensor &mask, &normalizer, &cu_seqlens;
+  bool per_sequence;  // a result for each sequence
+};
+
+Shape outer(const Shape& shape) {
+  return Shape(shape.begin(), shape.empty() ? shape.end() : shape.end() - 1);
 }
 
-struct Options {
-  double label_smoothing, z_loss, softcap;
-  bool shift;
+// A row for each group: one for all tokens, or one for each sequence. At least one, also of an
+// empty batch.
+Tensor empty_groups(const Tensor& like, const Weights& weights, Reduction reduction,
+                    const Shape& token_shape) {
+  int64_t rows = 1, columns = GroupField::kCount;
+  if (weights.per_sequence || reduction == Reduction::kSequenceMean) {
+    if (weights.cu_seqlens) {
+      rows = weights.cu_seqlens->numel();
+      columns = Groups::kBound + 1;
+    } else if (weights.per_sequence || product(token_shape) > 0) {
+      rows = std::max<int64_t>(1, product(outer(token_shape)));
+    }
+  }
+  return empty(like, {rows, columns}, aoti_torch_dtype_float64());
+}
+
+Tables fill_tables(const char* who, const Device& device, WeighArgs args, const Tensor& like,
+                   int64_t fields, const Weights& weights, const Shape& token_shape) {
+  const int64_t tokens = product(token_shape);
+  if (weights.cu_seqlens) check::cu_seqlens(who, *weights.cu_seqlens, tokens);
+  const Tables t{empty(like, {fields, tokens}, accumulation_id(args.wide)),
+                 empty_groups(like, weights, args.reduction, token_shape)};
+  const OptionalTensor mask = weights.mask ? OptionalTensor(as_mask(*weights.mask)) : std::nullopt;
+  const OptionalTensor divisor = as_type(weights.normalizer, ScalarType::Double);
+  const OptionalTensor bounds = as_type(weights.cu_seqlens, ScalarType::Double);
+  args.groups = t.of(tokens);
+  if (bounds) args.sequences = {tokens, bounds->numel(), 0, nullptr, 0, doubles(*bounds), 1};
+  if (args.groups.bounds) {  // which the kernel copies into the table
+    args.groups.bounds = args.sequences.bounds;
+    args.groups.bound_step = 1;
+  }
+  args.steps = token_shape.empty() ? 1 : std::max<int64_t>(1, token_shape.back());
+  args.mask = data(mask);
+  args.mask_type = mask ? *check::dtype_of(*mask) : DType::kBool;
+  args.normalizer = static_cast<const double*>(data(divisor));
+  args.weight = t.tokens.data_ptr();
+  const auto scratch = scratch_for(device.kernels.weigh_scratch, &args, like);
+  const int64_t bad = device.kernels.weigh(args, device.queue());
+  if (bad >= 0) {
+    const int64_t value = args.target_type == DType::kInt64
+                              ? static_cast<const int64_t*>(args.target)[bad]
+                              : static_cast<const int32_t*>(args.target)[bad];
+    check::out_of_range(who, bad, token_shape, value, args.classes, args.ignore_index);
+  }
+  return t;
+}
+
+void check_tables(const char* who, const Tables& tables, int64_t rows, bool wide, int64_t fields) {
+  const Tensor &tokens = tables.tokens, &groups = tables.groups;
+  if (tokens.dim() != 2 || tokens.size(0) < fields || tokens.size(1) != rows ||
+      tokens.scalar_type() != accumulation_type(wide) || !tokens.is_contiguous()) {
+    check::fail("ValueError", who, ": tokens must be the forward operator's table, got shape ",
+                check::text(shape_of(tokens)));
+  }
+  const bool bounds = groups.dim() == 2 && groups.size(1) == Groups::kBound + 1;
+  if (groups.dim() != 2 || (!bounds && groups.size(1) != GroupField::kCount) ||
+      groups.scalar_type() != ScalarType::Double || !groups.is_contiguous() ||
+      (rows && (groups.size(0) == 0 || (!bounds && rows % groups.size(0))))) {
+    check::fail("ValueError", who, ": groups must be the forward operator's table, got shape ",
+                check::text(shape_of(groups)));
+  }
+}
+
+struct Reduced {
+  Tensor loss, stats;
 };
+Reduced reduced(const Device& device, const Tables& tables, const Shape& shape, ReduceArgs args,
+                bool stats) {
+  const int64_t stat_count = stats ? static_cast<int64_t>(StatField::kCount) : 0;
+  const Reduced results{empty(tables.tokens, shape, accumulation_id(args.wide)),
+                        empty(tables.tokens, {stat_count}, accumulation_id(args.wide))};
+  if (args.per_group && results.loss.numel() == 0) return results;
+  args.table = tables.tokens.data_ptr();
+  args.loss = results.loss.data_ptr();
+  args.stats = stats ? results.stats.data_ptr() : nullptr;
+  const auto scratch = scratch_for(device.kernels.reduce_scratch, &args, results.loss);
+  device.kernels.reduce(args, device.queue());
+  return results;
+}
+Reduced reduced(const Device& device, const Tables& tables, Reduction reduction, double z_loss,
+                const Shape& token_shape, bool stats) {
+  ReduceArgs args{};
+  args.groups = tables.of(product(token_shape));
+  args.reduction = reduction;
+  args.wide = tables.tokens.scalar_type() == ScalarType::Double;
+  args.z_loss = z_loss;
+  return reduced(device, tables, reduction == Reduction::kNone ? token_shape : Shape(), args,
+                 stats);
+}
+
+// One value, or one for each token or sequence.
+Tensor upstream(const char* who, const Tensor& dloss, bool wide, int64_t count) {
+  if (dloss.dim() != 0 && dloss.numel() != count && count != 0) {
+    check::fail("ValueError", who, ": dloss must be a scalar or one value for each of ", count,
+                " results, got shape ", check::text(shape_of(dloss)));
+  }
+  return as_type(dloss, accumulation_type(wide));
+}
+Upstream dloss_of(const Tensor& values, bool per_sequence) {
+  const bool each = values.dim() != 0;
+  return {values.data_ptr(), each && !per_sequence, each && per_sequence};
+}
+// Results that there may be a dloss for; 0 where there is no token to have a gradient.
+int64_t results_of(const Groups& groups, bool per_sequence) {
+  if (!per_sequence || groups.tokens == 0) return groups.tokens;
+  return groups.count - (groups.bounds != nullptr);
+}
+
+// Rows of logits
 
 // Everything about a call that the kernels are told, and what keeps the memory alive meanwhile.
 struct Problem {
-  Rows logits;
+  RowLayout logits;
   Tensor target;
-  std::optional<Tensor> class_weight;
+  OptionalTensor class_weight;
   Shape token_shape;
   const Device& device;
   RowArgs args{};
   bool wide;
+
+  void run(void (*kernel)(const RowArgs&, Queue)) {
+    const auto scratch = scratch_for(device.kernels.cross_entropy_scratch, &args, logits.tensor);
+    kernel(args, device.queue());
+  }
+  void set_tables(const Tables& tables) {
+    args.table = tables.tokens.data_ptr();
+    args.groups = tables.of(args.rows);
+  }
 };
 
-Problem make_problem(const Device& device, const Tensor& logits, const Tensor& target,
-                     const std::optional<Tensor>& class_weight, const Options& options) {
-  check::numbers(kCrossEntropy, options.label_smoothing, options.z_loss);
+Problem make_problem(const Device& device, const Options& options, const Tensor& logits,
+                     const Tensor& target, const OptionalTensor& class_weight) {
+  const double softcap = check::formula(kCrossEntropy, options);
   const bool probabilities = check::is_floating(check::dtype_of(target));
   check::cross_entropy(kCrossEntropy, logits, target, probabilities, options.shift);
   Problem p{rows_of(logits), as_contiguous(target), std::nullopt, shape_of(logits), device};
@@ -133,10 +202,8 @@ Problem make_problem(const Device& device, const Tensor& logits, const Tensor& t
     check::fail("ValueError", kCrossEntropy, ": logits must have at least one class, got shape ",
                 check::text(shape_of(logits)));
   }
-  if (class_weight) {
-    check::class_weight(kCrossEntropy, *class_weight, p.logits.cols);
-    p.class_weight = as_type(*class_weight, accumulation_type(p.wide));
-  }
+  if (class_weight) check::class_weight(kCrossEntropy, *class_weight, p.logits.cols);
+  p.class_weight = as_type(class_weight, accumulation_type(p.wide));
   RowArgs& a = p.args;
   a.logits = p.logits.tensor.data_ptr();
   a.rows = p.logits.rows;
@@ -151,89 +218,15 @@ Problem make_problem(const Device& device, const Tensor& logits, const Tensor& t
   a.class_weight = data(p.class_weight);
   a.label_smoothing = options.label_smoothing;
   a.z_loss = options.z_loss;
-  a.softcap = options.softcap;
+  a.softcap = softcap;
   return p;
-}
-
-// At least one, also of an empty batch.
-int64_t groups_of(Reduction reduction, int64_t tokens, int64_t steps) {
-  if (reduction != Reduction::kSequenceMean || tokens == 0) return 1;
-  return tokens / steps;
-}
-
-// The memory that a CUDA kernel's blocks hand each other their results in; the CPU asks for none.
-// To be kept until the kernel is launched: what the stream does later, it does in order.
-template <class Args>
-std::optional<Tensor> scratch_for(int64_t (*bytes_for)(const Args&), Args* args,
-                                  const Tensor& like) {
-  const int64_t bytes = bytes_for(*args);
-  if (bytes == 0) return std::nullopt;
-  Tensor scratch = empty(like, {(bytes + 7) / 8}, aoti_torch_dtype_float64());
-  args->scratch = scratch.data_ptr();
-  return scratch;
-}
-
-// Token and group tables, filled by weigh().
-struct Tables {
-  Tensor tokens, groups;
-
-  // As the kernels are told.
-  Groups of(int64_t count) const {
-    const int64_t groups_count = std::max<int64_t>(1, groups.size(0));
-    return {count, groups_count, count / groups_count, nullptr,
-            static_cast<double*>(groups.data_ptr())};
-  }
-};
-
-Tables weigh(const char* who, const Device& device, WeighArgs args, const Tensor& like,
-             int64_t fields, const std::optional<Tensor>& mask,
-             const std::optional<Tensor>& normalizer, const Shape& token_shape) {
-  const int64_t tokens = product(token_shape);
-  const int64_t groups = groups_of(args.reduction, tokens, args.steps);
-  const Tables t{empty(like, {fields, tokens}, accumulation_id(args.wide)),
-                 empty(like, {groups, GroupField::kCount}, aoti_torch_dtype_float64())};
-  const std::optional<Tensor> flat_mask =
-      mask ? std::optional<Tensor>(as_mask(*mask)) : std::nullopt;
-  const std::optional<Tensor> divisor =
-      normalizer ? std::optional<Tensor>(as_type(*normalizer, ScalarType::Double)) : std::nullopt;
-  args.groups = t.of(tokens);
-  args.mask = data(flat_mask);
-  args.mask_type = flat_mask ? *check::dtype_of(*flat_mask) : DType::kBool;
-  args.normalizer = static_cast<const double*>(data(divisor));
-  args.weight = t.tokens.data_ptr();
-  const auto scratch = scratch_for(device.kernels.weigh_scratch, &args, like);
-  const int64_t bad = device.kernels.weigh(args, device.queue());
-  if (bad >= 0) {
-    const int64_t value = args.target_type == DType::kInt64
-                              ? static_cast<const int64_t*>(args.target)[bad]
-                              : static_cast<const int32_t*>(args.target)[bad];
-    check::out_of_range(who, bad, token_shape, value, args.classes, args.ignore_index);
-  }
-  return t;
-}
-
-Tensor reduced(const Device& device, const Tables& tables, Reduction reduction, bool wide,
-               double z_loss, const Shape& token_shape, const std::optional<Tensor>& stats) {
-  const Shape shape = reduction == Reduction::kNone ? token_shape : Shape();
-  Tensor loss = empty(tables.tokens, shape, accumulation_id(wide));
-  ReduceArgs args{};
-  args.groups = tables.of(product(token_shape));
-  args.reduction = reduction;
-  args.table = tables.tokens.data_ptr();
-  args.wide = wide;
-  args.z_loss = z_loss;
-  args.loss = loss.data_ptr();
-  args.stats = stats ? stats->data_ptr() : nullptr;
-  const auto scratch = scratch_for(device.kernels.reduce_scratch, &args, loss);
-  device.kernels.reduce(args, device.queue());
-  return loss;
 }
 
 // dlogits has rows like the logits', and may be the logits.
 void set_gradient(Problem& p, const Tensor& dlogits, const Tensor& logits) {
-  check::shape(kCrossEntropy, "dlogits", dlogits, shape_of(logits));
+  check::has_shape(kCrossEntropy, "dlogits", dlogits, shape_of(logits));
   check::same_dtype(kCrossEntropy, "dlogits", dlogits, "logits", logits);
-  const std::optional<Rows> rows = rows_in_place(dlogits);
+  const std::optional<RowLayout> rows = rows_in_place(dlogits);
   if (!rows) {
     check::fail("ValueError", kCrossEntropy, ": dlogits must have contiguous classes and rows");
   }
@@ -243,301 +236,244 @@ void set_gradient(Problem& p, const Tensor& dlogits, const Tensor& logits) {
   p.args.stream = dlogits.numel() * dlogits.element_size() > p.device.kernels.cache_bytes;
 }
 
-void run_rows(Problem* p) {
-  const Backend& kernels = p->device.kernels;
-  const auto scratch = scratch_for(kernels.cross_entropy_scratch, &p->args, p->logits.tensor);
-  kernels.cross_entropy(p->args, p->device.queue());
-}
-
-void set_tables(Problem* p, const Tables& tables) {
-  const Groups groups = tables.of(p->args.rows);
-  p->args.table = tables.tokens.data_ptr();
-  p->args.groups = groups.table;
-  p->args.group_size = groups.size;
-}
-
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, stats, tokens, groups
 
-Forward forward(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& mask,
-                const std::string& reduction_name, const std::optional<Tensor>& normalizer,
-                int64_t ignore_index, const std::optional<Tensor>& class_weight,
-                const Options& options, bool stats, const std::optional<Tensor>& dlogits) {
-  const Device device(logits);
-  Problem p = make_problem(device, logits, target, class_weight, options);
-  if (mask) check::mask(kCrossEntropy, *mask, p.token_shape);
-  const Reduction reduction = check::reduction(
-      kCrossEntropy, reduction_name, static_cast<int64_t>(p.token_shape.size()), normalizer);
+Forward forward(const Options& options, Problem& p, const Weights& weights, bool stats,
+                const OptionalTensor& dlogits, const Tensor& logits) {
+  if (weights.mask) check::is_mask(kCrossEntropy, *weights.mask, p.token_shape);
+  const Reduction reduction =
+      check::reduction(kCrossEntropy, options.reduction, p.token_shape.size(), weights.normalizer);
   if (dlogits && reduction == Reduction::kNone) {
     check::fail("ValueError", kCrossEntropy,
                 ": the fused operator needs a scalar reduction, got \"none\"");
   }
-  WeighArgs weights{};
-  weights.steps = p.args.steps;
-  weights.skip_first = options.shift;
-  weights.target = p.args.target;
-  weights.target_type = p.args.target_type;
-  weights.classes = p.args.cols;
-  weights.ignore_index = ignore_index;
-  weights.class_weight = p.args.probs ? nullptr : p.args.class_weight;
-  weights.reduction = reduction;
-  weights.wide = p.wide;
-  const int64_t fields = stats ? TokenField::kCount : TokenField::kSaved;
+  WeighArgs args{};
+  args.skip_first = options.shift;
+  args.target = p.args.target;
+  args.target_type = p.args.target_type;
+  args.classes = p.args.cols;
+  args.ignore_index = options.ignore_index;
+  args.class_weight = p.args.probs ? nullptr : p.args.class_weight;
+  args.reduction = reduction;
+  args.wide = p.wide;
   const Tables tables =
-      weigh(kCrossEntropy, p.device, weights, logits, fields, mask, normalizer, p.token_shape);
-  const int64_t stat_count = stats ? static_cast<int64_t>(StatField::kCount) : 0;
-  const Tensor stat_sums = empty(logits, {stat_count}, accumulation_id(p.wide));
-  set_tables(&p, tables);
+      fill_tables(kCrossEntropy, p.device, args, logits,
+                  stats ? TokenField::kCount : TokenField::kSaved, weights, p.token_shape);
+  p.set_tables(tables);
   p.args.stats = stats;
   p.args.forward = true;
   if (dlogits) set_gradient(p, *dlogits, logits);
-  run_rows(&p);
-  const Tensor loss = reduced(device, tables, reduction, p.wide, options.z_loss, p.token_shape,
-                              stats ? std::optional<Tensor>(stat_sums) : std::nullopt);
-  return {loss, stat_sums, tables.tokens, tables.groups};
-}
-
-// One value, or one for each token.
-Tensor upstream(const char* who, const Tensor& dloss, bool wide, int64_t tokens) {
-  const int64_t numel = dloss.numel();
-  if (dloss.dim() != 0 && numel != tokens) {
-    check::fail("ValueError", who, ": dloss must be a scalar or one value for each of ", tokens,
-                " tokens, got shape ", check::text(shape_of(dloss)));
-  }
-  return as_type(dloss, accumulation_type(wide));
-}
-
-void check_tables(const char* who, const Tensor& tokens, const Tensor& groups, int64_t rows,
-                  bool wide, int64_t fields) {
-  if (tokens.dim() != 2 || tokens.size(0) < fields || tokens.size(1) != rows ||
-      tokens.scalar_type() != accumulation_type(wide) || !tokens.is_contiguous()) {
-    check::fail("ValueError", who, ": tokens must be the forward operator's table, got shape ",
-                check::text(shape_of(tokens)));
-  }
-  if (groups.dim() != 2 || groups.size(1) != GroupField::kCount ||
-      groups.scalar_type() != ScalarType::Double || !groups.is_contiguous() ||
-      (rows && (groups.size(0) == 0 || rows % groups.size(0)))) {
-    check::fail("ValueError", who, ": groups must be the forward operator's table, got shape ",
-                check::text(shape_of(groups)));
-  }
+  p.run(p.device.kernels.cross_entropy);
+  const Reduced results =
+      reduced(p.device, tables, reduction, options.z_loss, p.token_shape, stats);
+  return {results.loss, results.stats, tables.tokens, tables.groups};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
-    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
-    OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
-    double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats) {
-  return forward(logits, target, mask, reduction, normalizer, ignore_index, class_weight,
-                 {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift}, stats,
-                 std::nullopt);
-}
+// Cross entropy
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(
-    Tensor dlogits, Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
-    OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
-    double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats) {
-  return forward(logits, target, mask, reduction, normalizer, ignore_index, class_weight,
-                 {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift}, stats,
-                 dlogits);
-}
-
-Tensor cross_entropy(Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
-                     OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
-                     double label_smoothing, double z_loss, std::optional<double> softcap,
-                     bool shift, bool) {
-  return std::get<0>(cross_entropy_forward(logits, target, mask, normalizer, class_weight,
-                                           reduction, ignore_index, label_smoothing, z_loss,
-                                           softcap, shift, false));
-}
-
-std::tuple<Tensor, Tensor> cross_entropy_stats(Tensor logits, Tensor target, OptionalTensor mask,
-                                               std::string reduction, OptionalTensor normalizer,
-                                               int64_t ignore_index, OptionalTensor class_weight,
-                                               double label_smoothing, double z_loss,
-                                               std::optional<double> softcap, bool shift, bool) {
-  const Forward result =
-      cross_entropy_forward(logits, target, mask, normalizer, class_weight, reduction, ignore_index,
-                            label_smoothing, z_loss, softcap, shift, true);
-  return {std::get<0>(result), std::get<1>(result)};
-}
-
-void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, Tensor target,
-                                Tensor tokens, Tensor groups, OptionalTensor class_weight,
-                                double label_smoothing, double z_loss,
-                                std::optional<double> softcap, bool shift, bool unless_one) {
+Forward cross_entropy_forward(const Options& options, Tensor logits, Tensor target,
+                              OptionalTensor mask, OptionalTensor normalizer,
+                              OptionalTensor class_weight, OptionalTensor cu_seqlens, bool stats) {
   const Device device(logits);
-  Problem p =
-      make_problem(device, logits, target, class_weight,
-                   {label_smoothing, z_loss, check::softcap(kCrossEntropy, softcap), shift});
-  check_tables(kCrossEntropy, tokens, groups, p.args.rows, p.wide, TokenField::kSaved);
-  const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows);
-  set_tables(&p, {tokens, groups});
-  p.args.upstream[0] = {scale.data_ptr(), dloss.dim() != 0};
-  set_gradient(p, dlogits, logits);
-  const auto run = unless_one ? device.kernels.rescale : device.kernels.cross_entropy;
-  run(p.args, device.queue());
+  Problem p = make_problem(device, options, logits, target, class_weight);
+  return forward(options, p, {mask, normalizer, cu_seqlens, false}, stats, std::nullopt, logits);
 }
 
-Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor tokens,
-                              Tensor groups, OptionalTensor class_weight, double label_smoothing,
-                              double z_loss, std::optional<double> softcap, bool shift) {
-  Tensor dlogits = empty(logits, shape_of(logits), dtype_id(logits));
+Forward cross_entropy_fused(const Options& options, Tensor dlogits, Tensor logits, Tensor target,
+                            OptionalTensor mask, OptionalTensor normalizer,
+                            OptionalTensor class_weight, OptionalTensor cu_seqlens, bool stats) {
+  const Device device(logits);
+  Problem p = make_problem(device, options, logits, target, class_weight);
+  return forward(options, p, {mask, normalizer, cu_seqlens, false}, stats, dlogits, logits);
+}
+
+Tensor cross_entropy(const Options& options, Tensor logits, Tensor target, OptionalTensor mask,
+                     OptionalTensor normalizer, OptionalTensor class_weight,
+                     OptionalTensor cu_seqlens, bool) {
+  return std::get<0>(cross_entropy_forward(options, logits, target, mask, normalizer, class_weight,
+                                           cu_seqlens, false));
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_stats(const Options& options, Tensor logits, Tensor target,
+                                               OptionalTensor mask, OptionalTensor normalizer,
+                                               OptionalTensor class_weight,
+                                               OptionalTensor cu_seqlens, bool) {
+  const Forward results = cross_entropy_forward(options, logits, target, mask, normalizer,
+                                                class_weight, cu_seqlens, true);
+  return {std::get<0>(results), std::get<1>(results)};
+}
+
+void cross_entropy_backward_out(const Options& options, Tensor dlogits, Tensor dloss, Tensor logits,
+                                Tensor target, Tensor tokens, Tensor groups,
+                                OptionalTensor class_weight, bool recompute_unless_one) {
+  const Device device(logits);
+  Problem p = make_problem(device, options, logits, target, class_weight);
+  check_tables(kCrossEntropy, {tokens, groups}, p.args.rows, p.wide, TokenField::kSaved);
+  const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows);
+  p.set_tables({tokens, groups});
+  p.args.upstream[0] = dloss_of(scale, false);
+  set_gradient(p, dlogits, logits);
+  p.run(recompute_unless_one ? device.kernels.rescale : device.kernels.cross_entropy);
+}
+
+Tensor cross_entropy_backward(const Options& options, Tensor dloss, Tensor logits, Tensor target,
+                              Tensor tokens, Tensor groups, OptionalTensor class_weight) {
+  Tensor dlogits = empty_as(logits);
   ask_for_large_pages(dlogits);
-  cross_entropy_backward_out(dlogits, dloss, logits, target, tokens, groups, class_weight,
-                             label_smoothing, z_loss, softcap, shift, false);
+  cross_entropy_backward_out(options, dlogits, dloss, logits, target, tokens, groups, class_weight,
+                             false);
   return dlogits;
 }
 
 Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, OptionalTensor target,
-                 OptionalTensor class_weight, double z_loss) {
-  const DType mask_type = check::floating("mask_grad", "mask", mask);
-  const bool wide = tokens.scalar_type() == ScalarType::Double;
-  const int64_t count = mask.numel();
-  check_tables("mask_grad", tokens, groups, count, wide,
-               z_loss != 0 ? TokenField::kSaved : TokenField::kTop);
-  const Tensor scale = upstream("mask_grad", dloss, wide, count);
-  const auto weight = class_weight
-                          ? std::optional<Tensor>(as_type(*class_weight, accumulation_type(wide)))
-                          : std::nullopt;
-  const auto index = target ? std::optional<Tensor>(as_contiguous(*target)) : std::nullopt;
-  Tensor dmask = empty(mask, shape_of(mask), dtype_id(mask));
+                 OptionalTensor class_weight, double z_loss, bool per_sequence) {
+  constexpr const char* who = "mask_grad";
   MaskGradArgs args{};
-  args.groups = Tables{tokens, groups}.of(count);
+  args.mask_type = check::floating(who, "mask", mask);
+  args.wide = tokens.scalar_type() == ScalarType::Double;
+  const Tables tables{tokens, groups};
+  check_tables(who, tables, mask.numel(), args.wide,
+               z_loss != 0 ? TokenField::kSaved : TokenField::kTop);
+  args.groups = tables.of(mask.numel());
+  const Tensor scale = upstream(who, dloss, args.wide, results_of(args.groups, per_sequence));
+  const OptionalTensor weight = as_type(class_weight, accumulation_type(args.wide));
+  const OptionalTensor index = target ? OptionalTensor(as_contiguous(*target)) : std::nullopt;
+  Tensor dmask = empty_as(mask);
   args.table = tokens.data_ptr();
-  args.wide = wide;
   args.z_loss = z_loss;
   args.target = data(index);
-  args.target_type = index ? check::class_indices("mask_grad", *index) : DType::kInt64;
+  args.target_type = index ? check::class_indices(who, *index) : DType::kInt64;
   args.class_weight = index ? data(weight) : nullptr;
-  args.dloss = scale.data_ptr();
-  args.dloss_per_token = dloss.dim() != 0;
+  args.dloss = dloss_of(scale, per_sequence);
   args.dmask = dmask.data_ptr();
-  args.mask_type = mask_type;
   const Device device(mask);
   device.kernels.mask_grad(args, device.queue());
   return dmask;
 }
 
-std::tuple<Tensor, Tensor> linear_weigh(Tensor target, OptionalTensor mask,
-                                        OptionalTensor normalizer, OptionalTensor class_weight,
-                                        std::string reduction_name, int64_t ignore_index,
-                                        int64_t classes, double label_smoothing, double z_loss,
-                                        std::optional<double> softcap, bool wide, bool shift,
-                                        bool stats) {
+// The stages
+
+std::tuple<Tensor, Tensor> weigh(const Options& options, Tensor target, OptionalTensor mask,
+                                 OptionalTensor normalizer, OptionalTensor class_weight,
+                                 OptionalTensor cu_seqlens, int64_t classes, bool wide,
+                                 bool stats) {
   const Shape shape = shape_of(target);
-  check::numbers(kLinear, label_smoothing, z_loss);
-  check::softcap(kLinear, softcap);
+  check::formula(kLinear, options);
   WeighArgs args{};
   args.target_type = check::class_indices(kLinear, target);
-  if (shift && shape.empty()) {
+  if (options.shift && shape.empty()) {
     check::fail("ValueError", kLinear, ": shift needs a time dimension, got a scalar target");
   }
-  if (mask) check::mask(kLinear, *mask, shape);
-  args.reduction =
-      check::reduction(kLinear, reduction_name, static_cast<int64_t>(shape.size()), normalizer);
-  std::optional<Tensor> weight;
-  if (class_weight) {
-    check::class_weight(kLinear, *class_weight, classes);
-    weight = as_type(*class_weight, accumulation_type(wide));
-  }
+  if (mask) check::is_mask(kLinear, *mask, shape);
+  args.reduction = check::reduction(kLinear, options.reduction, shape.size(), normalizer);
+  if (class_weight) check::class_weight(kLinear, *class_weight, classes);
+  const OptionalTensor weight = as_type(class_weight, accumulation_type(wide));
   const Tensor flat = as_contiguous(target);
-  args.steps = shape.empty() ? 1 : shape.back();
-  args.skip_first = shift;
+  args.skip_first = options.shift;
   args.target = flat.data_ptr();
   args.classes = classes;
-  args.ignore_index = ignore_index;
+  args.ignore_index = options.ignore_index;
   args.class_weight = data(weight);
   args.wide = wide;
-  const int64_t fields = stats ? TokenField::kCount : TokenField::kSaved;
-  const Tables tables =
-      weigh(kLinear, Device(target), args, target, fields, mask, normalizer, shape);
+  const Tables tables = fill_tables(kLinear, Device(target), args, target,
+                                    stats ? TokenField::kCount : TokenField::kSaved,
+                                    {mask, normalizer, cu_seqlens, false}, shape);
   return {tables.tokens, tables.groups};
 }
 
-void linear_chunk(Tensor logits, Tensor target, Tensor tokens, Tensor groups,
-                  OptionalTensor class_weight, OptionalTensor dloss, double label_smoothing,
-                  double z_loss, std::optional<double> softcap, bool forward, bool gradient) {
+void rows(const Options& options, Tensor logits, Tensor target, Tensor tokens, Tensor groups,
+          OptionalTensor class_weight, OptionalTensor dloss, bool forward, bool gradient) {
   const Device device(logits);
-  Problem p = make_problem(device, logits, target, class_weight,
-                           {label_smoothing, z_loss, check::softcap(kLinear, softcap), false});
-  check_tables(kLinear, tokens, groups, p.args.rows, p.wide, TokenField::kSaved);
-  std::optional<Tensor> scale;
+  Options of_rows = options;
+  of_rows.shift = false;
+  Problem p = make_problem(device, of_rows, logits, target, class_weight);
+  check_tables(kLinear, {tokens, groups}, p.args.rows, p.wide, TokenField::kSaved);
+  OptionalTensor scale;
   if (dloss) scale = upstream(kLinear, *dloss, p.wide, p.args.rows);
-  set_tables(&p, {tokens, groups});
-  p.args.upstream[0] = {data(scale), dloss && dloss->dim() != 0};
+  p.set_tables({tokens, groups});
+  if (scale) p.args.upstream[0] = dloss_of(*scale, false);
   p.args.forward = forward;
   p.args.stats = forward && tokens.size(0) == TokenField::kCount;
   if (gradient) set_gradient(p, logits, logits);
-  run_rows(&p);
+  p.run(device.kernels.cross_entropy);
 }
 
-std::tuple<Tensor, Tensor> linear_reduce(Tensor tokens, Tensor groups, Tensor target,
-                                         std::string reduction_name, double z_loss, bool stats) {
+std::tuple<Tensor, Tensor> reduce(const Options& options, Tensor tokens, Tensor groups,
+                                  Tensor target, bool stats) {
   const Shape shape = shape_of(target);
-  const int64_t count = product(shape);
-  const bool wide = tokens.scalar_type() == ScalarType::Double;
   const Reduction reduction =
-      check::reduction(kLinear, reduction_name, static_cast<int64_t>(shape.size()), std::nullopt);
-  check_tables(kLinear, tokens, groups, count, wide,
-               stats ? static_cast<int64_t>(TokenField::kCount) : TokenField::kSaved);
-  const Tensor sums =
-      empty(tokens, {stats ? static_cast<int64_t>(StatField::kCount) : 0}, accumulation_id(wide));
-  const Tensor loss = reduced(Device(tokens), {tokens, groups}, reduction, wide, z_loss, shape,
-                              stats ? std::optional<Tensor>(sums) : std::nullopt);
-  return {loss, sums};
+      check::reduction(kLinear, options.reduction, shape.size(), std::nullopt);
+  const Tables tables{tokens, groups};
+  check_tables(kLinear, tables, product(shape), tokens.scalar_type() == ScalarType::Double,
+               stats ? TokenField::kCount : TokenField::kSaved);
+  const Reduced results = reduced(Device(tokens), tables, reduction, options.z_loss, shape, stats);
+  return {results.loss, results.stats};
 }
+
+// Losses computed elsewhere
 
 std::tuple<Tensor, Tensor, Tensor> masked_reduce_forward(Tensor values, OptionalTensor mask,
                                                          OptionalTensor normalizer,
+                                                         OptionalTensor cu_seqlens,
+                                                         bool per_sequence,
                                                          std::string reduction_name) {
-  const DType dtype = check::floating(kMaskedReduce, "values", values);
   const Shape shape = shape_of(values);
-  if (mask) check::mask(kMaskedReduce, *mask, shape);
-  const Reduction reduction = check::reduction(kMaskedReduce, reduction_name,
-                                               static_cast<int64_t>(shape.size()), normalizer);
+  ValuesArgs args{};
+  args.dtype = check::floating(kMaskedReduce, "values", values);
+  args.wide = args.dtype == DType::kFloat64;
+  if (mask) check::is_mask(kMaskedReduce, *mask, shape);
+  const Reduction reduction =
+      check::reduction(kMaskedReduce, reduction_name, shape.size(), normalizer);
+  if (per_sequence) check::per_sequence(kMaskedReduce, reduction, reduction_name, shape.size());
   const Device device(values);
   const Tensor flat = as_contiguous(values);
   WeighArgs weights{};
-  weights.steps = shape.empty() ? 1 : shape.back();
   weights.reduction = reduction;
-  weights.wide = dtype == DType::kFloat64;
-  const Tables tables =
-      weigh(kMaskedReduce, device, weights, values, TokenField::kTop, mask, normalizer, shape);
-  ValuesArgs args{};
+  weights.wide = args.wide;
+  const Tables tables = fill_tables(kMaskedReduce, device, weights, values, TokenField::kTop,
+                                    {mask, normalizer, cu_seqlens, per_sequence}, shape);
   args.groups = tables.of(product(shape));
   args.values = flat.data_ptr();
-  args.dtype = dtype;
   args.table = tables.tokens.data_ptr();
-  args.wide = weights.wide;
   device.kernels.load_values(args, device.queue());
-  Tensor loss = reduced(device, tables, reduction, weights.wide, 0, shape, std::nullopt);
-  return {loss, tables.tokens, tables.groups};
+  Shape result = reduction == Reduction::kNone ? shape : Shape();
+  if (per_sequence) result = cu_seqlens ? Shape{cu_seqlens->numel() - 1} : outer(shape);
+  ReduceArgs sums{};
+  sums.groups = args.groups;
+  sums.reduction = reduction;
+  sums.per_group = per_sequence;
+  sums.wide = args.wide;
+  return {reduced(device, tables, result, sums, false).loss, tables.tokens, tables.groups};
 }
 
-Tensor masked_reduce(Tensor values, OptionalTensor mask, std::string reduction,
-                     OptionalTensor normalizer) {
-  return std::get<0>(masked_reduce_forward(values, mask, normalizer, reduction));
+Tensor masked_reduce(Tensor values, OptionalTensor mask, OptionalTensor normalizer,
+                     OptionalTensor cu_seqlens, bool per_sequence, std::string reduction) {
+  return std::get<0>(
+      masked_reduce_forward(values, mask, normalizer, cu_seqlens, per_sequence, reduction));
 }
 
-Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups) {
-  const DType dtype = check::floating(kMaskedReduce, "values", values);
-  const int64_t count = values.numel();
-  const bool wide = dtype == DType::kFloat64;
-  check_tables(kMaskedReduce, tokens, groups, count, wide, TokenField::kTop);
-  const Tensor scale = upstream(kMaskedReduce, dloss, wide, count);
-  Tensor dvalues = empty(values, shape_of(values), dtype_id(values));
+Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups,
+                              bool per_sequence) {
   ValuesArgs args{};
-  args.groups = Tables{tokens, groups}.of(count);
-  args.dtype = dtype;
+  args.dtype = check::floating(kMaskedReduce, "values", values);
+  args.wide = args.dtype == DType::kFloat64;
+  const Tables tables{tokens, groups};
+  check_tables(kMaskedReduce, tables, values.numel(), args.wide, TokenField::kTop);
+  args.groups = tables.of(values.numel());
+  const Tensor scale =
+      upstream(kMaskedReduce, dloss, args.wide, results_of(args.groups, per_sequence));
+  Tensor dvalues = empty_as(values);
   args.table = tokens.data_ptr();
-  args.wide = wide;
-  args.dloss = scale.data_ptr();
-  args.dloss_per_token = dloss.dim() != 0;
+  args.dloss = dloss_of(scale, per_sequence);
   args.dvalues = dvalues.data_ptr();
   const Device device(values);
   device.kernels.values_grad(args, device.queue());
   return dvalues;
 }
+
+// Divergences
 
 std::tuple<Tensor, Tensor> divergence_weigh(Tensor logits, OptionalTensor mask,
                                             OptionalTensor normalizer, std::string reduction_name,
@@ -552,16 +488,14 @@ std::tuple<Tensor, Tensor> divergence_weigh(Tensor logits, OptionalTensor mask,
     check::fail("ValueError", kDivergence, ": shift needs logits [..., T, V], got ",
                 check::text(shape_of(logits)));
   }
-  if (mask) check::mask(kDivergence, *mask, shape);
+  if (mask) check::is_mask(kDivergence, *mask, shape);
   WeighArgs args{};
-  args.steps = shape.empty() ? 1 : shape.back();
   args.skip_first = shift;
-  args.reduction =
-      check::reduction(kDivergence, reduction_name, static_cast<int64_t>(shape.size()), normalizer);
+  args.reduction = check::reduction(kDivergence, reduction_name, shape.size(), normalizer);
   args.wide = dtype == DType::kFloat64;
-  const int64_t fields = stats ? DivergenceField::kCount : DivergenceField::kSaved;
-  const Tables tables =
-      weigh(kDivergence, Device(logits), args, logits, fields, mask, normalizer, shape);
+  const Tables tables = fill_tables(kDivergence, Device(logits), args, logits,
+                                    stats ? DivergenceField::kCount : DivergenceField::kSaved,
+                                    {mask, normalizer, std::nullopt, false}, shape);
   return {tables.tokens, tables.groups};
 }
 
@@ -574,19 +508,19 @@ void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor
   const DType dtype = check::floating(kDivergence, "logits", logits);
   const bool wide = dtype == DType::kFloat64;
   check::floating(kDivergence, "teacher_logits", teacher_logits);
-  check::shape(kDivergence, "teacher_logits", teacher_logits, shape_of(logits));
+  check::has_shape(kDivergence, "teacher_logits", teacher_logits, shape_of(logits));
   check::temperature(kDivergence, "temperature", temperature);
   check::temperature(kDivergence, "teacher_temperature", teacher_temperature);
   // Kernels read doubles with doubles only.
   const bool mixed = wide != (teacher_logits.scalar_type() == ScalarType::Double);
-  const Rows student = rows_of(logits);
-  const Rows teacher =
+  const RowLayout student = rows_of(logits);
+  const RowLayout teacher =
       rows_of(mixed ? as_type(teacher_logits, accumulation_type(wide)) : teacher_logits);
   if (student.cols == 0 && student.rows > 0) {
     check::fail("ValueError", kDivergence, ": logits must have at least one class, got shape ",
                 check::text(shape_of(logits)));
   }
-  check_tables(kDivergence, tokens, groups, student.rows, wide, DivergenceField::kSaved);
+  check_tables(kDivergence, {tokens, groups}, student.rows, wide, DivergenceField::kSaved);
   const auto per_token = [&](const OptionalTensor& t) {
     return t ? OptionalTensor(upstream(kDivergence, *t, wide, student.rows)) : std::nullopt;
   };
@@ -594,7 +528,8 @@ void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor
                        others = per_token(teacher_temperatures);
 
   DivergenceArgs args{};
-  const auto side = [](const Rows& rows, double cap, double value, const OptionalTensor& values) {
+  const auto side = [](const RowLayout& rows, double cap, double value,
+                       const OptionalTensor& values) {
     return LogitRows{rows.tensor.data_ptr(),
                      *check::dtype_of(rows.tensor),
                      rows.batch_stride,
@@ -622,9 +557,9 @@ void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor
   args.unless_one = unless_one;
   const Device device(logits);
   if (dlogits) {
-    check::shape(kDivergence, "dlogits", *dlogits, shape_of(logits));
+    check::has_shape(kDivergence, "dlogits", *dlogits, shape_of(logits));
     check::same_dtype(kDivergence, "dlogits", *dlogits, "logits", logits);
-    const std::optional<Rows> rows = rows_in_place(*dlogits);
+    const std::optional<RowLayout> rows = rows_in_place(*dlogits);
     if (!rows) {
       check::fail("ValueError", kDivergence, ": dlogits must have contiguous classes and rows");
     }
@@ -635,6 +570,8 @@ void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor
   }
   device.kernels.divergence(args, device.queue());
 }
+
+// What the library is made of
 
 std::string cpu_capability() { return cpu::kernels().name; }
 

@@ -2,84 +2,73 @@
 // The operators. The same functions serve the CPU and CUDA; see register.cpp for the schemas.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
 #include <string>
 #include <tuple>
 
+#include "ops/options.h"
+#include "ops/tensors.h"
+
 namespace masked_loss {
 
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+Tensor cross_entropy(const Options& options, Tensor logits, Tensor target, OptionalTensor mask,
+                     OptionalTensor normalizer, OptionalTensor class_weight,
+                     OptionalTensor cu_seqlens, bool inplace_backward);
 
-Tensor cross_entropy(Tensor logits, Tensor target, OptionalTensor mask, std::string reduction,
-                     OptionalTensor normalizer, int64_t ignore_index, OptionalTensor class_weight,
-                     double label_smoothing, double z_loss, std::optional<double> softcap,
-                     bool shift, bool inplace_backward);
-
-std::tuple<Tensor, Tensor> cross_entropy_stats(Tensor logits, Tensor target, OptionalTensor mask,
-                                               std::string reduction, OptionalTensor normalizer,
-                                               int64_t ignore_index, OptionalTensor class_weight,
-                                               double label_smoothing, double z_loss,
-                                               std::optional<double> softcap, bool shift,
-                                               bool inplace_backward);
+std::tuple<Tensor, Tensor> cross_entropy_stats(const Options& options, Tensor logits, Tensor target,
+                                               OptionalTensor mask, OptionalTensor normalizer,
+                                               OptionalTensor class_weight,
+                                               OptionalTensor cu_seqlens, bool inplace_backward);
 
 // -> loss, stats, tokens, groups
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
-    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
-    OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
-    double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats);
+    const Options& options, Tensor logits, Tensor target, OptionalTensor mask,
+    OptionalTensor normalizer, OptionalTensor class_weight, OptionalTensor cu_seqlens, bool stats);
 
 // The same, and the gradient for dloss = 1 into dlogits.
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(
-    Tensor dlogits, Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor normalizer,
-    OptionalTensor class_weight, std::string reduction, int64_t ignore_index,
-    double label_smoothing, double z_loss, std::optional<double> softcap, bool shift, bool stats);
+    const Options& options, Tensor dlogits, Tensor logits, Tensor target, OptionalTensor mask,
+    OptionalTensor normalizer, OptionalTensor class_weight, OptionalTensor cu_seqlens, bool stats);
 
-Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor tokens,
-                              Tensor groups, OptionalTensor class_weight, double label_smoothing,
-                              double z_loss, std::optional<double> softcap, bool shift);
+Tensor cross_entropy_backward(const Options& options, Tensor dloss, Tensor logits, Tensor target,
+                              Tensor tokens, Tensor groups, OptionalTensor class_weight);
 
-// The gradient into dlogits, which may be the logits themselves. With unless_one, dlogits holds the
-// gradient for dloss = 1, and for another dloss it is computed anew: scaled, it would be rounded
-// twice.
-void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, Tensor target,
-                                Tensor tokens, Tensor groups, OptionalTensor class_weight,
-                                double label_smoothing, double z_loss,
-                                std::optional<double> softcap, bool shift, bool unless_one);
+// The gradient into dlogits, which may be the logits themselves. With recompute_unless_one, dlogits
+// holds the gradient for dloss = 1, and for another dloss it is computed anew: scaled, it would be
+// rounded twice.
+void cross_entropy_backward_out(const Options& options, Tensor dlogits, Tensor dloss, Tensor logits,
+                                Tensor target, Tensor tokens, Tensor groups,
+                                OptionalTensor class_weight, bool recompute_unless_one);
 
 Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, OptionalTensor target,
-                 OptionalTensor class_weight, double z_loss);
+                 OptionalTensor class_weight, double z_loss, bool per_sequence);
 
-// What linear_cross_entropy (masked_loss/_op/linear.py) is made of, between its matrix products.
+// The three stages of a loss; linear_cross_entropy runs the second chunk by chunk.
 // Weights of all tokens and scales of all groups -> tokens, groups
-std::tuple<Tensor, Tensor> linear_weigh(Tensor target, OptionalTensor mask,
-                                        OptionalTensor normalizer, OptionalTensor class_weight,
-                                        std::string reduction, int64_t ignore_index,
-                                        int64_t classes, double label_smoothing, double z_loss,
-                                        std::optional<double> softcap, bool wide, bool shift,
-                                        bool stats);
+std::tuple<Tensor, Tensor> weigh(const Options& options, Tensor target, OptionalTensor mask,
+                                 OptionalTensor normalizer, OptionalTensor class_weight,
+                                 OptionalTensor cu_seqlens, int64_t classes, bool wide, bool stats);
 
 // Some tokens' logits become their gradient. forward: the table of these tokens, of which only the
-// weights were there, is filled; without it, it is there already.
-void linear_chunk(Tensor logits, Tensor target, Tensor tokens, Tensor groups,
-                  OptionalTensor class_weight, OptionalTensor dloss, double label_smoothing,
-                  double z_loss, std::optional<double> softcap, bool forward, bool gradient);
+// weights were there, is filled; without it, it is there already. The rows are the tokens' own:
+// options.shift is not heeded.
+void rows(const Options& options, Tensor logits, Tensor target, Tensor tokens, Tensor groups,
+          OptionalTensor class_weight, OptionalTensor dloss, bool forward, bool gradient);
 
 // -> loss, stats; groups gets its means
-std::tuple<Tensor, Tensor> linear_reduce(Tensor tokens, Tensor groups, Tensor target,
-                                         std::string reduction, double z_loss, bool stats);
+std::tuple<Tensor, Tensor> reduce(const Options& options, Tensor tokens, Tensor groups,
+                                  Tensor target, bool stats);
 
-Tensor masked_reduce(Tensor values, OptionalTensor mask, std::string reduction,
-                     OptionalTensor normalizer);
+Tensor masked_reduce(Tensor values, OptionalTensor mask, OptionalTensor normalizer,
+                     OptionalTensor cu_seqlens, bool per_sequence, std::string reduction);
 
 // -> loss, tokens, groups
 std::tuple<Tensor, Tensor, Tensor> masked_reduce_forward(Tensor values, OptionalTensor mask,
                                                          OptionalTensor normalizer,
-                                                         std::string reduction);
+                                                         OptionalTensor cu_seqlens,
+                                                         bool per_sequence, std::string reduction);
 
-Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups);
+Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor groups,
+                              bool per_sequence);
 
 // What divergences (masked_loss/_op/divergence.py) are made of, before reduce.
 // Weights of all tokens and scales of all groups, where there is no target -> tokens, groups

@@ -12,50 +12,46 @@
 #include "ops/check.h"
 #include "ops/ops.h"
 
-#define ML_PUBLIC                                                                        \
-  "(Tensor logits, Tensor target, Tensor? mask=None, *, str reduction=\"mean\", "        \
-  "Tensor? normalizer=None, int ignore_index=-100, Tensor? class_weight=None, "          \
-  "float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, bool shift=False, " \
-  "bool inplace_backward=False) -> "
+#define ML_INPUTS "Tensor? normalizer=None, Tensor? class_weight=None, Tensor? cu_seqlens=None"
+#define ML_PUBLIC                                                   \
+  "(Tensor logits, Tensor target, Tensor? mask=None, *, " ML_INPUTS \
+  ", bool inplace_backward=False, " ML_OPTIONS ") -> "
 #define ML_FORWARD                                                                         \
   "Tensor logits, Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, " \
-  "str reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, " \
-  "bool shift, bool stats) -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups)"
-#define ML_BACKWARD                                                                            \
-  "Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, float label_smoothing, " \
-  "float z_loss, float? softcap, bool shift"
+  "Tensor? cu_seqlens, bool stats, " ML_OPTIONS                                            \
+  ") -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups)"
+#define ML_BACKWARD \
+  "Tensor logits, Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, "
 
 #define ML_OPERATORS(_)                                                                           \
   _(cross_entropy, ML_PUBLIC "Tensor")                                                            \
   _(cross_entropy_stats, ML_PUBLIC "(Tensor loss, Tensor stats)")                                 \
   _(cross_entropy_forward, "(" ML_FORWARD)                                                        \
   _(cross_entropy_fused, "(Tensor(a!) dlogits, " ML_FORWARD)                                      \
-  _(cross_entropy_backward, "(Tensor dloss, Tensor logits, " ML_BACKWARD ") -> Tensor")           \
-  _(cross_entropy_backward_out,                                                                   \
-    "(Tensor(a!) dlogits, Tensor dloss, Tensor logits, " ML_BACKWARD ", bool unless_one) -> ()")  \
+  _(cross_entropy_backward, "(Tensor dloss, " ML_BACKWARD ML_OPTIONS ") -> Tensor")               \
+  _(cross_entropy_backward_out, "(Tensor(a!) dlogits, Tensor dloss, " ML_BACKWARD                 \
+                                "bool recompute_unless_one, " ML_OPTIONS ") -> ()")               \
   _(mask_grad,                                                                                    \
     "(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Tensor? target, "                  \
-    "Tensor? class_weight, float z_loss) -> Tensor")                                              \
-  _(linear_weigh,                                                                                 \
-    "(Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, str reduction, "     \
-    "int ignore_index, int classes, float label_smoothing, float z_loss, float? softcap, "        \
-    "bool wide, bool shift, bool stats) -> (Tensor tokens, Tensor groups)")                       \
-  _(linear_chunk,                                                                                 \
+    "Tensor? class_weight, float z_loss, bool per_sequence) -> Tensor")                           \
+  _(weigh,                                                                                        \
+    "(Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, "                    \
+    "Tensor? cu_seqlens, int classes, bool wide, bool stats, " ML_OPTIONS                         \
+    ") -> (Tensor tokens, Tensor groups)")                                                        \
+  _(rows,                                                                                         \
     "(Tensor(a!) logits, Tensor target, Tensor(b!) tokens, Tensor groups, Tensor? class_weight, " \
-    "Tensor? dloss, float label_smoothing, float z_loss, float? softcap, bool forward, "          \
-    "bool gradient) -> ()")                                                                       \
-  _(linear_reduce,                                                                                \
-    "(Tensor tokens, Tensor(a!) groups, Tensor target, str reduction, float z_loss, bool stats) " \
-    "-> (Tensor loss, Tensor stats)")                                                             \
+    "Tensor? dloss, bool forward, bool gradient, " ML_OPTIONS ") -> ()")                          \
+  _(reduce, "(Tensor tokens, Tensor(a!) groups, Tensor target, bool stats, " ML_OPTIONS           \
+            ") -> (Tensor loss, Tensor stats)")                                                   \
   _(masked_reduce,                                                                                \
-    "(Tensor values, Tensor? mask=None, *, str reduction=\"mean\", Tensor? normalizer=None) "     \
-    "-> Tensor")                                                                                  \
+    "(Tensor values, Tensor? mask=None, *, Tensor? normalizer=None, "                             \
+    "Tensor? cu_seqlens=None, bool per_sequence=False, "                                          \
+    "str reduction=\"mean\") -> Tensor")                                                          \
   _(masked_reduce_forward,                                                                        \
-    "(Tensor values, Tensor? mask, Tensor? normalizer, str reduction) "                           \
-    "-> (Tensor loss, Tensor tokens, Tensor groups)")                                             \
+    "(Tensor values, Tensor? mask, Tensor? normalizer, Tensor? cu_seqlens, bool per_sequence, "   \
+    "str reduction) -> (Tensor loss, Tensor tokens, Tensor groups)")                              \
   _(masked_reduce_backward,                                                                       \
-    "(Tensor dloss, Tensor values, Tensor tokens, Tensor groups) -> "                             \
-    "Tensor")                                                                                     \
+    "(Tensor dloss, Tensor values, Tensor tokens, Tensor groups, bool per_sequence) -> Tensor")   \
   _(divergence_weigh,                                                                             \
     "(Tensor logits, Tensor? mask, Tensor? normalizer, str reduction, bool shift, bool stats) "   \
     "-> (Tensor tokens, Tensor groups)")                                                          \
@@ -75,7 +71,7 @@ const Tensor* tensor_of(const Number&) {
   return nullptr;
 }
 
-// The function of an operator, after the check that every operator has.
+// An operator as the dispatcher calls it, after the check that every operator has.
 template <auto function, class Schema>
 struct Checked;
 template <class Result, class... Args, Result (*function)(Args...), class Schema>
@@ -86,7 +82,7 @@ struct Checked<function, Schema> {
   }
 };
 template <auto function, class Schema>
-constexpr auto checked = &Checked<function, Schema>::call;
+constexpr auto checked = &Checked<flat<function>, Schema>::call;
 
 #define ML_SCHEMA(name, signature)                       \
   struct name##_schema {                                 \

@@ -72,7 +72,7 @@ def cross_entropy(
     else:
         class_indices(who, target)
         if shift and logits.dim() == 1:
-            fail(ValueError, who, f"shift needs logits [..., T, V], got {list(logits.shape)}")
+            fail(ValueError, who, f"shift needs logits [..., T, V], got {_list(logits)}")
         shape(who, "target", target, logits.shape[:-1])
     if logits.shape[-1] == 0 and math.prod(logits.shape[:-1]) > 0:
         fail(ValueError, who, f"logits must have at least one class, got shape {_list(logits)}")
@@ -128,6 +128,24 @@ def reduction(who: str, name: str, dims: int, normalizer: Tensor | None) -> None
             fail(ValueError, who, f"{wanted}, got shape {_list(normalizer)}")
 
 
+def cu_seqlens(who: str, bounds: Tensor | None) -> None:
+    """Its values are checked where they are read."""
+    if bounds is None:
+        return
+    if bounds.dtype not in (torch.int64, torch.int32):
+        fail(TypeError, who, f"cu_seqlens must be int64 or int32, got {_name(bounds)}")
+    if bounds.dim() != 1 or bounds.numel() == 0:
+        fail(ValueError, who, f"cu_seqlens must have shape [S + 1], got {_list(bounds)}")
+
+
+def per_sequence(who: str, name: str, dims: int) -> None:
+    wanted = "a result for each sequence needs"
+    if name not in ("sum", "mean"):
+        fail(ValueError, who, f'{wanted} reduction="mean" or "sum", got "{name}"')
+    if dims == 0:
+        fail(ValueError, who, f"{wanted} a time dimension, got a scalar")
+
+
 def floating(who: str, what: str, x: Tensor) -> None:
     if x.dtype not in FLOATING:
         wanted = "float64, float32, bfloat16 or float16"
@@ -154,11 +172,13 @@ def same_dtype(who: str, what: str, x: Tensor, other: str, expected: Tensor) -> 
 
 def shape(who: str, what: str, x: Tensor, expected: torch.Size) -> None:
     if x.shape != expected:
-        fail(ValueError, who, f"{what} must have shape {list(expected)}, got {_list(x)}")
+        fail(ValueError, who, f"{what} must have shape {_list(expected)}, got {_list(x)}")
 
 
-def _list(x: Tensor) -> list[int]:
-    return list(x.shape)
+def _list(x: Tensor | torch.Size) -> list[int]:
+    """Sizes as numbers: those that a symbol stands for in the call that is traced."""
+    sizes: Any = x.shape if isinstance(x, Tensor) else x
+    return [n.node.hint if isinstance(n, torch.SymInt) else n for n in sizes]
 
 
 def _name(x: Tensor) -> str:

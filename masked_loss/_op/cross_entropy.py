@@ -26,7 +26,7 @@ from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import ops
 from masked_loss.options import Meaning
 
-INPUTS = ("logits", "target", "mask", "normalizer", "class_weight")
+INPUTS = ("logits", "target", "mask", "normalizer", "class_weight", "cu_seqlens")
 
 
 class How(NamedTuple):
@@ -45,9 +45,9 @@ def _call(
     stats: bool, inputs: Inputs, meaning: Meaning, *, inplace_backward: bool
 ) -> tuple[Tensor, ...]:
     """loss, stats if asked for, perhaps more; where nothing is differentiated, just the kernels."""
-    logits, _, mask, _, _ = inputs
+    logits, _, mask, *_ = inputs
     if not is_differentiated(logits, mask):
-        return ops.cross_entropy_forward.default(*inputs, *meaning, stats)
+        return ops.cross_entropy_forward.default(*inputs, stats, *meaning)
     plain = are_plain(logits)
     inplace = inplace_backward and plain
     if inplace:
@@ -61,13 +61,13 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     """loss, stats, tokens, groups, and perhaps the gradient for dloss = 1."""
     meaning, stats, fused, _ = how
     if not fused:
-        return ops.cross_entropy_forward.default(*inputs, *meaning, stats)
+        return ops.cross_entropy_forward.default(*inputs, stats, *meaning)
     dlogits = logits_pool.empty_like(inputs[0])
-    return (*ops.cross_entropy_fused.default(dlogits, *inputs, *meaning, stats), dlogits)
+    return (*ops.cross_entropy_fused.default(dlogits, *inputs, stats, *meaning), dlogits)
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    logits, target, mask, _, class_weight = inputs
+    logits, target, mask, _, class_weight, _ = inputs
     _, _, *rest = outputs
     return logits, target, mask if may_require_grad(mask) else None, class_weight, *rest
 
@@ -77,33 +77,33 @@ def _backward(
 ) -> Inputs:
     logits, target, mask, class_weight, tokens, groups, *dlogits = saved
     (dloss,) = upstream
-    needs_logits, _, needs_mask, _, _ = needs
-    shift, formula = how.meaning.shift, how.meaning.formula
-    args = (dloss, logits, target, tokens, groups, class_weight, *formula, shift)
+    needs_logits, _, needs_mask, *_ = needs
+    meaning = how.meaning
+    args = (dloss, logits, target, tokens, groups, class_weight)
     dmask = gradient = None
     if needs_mask:
         index = None if target.is_floating_point() else target
         dmask = ops.mask_grad.default(
-            dloss, mask, tokens, groups, index, class_weight, how.meaning.z_loss
+            dloss, mask, tokens, groups, index, class_weight, meaning.z_loss, False
         )
     if not needs_logits:
         pass
     elif not plain:
-        gradient = ops.cross_entropy_backward.default(*args)
+        gradient = ops.cross_entropy_backward.default(*args, *meaning)
     elif how.inplace:
         with below_autograd():  # to which logits that require grad are not to be written
-            ops.cross_entropy_backward_out.default(logits, *args, False)
+            ops.cross_entropy_backward_out.default(logits, *args, False, *meaning)
         torch.autograd.graph.increment_version(logits)
         gradient = logits.detach()
     elif dlogits and not keeps_graph():
         (gradient,) = dlogits
         # On CUDA the operator looks at dloss itself: reading it here would wait for the device.
         if not dloss.is_cpu or dloss.item() != 1:
-            ops.cross_entropy_backward_out.default(gradient, *args, True)
+            ops.cross_entropy_backward_out.default(gradient, *args, True, *meaning)
     else:
         gradient = logits_pool.empty_like(logits)
-        ops.cross_entropy_backward_out.default(gradient, *args, False)
-    return gradient, None, dmask, None, None
+        ops.cross_entropy_backward_out.default(gradient, *args, False, *meaning)
+    return gradient, None, dmask, None, None, None
 
 
 # Without statistics one result: to hand out another takes a twentieth of a small loss's time.
@@ -144,11 +144,12 @@ def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
     checks.formula(who, a.label_smoothing, a.z_loss, a.softcap)
     checks.cross_entropy(who, a.logits, a.target, a.mask, a.class_weight, a.shift)
     checks.reduction(who, a.reduction, len(shape), a.normalizer)
+    checks.cu_seqlens(who, a.cu_seqlens)
     return (
         tables.fake_loss(a.logits, a.reduction, shape),
         tables.fake_stats(a.logits, stats),
         tables.fake_tokens(a.logits, tables.TOKEN_FIELDS if stats else tables.SAVED, shape),
-        tables.fake_groups(a.logits, a.reduction, shape),
+        tables.fake_groups(a.logits, a.reduction, shape, a.cu_seqlens),
     )
 
 

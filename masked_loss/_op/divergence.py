@@ -129,7 +129,7 @@ def _run(inputs: Inputs, how: How, dlogits: Tensor | None = None) -> tuple[Tenso
     ops.divergence_rows.default(
         tokens, logits, teacher, groups, None, dlogits, *temperatures, *how.divergence, True, False
     )
-    loss, _ = ops.linear_reduce.default(tokens, groups, logits[..., 0], how.reduction, 0.0, False)
+    loss, _ = ops.reduce.default(tokens, groups, logits[..., 0], False, how.reduction)
     return loss, statistics_of(tokens, how.stats), tokens, groups
 
 
@@ -160,7 +160,7 @@ def _backward(
     needs_logits, _, needs_mask, *_ = needs
     dmask = gradient = None
     if needs_mask:
-        dmask = ops.mask_grad.default(dloss, mask, tokens, groups, None, None, 0.0)
+        dmask = ops.mask_grad.default(dloss, mask, tokens, groups, None, None, 0.0, False)
 
     def write(to: Tensor, unless_one: bool = False) -> Tensor:
         with below_autograd():  # to which logits that require grad are not to be written
@@ -237,7 +237,7 @@ def _fake_tables(a: SimpleNamespace, stats: bool) -> tuple[Tensor, Tensor]:
     shape = a.logits.shape[:-1]
     return (
         tables.fake_tokens(a.logits, FIELDS if stats else SAVED, shape),
-        tables.fake_groups(a.logits, a.reduction, shape),
+        tables.fake_groups(a.logits, a.reduction, shape, None),
     )
 
 

@@ -48,30 +48,32 @@ from masked_loss._op.tables import ops
 from masked_loss.options import Chunking, Meaning
 
 _WHO = "linear_cross_entropy"
-INPUTS = ("hidden", "weight", "bias", "target", "mask", "normalizer", "class_weight")
+INPUTS = ("hidden", "weight", "bias", "target", "mask", "normalizer", "class_weight", "cu_seqlens")
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _HOW = "int? chunk_tokens, ScalarType? accumulation_dtype, bool pack, bool[3] needs"
+_OPTIONS = (
+    'str reduction="mean", int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, '
+    "float? softcap=None, bool shift=False"
+)
 _PUBLIC = (
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? mask=None, *, Tensor? bias=None, "
-    'str reduction="mean", Tensor? normalizer=None, int ignore_index=-100, '
-    "Tensor? class_weight=None, float label_smoothing=0.0, float z_loss=0.0, "
-    "float? softcap=None, bool shift=False, int? chunk_tokens=None, "
-    "ScalarType? accumulation_dtype=None, bool pack=True) -> "
+    "Tensor? normalizer=None, Tensor? class_weight=None, Tensor? cu_seqlens=None, "
+    "int? chunk_tokens=None, ScalarType? accumulation_dtype=None, bool pack=True, "
+    f"{_OPTIONS}) -> "
 )
 library.define(f"linear_cross_entropy{_PUBLIC}Tensor")
 library.define(f"linear_cross_entropy_stats{_PUBLIC}(Tensor loss, Tensor stats)")
 library.define(
     "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
-    "Tensor? mask, Tensor? normalizer, Tensor? class_weight, str reduction, int ignore_index, "
-    f"float label_smoothing, float z_loss, float? softcap, bool shift, bool stats, {_HOW}) -> "
+    "Tensor? mask, Tensor? normalizer, Tensor? class_weight, Tensor? cu_seqlens, bool stats, "
+    f"{_HOW}, {_OPTIONS}) -> "
     "(Tensor loss, Tensor stats, Tensor tokens, Tensor groups, Tensor unit, Tensor dhidden, "
     "Tensor dweight, Tensor dbias)"
 )
 library.define(
     "linear_cross_entropy_backward(Tensor dloss, Tensor hidden, Tensor weight, Tensor? bias, "
-    "Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, float label_smoothing, "
-    f"float z_loss, float? softcap, bool shift, {_HOW}) -> "
+    f"Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, {_HOW}, {_OPTIONS}) -> "
     "(Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 
@@ -86,7 +88,7 @@ class How(NamedTuple):
 
 def _call(stats: bool, inputs: Inputs, meaning: Meaning, **chunking: Any) -> tuple[Tensor, ...]:
     """loss and stats, with autograd and autocast."""
-    hidden, weight, bias, _, mask, _, _ = inputs
+    hidden, weight, bias, _, mask, *_ = inputs
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         inputs = (*map(_autocast, inputs[:3]), *inputs[3:])
         hidden, weight, bias, *_ = inputs
@@ -109,12 +111,12 @@ def _autocast(x: Tensor | None) -> Tensor | None:
 
 def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     return ops.linear_cross_entropy_forward.default(
-        *inputs, *how.meaning, how.stats, *how.chunking, how.needs
+        *inputs, how.stats, *how.chunking, how.needs, *how.meaning
     )
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    hidden, weight, bias, target, mask, _, class_weight = inputs
+    hidden, weight, bias, target, mask, _, class_weight, _ = inputs
     _, _, *rest = outputs
     head = [hidden, weight, bias]
     if how.meaning.reduction != "none":  # their gradients are there, and need them no more
@@ -133,17 +135,17 @@ def _backward(
 ) -> Inputs:
     hidden, weight, bias, target, mask, class_weight, tokens, groups, unit, *gradients = saved
     (dloss,) = upstream
-    needs_head, (_, needs_mask, _, _) = list(needs[:3]), needs[3:]
+    needs_head, (_, needs_mask, *_) = list(needs[:3]), needs[3:]
     meaning = how.meaning
     dmask = None
     if needs_mask:
         dmask = ops.mask_grad.default(
-            dloss, mask, tokens, groups, target, class_weight, meaning.z_loss
+            dloss, mask, tokens, groups, target, class_weight, meaning.z_loss, False
         )
     if any(needs_head) and meaning.reduction == "none":
         gradients = ops.linear_cross_entropy_backward.default(
             dloss, hidden, weight, bias, target, tokens, groups, class_weight,
-            *meaning.formula, meaning.shift, *how.chunking, needs_head,
+            *how.chunking, needs_head, *meaning,
         )  # fmt: skip
     elif any(needs_head):
         reuse = plain and not keeps_graph()
@@ -155,7 +157,7 @@ def _backward(
     dhidden, dweight, dbias = (
         gradient if needed else None for gradient, needed in zip(gradients, needs_head, strict=True)
     )
-    return dhidden, dweight, dbias, None, dmask, None, None
+    return dhidden, dweight, dbias, None, dmask, None, None, None
 
 
 _linear_cross_entropy = differentiable(
@@ -182,21 +184,19 @@ def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
-    hidden, weight, bias, target, mask, normalizer, class_weight = inputs
+    hidden, weight, bias, target, mask, normalizer, class_weight, cu_seqlens = inputs
     meaning = how.meaning
     head = Head(hidden, weight, bias)
     _check(head, target, how.chunking)
-    tokens, groups = ops.linear_weigh.default(
-        target, mask, normalizer, class_weight, meaning.reduction, meaning.ignore_index,
-        weight.shape[0], *meaning.formula, hidden.dtype == torch.float64, meaning.shift, how.stats,
+    tokens, groups = ops.weigh.default(
+        target, mask, normalizer, class_weight, cu_seqlens, weight.shape[0],
+        hidden.dtype == torch.float64, how.stats, *meaning,
     )  # fmt: skip
     tables.clear_results(tokens)
     unit = unit_of(hidden, tokens, groups, None) if any(how.needs) else None
     rows = Rows(target, tokens, groups, class_weight, unit)
     gradients = run_chunks(head, rows, how.meaning, how.chunking, how.needs, forward=True)
-    loss, stats = ops.linear_reduce.default(
-        tokens, groups, target, meaning.reduction, meaning.z_loss, how.stats
-    )
+    loss, stats = ops.reduce.default(tokens, groups, target, how.stats, *meaning)
     unit = tokens.new_ones(()) if unit is None else unit
     return loss, stats, tokens, groups, unit, *gradients
 
@@ -281,11 +281,12 @@ def _fake_tables(
     checks.weights(
         _WHO, a.target, a.mask, a.normalizer, a.class_weight, a.reduction, classes, a.shift
     )
+    checks.cu_seqlens(_WHO, a.cu_seqlens)
     like = a.target.new_empty((), dtype=torch.float64 if wide else torch.float32)
     fields = tables.TOKEN_FIELDS if stats else tables.SAVED
     return (
         tables.fake_tokens(like, fields, a.target.shape),
-        tables.fake_groups(like, a.reduction, a.target.shape),
+        tables.fake_groups(like, a.reduction, a.target.shape, a.cu_seqlens),
     )
 
 
@@ -308,10 +309,10 @@ fake("linear_cross_entropy_backward")(
 )
 
 
-fake("linear_weigh")(lambda a: _fake_tables(a, a.classes, a.wide, a.stats))
+fake("weigh")(lambda a: _fake_tables(a, a.classes, a.wide, a.stats))
 
 
-@fake("linear_reduce")
+@fake("reduce")
 def _fake_reduce(a: SimpleNamespace) -> tuple[Tensor, ...]:
     return (
         tables.fake_loss(a.tokens, a.reduction, a.target.shape),
@@ -319,7 +320,7 @@ def _fake_reduce(a: SimpleNamespace) -> tuple[Tensor, ...]:
     )
 
 
-fake_nothing("linear_chunk")
+fake_nothing("rows")
 
 _forward_arguments = Signature("linear_cross_entropy_forward")
 _backward_arguments = Signature("linear_cross_entropy_backward")

@@ -269,11 +269,11 @@ def run_chunks(
             numbers = at
             if isinstance(at, slice):
                 numbers = torch.arange(at.start, at.stop, device=y.device)
-            groups_at = groups.index_select(0, numbers // (target.numel() // groups.shape[0]))
+            groups_at = tables.groups_at(groups, numbers, target.numel())
         dloss_at = _take(dloss, at) if dloss is not None and dloss.dim() else dloss
-        ops.linear_chunk.default(
-            y, _take(flat_target, at), table, groups_at, class_weight, dloss_at,
-            *meaning.formula, forward, gradient,
+        ops.rows.default(
+            y, _take(flat_target, at), table, groups_at, class_weight, dloss_at, forward, gradient,
+            *meaning,
         )  # fmt: skip
         if forward:
             by_token[at] = table.t()

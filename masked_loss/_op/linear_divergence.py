@@ -127,7 +127,7 @@ def _backward(
     needs_head, needs_mask = list(needs[:3]), needs[6]
     dmask = None
     if needs_mask:
-        dmask = ops.mask_grad.default(dloss, mask, tokens, groups, None, None, 0.0)
+        dmask = ops.mask_grad.default(dloss, mask, tokens, groups, None, None, 0.0, False)
     if any(needs_head) and how.reduction == "none":
         gradients = ops.linear_divergence_backward.default(
             dloss, *heads, tokens, groups, own, others, *how.divergence, *how.chunking, needs_head
@@ -163,7 +163,7 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     tokens[1:].zero_()
     unit = unit_of(student.hidden, tokens, groups, None) if any(how.needs) else None
     gradients = _run(student, teacher, tokens, groups, unit, own, others, how, forward=True)
-    loss, _ = ops.linear_reduce.default(tokens, groups, like[..., 0], how.reduction, 0.0, False)
+    loss, _ = ops.reduce.default(tokens, groups, like[..., 0], False, how.reduction)
     unit = tokens.new_ones(()) if unit is None else unit
     return loss, statistics_of(tokens, how.stats), tokens, groups, unit, *gradients
 
@@ -268,7 +268,7 @@ def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, .
         tables.fake_loss(a.hidden, a.reduction, shape),
         a.hidden.new_empty((5 if stats else 0,), dtype=wide),
         tokens,
-        tables.fake_groups(a.hidden, a.reduction, shape),
+        tables.fake_groups(a.hidden, a.reduction, shape, None),
         tokens.new_empty(()),
         *_fake_gradients(a, needs, dweight_dtype(a.weight, tokens.shape[1], chunking), wide),
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,39 +20,49 @@ from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like
 from masked_loss._op.tables import ops
 from masked_loss.options import Meaning
 
-INPUTS = ("values", "mask", "normalizer")
+INPUTS = ("values", "mask", "normalizer", "cu_seqlens")
 
 
-def _call(inputs: Inputs, meaning: Meaning) -> tuple[Tensor, ...]:
-    values, mask, _ = inputs
+class How(NamedTuple):
+    reduction: str
+    per_sequence: bool
+
+
+def _call(inputs: Inputs, meaning: Meaning, *, per_sequence: bool) -> tuple[Tensor, ...]:
+    values, mask, *_ = inputs
+    how = How(meaning.reduction, per_sequence)
     if not is_differentiated(values, mask):
-        return _forward(inputs, meaning)
-    return _reduce(*inputs, meaning)
+        return _forward(inputs, how)
+    return _reduce(*inputs, how)
 
 
-def _forward(inputs: Inputs, meaning: Meaning) -> tuple[Tensor, ...]:
+def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     """loss, tokens, groups"""
-    return ops.masked_reduce_forward.default(*inputs, meaning.reduction)
+    return ops.masked_reduce_forward.default(*inputs, how.per_sequence, how.reduction)
 
 
-def _save(inputs: Inputs, outputs: tuple[Tensor, ...], meaning: Meaning) -> Inputs:
-    values, mask, _ = inputs
+def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
+    values, mask, *_ = inputs
     _, tokens, groups = outputs
     return values, mask if may_require_grad(mask) else None, tokens, groups
 
 
 def _backward(
-    saved: Inputs, meaning: Meaning, upstream: Inputs, needs: tuple[bool, ...], plain: bool
+    saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
 ) -> Inputs:
     values, mask, tokens, groups = saved
     (dloss,) = upstream
-    needs_values, needs_mask, _ = needs
+    needs_values, needs_mask, *_ = needs
     dvalues = dmask = None
     if needs_values:
-        dvalues = ops.masked_reduce_backward.default(dloss, values, tokens, groups)
+        dvalues = ops.masked_reduce_backward.default(
+            dloss, values, tokens, groups, how.per_sequence
+        )
     if needs_mask:
-        dmask = ops.mask_grad.default(dloss, mask, tokens, groups, None, None, 0.0)
-    return dvalues, dmask, None
+        dmask = ops.mask_grad.default(
+            dloss, mask, tokens, groups, None, None, 0.0, how.per_sequence
+        )
+    return dvalues, dmask, None, None
 
 
 _reduce = differentiable(Formulas("MaskedReduce", _forward, _save, _backward))
@@ -64,10 +75,17 @@ def _fake(a: SimpleNamespace) -> tuple[Tensor, ...]:
     if a.mask is not None:
         checks.mask_of(who, a.mask, shape)
     checks.reduction(who, a.reduction, len(shape), a.normalizer)
+    checks.cu_seqlens(who, a.cu_seqlens)
+    if a.per_sequence:
+        checks.per_sequence(who, a.reduction, len(shape))
+        sequences = shape[:-1] if a.cu_seqlens is None else (a.cu_seqlens.shape[0] - 1,)
+        loss = a.values.new_empty(sequences, dtype=tables.loss_dtype(a.values))
+    else:
+        loss = tables.fake_loss(a.values, a.reduction, shape)
     return (
-        tables.fake_loss(a.values, a.reduction, shape),
+        loss,
         tables.fake_tokens(a.values, tables.VALUE_FIELDS, shape),
-        tables.fake_groups(a.values, a.reduction, shape),
+        tables.fake_groups(a.values, a.reduction, shape, a.cu_seqlens, a.per_sequence),
     )
 
 

@@ -57,8 +57,28 @@ def fake_tokens(like: Tensor, fields: tuple[str, ...], shape: torch.Size) -> Ten
     return like.new_empty((len(fields), math.prod(shape)), dtype=loss_dtype(like))
 
 
-def fake_groups(like: Tensor, reduction: str, shape: torch.Size) -> Tensor:
+def fake_groups(
+    like: Tensor,
+    reduction: str,
+    shape: torch.Size,
+    cu_seqlens: Tensor | None,
+    per_sequence: bool = False,
+) -> Tensor:
     groups: int | torch.SymInt = 1
-    if reduction == "sequence_mean" and len(shape) > 0 and shape[-1] != 0:
-        groups = torch.sym_max(1, math.prod(shape[:-1]))
-    return like.new_empty((groups, len(GROUP_FIELDS)), dtype=torch.float64)
+    fields = len(GROUP_FIELDS)
+    if per_sequence or reduction == "sequence_mean":
+        if cu_seqlens is not None:
+            groups, fields = cu_seqlens.shape[0], fields + 1
+        elif len(shape) > 0 and (per_sequence or shape[-1] != 0):
+            groups = torch.sym_max(1, math.prod(shape[:-1]))
+    return like.new_empty((groups, fields), dtype=torch.float64)
+
+
+def groups_at(groups: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """The table of these tokens' groups, a row for each of them; ``count``: of all tokens."""
+    fields = len(GROUP_FIELDS)
+    if groups.shape[1] == fields:
+        return groups.index_select(0, tokens // (count // groups.shape[0]))
+    bounds = groups[:, fields].contiguous()  # of sequences of any length
+    number = torch.searchsorted(bounds, tokens.double(), right=True) - 1
+    return groups[:, :fields].index_select(0, number)

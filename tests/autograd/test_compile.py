@@ -217,21 +217,24 @@ def halves(case: Case) -> Iterator[tuple[str, tuple[Any, ...]]]:
     mask = torch.rand(target.shape)
     weight = torch.rand(logits.shape[-1])
     reduction = sample.options["reduction"]
-    formula = (0.1, 0.1, 3.0, True)
-    args = (logits, target, mask, None, weight, reduction, -100, *formula, True)
+    bounds = torch.tensor([0, 1, target.numel()])
+    options = (reduction, -100, 0.1, 0.1, 3.0, True)
+    args = (logits, target, mask, None, weight, bounds, True, *options)
     loss, _, tokens, groups = ops.cross_entropy_forward(*args)
     dloss, out = torch.ones_like(loss), torch.empty(logits.shape)
-    backward = (dloss, logits, target, tokens, groups, weight, *formula)
+    backward = (dloss, logits, target, tokens, groups, weight)
     yield "cross_entropy_forward", args
     if reduction != "none":
         yield "cross_entropy_fused", (out, *args)
-    yield "cross_entropy_backward", backward
-    yield "cross_entropy_backward_out", (out, *backward, False)
-    yield "mask_grad", (dloss, mask, tokens, groups, target, weight, 0.1)
+    yield "cross_entropy_backward", (*backward, *options)
+    yield "cross_entropy_backward_out", (out, *backward, False, *options)
+    yield "mask_grad", (dloss, mask, tokens, groups, target, weight, 0.1, False)
     values = torch.rand(target.shape)
-    loss, tokens, groups = ops.masked_reduce_forward(values, mask, None, reduction)
-    yield "masked_reduce_forward", (values, mask, None, reduction)
-    yield "masked_reduce_backward", (torch.ones_like(loss), values, tokens, groups)
+    for each in (False, True) if reduction in ("sum", "mean") else (False,):
+        args = (values, mask, None, bounds, each, reduction)
+        loss, tokens, groups = ops.masked_reduce_forward(*args)
+        yield "masked_reduce_forward", args
+        yield "masked_reduce_backward", (torch.ones_like(loss), values, tokens, groups, each)
 
 
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
@@ -249,10 +252,16 @@ def test_opcheck_is_of_every_operator() -> None:
     }
     checked = {"cross_entropy", "cross_entropy_stats", "masked_reduce"}
     checked |= {name for case in OPCHECK_CASES for name, _ in halves(case)}
+    stages = {"weigh", "rows", "reduce"}
     linear = {name for name in defined if name.startswith("linear_")}
-    assert defined - checked - linear == {"cpu_capability", "cuda_architectures", "table_sizes"}
+    assert defined - checked - linear - stages == {
+        "cpu_capability",
+        "cuda_architectures",
+        "table_sizes",
+    }
     source = (Path(__file__).parents[1] / "losses" / "test_linear.py").read_text()
     assert all(name in source for name in linear)
+    assert all(f"opcheck(ops.{name}.default" in source for name in stages)
 
 
 FEW_REDUCE_CASES = [

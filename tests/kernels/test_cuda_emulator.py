@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -124,6 +125,48 @@ def test_weights_that_cancel_leave_no_z_loss_of_zero_behind() -> None:
         for loss in (masked_cross_entropy, reference.masked_cross_entropy)
     )
     torch.testing.assert_close(ours, expected)
+
+
+# More sequences than a block has warps, than a warp has lanes; longer than a piece of 2048 tokens.
+PACKED = {
+    "few": [0, 2, 2, 9, 13],
+    "many": list(range(0, 3001, 3)),
+    "long": [0, 1, 5000, 5000, 5001],
+}
+
+
+@pytest.mark.parametrize("max_blocks", [1 << 30, 3])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences(name: str, reduction: str, max_blocks: int, configure: Configure) -> None:
+    configure(max_blocks=max_blocks)
+    bounds = torch.tensor(PACKED[name])
+    options = {"reduction": reduction, "cu_seqlens": bounds}
+    shape = (int(bounds[-1]) + 2,)
+    case = Case(f"packed-{name}-{reduction}", shape, classes=None, options=options)
+    assert_as_accurate_as_eager(masked_reduce, reference.masked_reduce, case, torch.float32)
+    values, mask = torch.randn(shape, requires_grad=True), torch.rand(shape, requires_grad=True)
+    each = masked_reduce(values, mask, dim=-1, cu_seqlens=bounds)
+    if name == "few":
+        check(
+            Case(f"packed-rows-{reduction}", shape, 5, options=options | {"shift": True}),
+            torch.float32,
+        )
+    total = (each * 2).sum()
+    with_dim = torch.autograd.grad(total, (values, mask))
+    total = (
+        2
+        * torch.stack(
+            [
+                (values[a:b] * mask[a:b]).sum() / mask[a:b].sum()
+                for a, b in pairwise(PACKED[name])
+                if b > a
+            ]
+        ).sum()
+    )
+    by_hand = torch.autograd.grad(total, (values, mask))
+    for ours, theirs in zip(with_dim, by_hand, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 # Around the words of 16 bytes, the warp's and the block's share of a row, and the teams' limits:
@@ -355,16 +398,16 @@ def test_upstream_gradient_other_than_one() -> None:
     options = ("mean", -100, 0.0, 0.0, None, False)
     gradient = torch.empty_like(logits)
     _, _, tokens, groups = ops.cross_entropy_fused(
-        gradient, logits, target, None, None, None, *options, False
+        gradient, logits, target, None, None, None, None, False, *options
     )
     once = gradient.clone()
     for scale in (1.0, 3.0):
-        formula = (torch.tensor(scale), logits, target, tokens, groups, None, 0.0, 0.0, None, False)
-        ops.cross_entropy_backward_out(gradient, *formula, True)
+        formula = (torch.tensor(scale), logits, target, tokens, groups, None, True, *options)
+        ops.cross_entropy_backward_out(gradient, *formula)
         torch.testing.assert_close(gradient, scale * once)
     untouched = torch.full_like(logits, 7.0)
     formula = (torch.tensor(1.0), *formula[1:])
-    ops.cross_entropy_backward_out(untouched, *formula, True)
+    ops.cross_entropy_backward_out(untouched, *formula)
     assert (untouched == 7).all()
 
 
@@ -452,7 +495,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 ops = getattr(torch.ops, sys.argv[2])
 torch.manual_seed(0)
-options = ("sum", -100, 0.0, 0.0, None, False, False)
+options = (None, False, "sum", -100, 0.0, 0.0, None, False)
 values, mask = torch.randn(9000), torch.rand(9000)
 
 def bits(*tensors):
@@ -476,7 +519,7 @@ for seed in range(int(sys.argv[3])):
     settings = module.Settings()
     settings.seed, settings.max_blocks = seed, 2
     module.configure(settings)
-    loss, tokens, groups = ops.masked_reduce_forward(values, mask, None, "mean")
+    loss, tokens, groups = ops.masked_reduce_forward(values, mask, None, None, False, "mean")
     logits = torch.zeros(3, 12288)
     ops.cross_entropy_fused(logits.clone(), logits, torch.arange(3), None, None, None, *options)
     settings.shared_per_block = 64 << 10

@@ -26,16 +26,23 @@ NAMES = sorted(
 
 TENSORS = {
     "logits": torch.randn(2, 3, 5),
+    "teacher_logits": torch.randn(2, 3, 5),
     "dlogits": torch.zeros(2, 3, 5),
+    "temperatures": torch.ones(2, 3),
+    "teacher_temperatures": torch.ones(2, 3),
     "target": torch.ones(2, 3, dtype=torch.long),
     "mask": torch.ones(2, 3),
     "normalizer": torch.tensor(2.0),
     "class_weight": torch.ones(5),
+    "cu_seqlens": torch.tensor([0, 2, 6]),
     "dloss": torch.tensor(1.0),
     "values": torch.randn(2, 3),
     "hidden": torch.randn(2, 3, 4),
     "weight": torch.randn(5, 4),
     "bias": torch.randn(5),
+    "teacher_hidden": torch.randn(2, 3, 4),
+    "teacher_weight": torch.randn(5, 4),
+    "teacher_bias": torch.randn(5),
 }
 NUMBERS = {
     "reduction": "mean",
@@ -44,6 +51,10 @@ NUMBERS = {
     "z_loss": 0.01,
     "softcap": 5.0,
     "classes": 5,
+    "kind": "forward_kl",
+    "beta": 0.5,
+    "temperature": 1.0,
+    "teacher_temperature": 1.0,
     "needs": [True] * 3,
 }
 FLAGS = {"forward", "gradient"}
@@ -56,8 +67,11 @@ def arguments(name: str) -> dict[str, Any]:
     if "tokens" in names:
         forward = OPS.cross_entropy_forward
         logits, target = TENSORS["logits"], TENSORS["target"]
-        mean = ("mean", -100, 0.1, 0.01, 5.0, False, False)
-        _, _, tokens, groups = forward(logits, target, None, None, None, *mean)
+        mean = ("mean", -100, 0.1, 0.01, 5.0, False)
+        _, _, tokens, groups = forward(logits, target, None, None, None, None, False, *mean)
+    if {"teacher_logits", "teacher_hidden"} & set(names):
+        tokens, groups = OPS.divergence_weigh(TENSORS["logits"], None, None, "mean", False, False)
+        tokens[1:].zero_()
     call: dict[str, Any] = {}
     for argument in schema.arguments:
         kind = str(argument.type)

@@ -790,31 +790,17 @@ def test_opcheck_of_the_halves(
     tensors = problem(*SHAPE, dtype=dtype, requires=())
     hidden, weight, bias, mask = (tensors[name] for name in LEAVES)
     target = tensors["target"]
-    args = (
-        hidden,
-        weight,
-        bias,
-        target,
-        mask,
-        None,
-        None,
-        "none",
-        -100,
-        0.1,
-        0.1,
-        None,
-        True,
-        True,
-    )
+    inputs = (hidden, weight, bias, target, mask, None, None, torch.tensor([0, 4, 9]), True)
     how = (chunk_tokens, None, True)
+    options = (-100, 0.1, 0.1, None, True)
     forward = torch.ops.masked_loss.linear_cross_entropy_forward.default
     backward = torch.ops.masked_loss.linear_cross_entropy_backward.default
     tests = ("test_schema", "test_faketensor")
-    _, _, tokens, groups, *_ = forward(*args, *how, [False] * 3)
-    scalar = (*args[:7], "mean", *args[8:], *how, needs)
+    _, _, tokens, groups, *_ = forward(*inputs, *how, [False] * 3, "none", *options)
+    scalar = (*inputs, *how, needs, "mean", *options)
     torch.library.opcheck(forward, scalar, test_utils=tests)
     dloss = torch.rand(SHAPE, dtype=tokens.dtype)
-    rest = (target, tokens, groups, None, 0.1, 0.1, None, True, *how, needs)
+    rest = (target, tokens, groups, None, *how, needs, "none", *options)
     torch.library.opcheck(backward, (dloss, hidden, weight, bias, *rest), test_utils=tests)
 
 
@@ -824,16 +810,15 @@ def test_opcheck_of_the_kernels(reduction: str) -> None:
     target, mask = tensors["target"], tensors["mask"]
     ops, tests = torch.ops.masked_loss, ("test_schema", "test_faketensor")
     classes = tensors["weight"].shape[0]
-    formula = (0.1, 0.1, None)
-    weigh = (target, mask, None, None, reduction, -100, classes, *formula, False, False, True)
-    torch.library.opcheck(ops.linear_weigh.default, weigh, test_utils=tests)
-    tokens, groups = ops.linear_weigh(*weigh)
+    options = (reduction, -100, 0.1, 0.1, None, False)
+    weigh = (target, mask, None, None, None, classes, False, True, *options)
+    torch.library.opcheck(ops.weigh.default, weigh, test_utils=tests)
+    tokens, groups = ops.weigh(*weigh)
     tokens[1:].zero_()
     logits, index = torch.randn(target.numel(), classes), target.reshape(-1)
-    chunk = (logits, index, tokens, groups, None, None, *formula, True, True)
-    torch.library.opcheck(ops.linear_chunk.default, chunk, test_utils=tests)
-    reduce = (tokens, groups, target, reduction, 0.1, True)
-    torch.library.opcheck(ops.linear_reduce.default, reduce, test_utils=tests)
+    chunk = (logits, index, tokens, groups, None, None, True, True, *options)
+    torch.library.opcheck(ops.rows.default, chunk, test_utils=tests)
+    torch.library.opcheck(ops.reduce.default, (tokens, groups, target, True, *options))
 
 
 # Others

@@ -348,8 +348,7 @@ struct PairKernel {
 
   double upstream(int64_t token) const {
     const A* const dloss = static_cast<const A*>(args.dloss);
-    const double* group =
-        args.groups.table + token / std::max<int64_t>(1, args.groups.size) * GroupField::kCount;
+    const double* group = group_at(args.groups, group_of(args.groups, token));
     const double g = dloss ? dloss[args.dloss_per_token ? token : 0] : A(1);
     return g * column(Field::kWeight, token) * group[GroupField::kScaleLoss];
   }

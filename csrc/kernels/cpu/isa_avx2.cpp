@@ -19,6 +19,7 @@ namespace {  // internal linkage: no other instruction set may be linked to thes
 #include "kernels/cpu/vec_portable.inl.h"
 template <class T>
 using VecOf = std::conditional_t<std::is_same_v<T, double>, Portable<double, 32>, Vec>;
+#include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/losses.inl.h"
 #include "kernels/cpu/fetch.inl.h"

@@ -18,6 +18,7 @@ namespace {  // internal linkage: no other instruction set may be linked to thes
 void end_streams() {}
 template <class T>
 using VecOf = Portable<std::conditional_t<std::is_same_v<T, double>, double, float>, 16>;
+#include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/losses.inl.h"
 #include "kernels/cpu/fetch.inl.h"

@@ -9,6 +9,7 @@ namespace masked_loss::cpu {
 namespace {
 
 #include "kernels/cpu/scalar.inl.h"
+#include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/token.inl.h"
 
@@ -24,10 +25,13 @@ void for_each_piece(const Groups& groups, const Threads& threads, const F& f) {
   });
 }
 
-template <class F>
-void for_each_token(const Groups& groups, const Threads& threads, const F& f) {
-  for_each_piece(groups, threads, [&](int64_t, const Piece& piece) {
-    for (int64_t i = piece.begin; i < piece.end; ++i) f(piece, i);
+// f(args, piece, i) for every token. The arguments are copied, so that the compiler knows that
+// nothing written changes them, and keeps them in registers.
+template <class Args, class F>
+void for_each_token(const Args& args, const Threads& threads, const F& f) {
+  for_each_piece(args.groups, threads, [&](int64_t, const Piece& piece) {
+    const Args copy = args;
+    for (int64_t i = piece.begin; i < piece.end; ++i) f(copy, piece, i);
   });
 }
 
@@ -55,13 +59,19 @@ int64_t weigh(const WeighArgs& args, const Threads& threads) {
   std::vector<WeightSums> parts(pieces);
   std::vector<int64_t> bad(pieces, -1);  // the first token of each piece whose target is
   with_accumulation(args.wide, [&](auto a) {
-    using A = decltype(a);
     for_each_piece(args.groups, threads, [&](int64_t p, const Piece& piece) {
+      const WeighArgs copy = args;
+      const Groups sequences = args.sequences;
+      int64_t sequence = sequences.count ? group_of(sequences, piece.begin) : 0;
+      int64_t next = sequences.count ? group_end(sequences, sequence) : sequences.tokens;
+      WeightSums sums;
       for (int64_t i = piece.begin; i < piece.end; ++i) {
-        const TokenWeight t = token_weight<A>(args, piece, i);
+        while (sequences.count && next <= i) next = group_end(sequences, ++sequence);
+        const TokenWeight t = token_weight<decltype(a)>(copy, i, sequence);
         if (t.bad && bad[p] < 0) bad[p] = i;
-        add_weight<A>(args, i, t, &parts[p]);
+        add_weight<decltype(a)>(copy, i, t, &sums);
       }
+      parts[p] = sums;
     });
   });
   const std::vector<WeightSums> sums = sum_groups(args.groups, parts);
@@ -77,14 +87,17 @@ void reduce(const ReduceArgs& args, const Threads& threads) {
   with_accumulation(args.wide, [&](auto a) {
     using A = decltype(a);
     for_each_piece(args.groups, threads, [&](int64_t p, const Piece& piece) {
-      for (int64_t i = piece.begin; i < piece.end; ++i) add_loss<A>(args, i, &parts[p]);
+      const ReduceArgs copy = args;
+      LossSums sums;
+      for (int64_t i = piece.begin; i < piece.end; ++i) add_loss<A>(copy, i, &sums);
+      parts[p] = sums;
     });
     const std::vector<LossSums> sums = sum_groups(args.groups, parts);
     double loss = 0;
     LossSums all;
     for (int64_t g = 0; g < args.groups.count; ++g) {
       all.add(sums[g]);
-      loss += group_loss(args, sums[g], g);
+      loss += group_loss<A>(args, sums[g], g);
     }
     write_loss<A>(args, loss, all.v + LossField::kStats);
   });
@@ -92,24 +105,21 @@ void reduce(const ReduceArgs& args, const Threads& threads) {
 
 void mask_grad(const MaskGradArgs& args, const Threads& threads) {
   with_accumulation(args.wide, [&](auto a) {
-    for_each_token(args.groups, threads, [&](const Piece& piece, int64_t i) {
-      write_mask_grad<decltype(a)>(args, piece, i);
-    });
+    for_each_token(args, threads, [](const auto&... of) { write_mask_grad<decltype(a)>(of...); });
   });
 }
 
 void load_values(const ValuesArgs& args, const Threads& threads) {
   with_accumulation(args.wide, [&](auto a) {
-    for_each_token(args.groups, threads,
-                   [&](const Piece&, int64_t i) { load_value<decltype(a)>(args, i); });
+    for_each_token(args, threads, [](const auto& copy, const Piece&, int64_t i) {
+      load_value<decltype(a)>(copy, i);
+    });
   });
 }
 
 void values_grad(const ValuesArgs& args, const Threads& threads) {
   with_accumulation(args.wide, [&](auto a) {
-    for_each_token(args.groups, threads, [&](const Piece& piece, int64_t i) {
-      write_value_grad<decltype(a)>(args, piece, i);
-    });
+    for_each_token(args, threads, [](const auto&... of) { write_value_grad<decltype(a)>(of...); });
   });
 }
 

@@ -32,6 +32,7 @@ ML_FN float expm1_less(float x) {
 ML_FN double expm1_less(double x) { return ::expm1(x) - x; }
 
 // clang-format off
+#include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/divergence.inl.h"
 // clang-format on
@@ -219,8 +220,7 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
     double factor = 1;
     if constexpr (Kind::kScored) factor = Kind::factor(args.beta);
     const double scale =
-        args.groups
-            .table[quotient(token, args.groups.size) * GroupField::kCount + GroupField::kScaleLoss];
+        group_at(args.groups, group_of(args.groups, token))[GroupField::kScaleLoss];
     const A g = dloss ? dloss[args.dloss_per_token ? token : 0] : A(1);
     const A all = static_cast<A>(double(g) * weight * scale * factor / student.temperature);
     for (int64_t j = threadIdx.x; j < args.cols; j += kThreads) {

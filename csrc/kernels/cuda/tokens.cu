@@ -16,6 +16,7 @@ namespace masked_loss::cuda {
 namespace {
 
 #include "kernels/cuda/functions.inl.cuh"
+#include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/token.inl.h"
 
@@ -27,9 +28,10 @@ constexpr int64_t kShort = 256;  // tokens of a piece, on average, that a warp i
 // Blocks that share the groups, at most: one block adds up what all of them found.
 constexpr int64_t kGroupBlocks = 1024;
 
+// f(i) for every i, a thread each, in any order.
 template <class F>
-ML_FN void for_each_token(const Groups& groups, const F& f) {
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < groups.tokens;
+ML_FN void for_each(int64_t count, const F& f) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x) {
     f(i);
   }
@@ -68,20 +70,33 @@ ML_FN S sum_group(const void* parts, const Pieces& pieces, int64_t group) {
   return from_first_lane(sums);
 }
 
-// f(group, sums) in the first lane of the warp that adds up a group.
+// f(group, sums) in the first lane of the warp that adds up a group, for the groups of one share.
 template <class S, class F>
-ML_FN void for_each_group(const void* parts, const Pieces& pieces, const F& f) {
+ML_FN void for_each_group(const void* parts, const Pieces& pieces, int64_t share, int64_t shares,
+                          const F& f) {
   const int64_t warps = blockDim.x / kWarp;
-  for (int64_t g = blockIdx.x * warps + threadIdx.x / kWarp; g < pieces.groups.count;
-       g += gridDim.x * warps) {
+  for (int64_t g = share * warps + threadIdx.x / kWarp; g < pieces.groups.count;
+       g += shares * warps) {
     const S sums = sum_group<S>(parts, pieces, g);
     if (threadIdx.x % kWarp == 0) f(g, sums);
   }
 }
 
-// The sum of what `count` blocks found; all threads get it.
+// found[share] = the sum of what of(share, &sums) adds up, for every share, a block each.
+template <class S, class Of, class Found>
+ML_FN void sum_shares(int64_t shares, const Of& of, const Found& found) {
+  for (int64_t share = blockIdx.x; share < shares; share += gridDim.x) {
+    S sums;
+    of(share, &sums);
+    sums = merge_team<kWarps>(sums);
+    if (threadIdx.x == 0) found(share, sums);
+    __syncthreads();
+  }
+}
+
+// The sum of what all shares found; all threads get it.
 template <class S>
-ML_FN S sum_blocks(const S* found, int64_t count) {
+ML_FN S sum_found(const S* found, int64_t count) {
   S sums;
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sums.add(found[i]);
   return merge_team<kWarps>(sums);
@@ -98,13 +113,26 @@ ML_FN void complain(const WeighArgs& args, int64_t token) {
   assert(target >= 0 && target < args.classes);
 }
 
+ML_FN void check_bounds(const Groups& sequences) {
+  for_each(sequences.count, [&](int64_t g) {
+    const int64_t begin = group_begin(sequences, g), end = group_end(sequences, g);
+    if (begin <= end && (begin == 0 || g > 0)) return;
+    printf("masked_loss: cu_seqlens must ascend from 0 to at most %lld, got %lld, %lld\n",
+           static_cast<long long>(sequences.tokens), static_cast<long long>(begin),
+           static_cast<long long>(end));
+    assert(begin <= end && (begin == 0 || g > 0));
+  });
+}
+
 template <class A, int kTeams>
 __global__ void __launch_bounds__(kThreads)
     weigh_kernel(const WeighArgs args, const Pieces pieces) {
+  check_bounds(args.sequences);
   sum_pieces<WeightSums, kTeams>(
       pieces,
-      [&](const Piece& piece, int64_t i, WeightSums* sums) {
-        const TokenWeight t = token_weight<A>(args, piece, i);
+      [&](const Piece&, int64_t i, WeightSums* sums) {
+        const int64_t sequence = args.sequences.count ? group_of(args.sequences, i) : 0;
+        const TokenWeight t = token_weight<A>(args, i, sequence);
         if (t.bad) complain(args, i);
         add_weight<A>(args, i, t, sums);
       },
@@ -119,23 +147,27 @@ __global__ void __launch_bounds__(kThreads)
 
 using Active = Sums<1>;
 
-// How many groups of each block have an active token.
+// How many groups of each share have an active token.
 __global__ void __launch_bounds__(kThreads)
-    count_groups_kernel(const WeighArgs args, const Pieces pieces, Active* active) {
-  Active count;
-  for_each_group<WeightSums>(args.scratch, pieces, [&](int64_t, const WeightSums& sums) {
-    count.v[0] += sums.v[WeightField::kActive] > 0;
-  });
-  count = merge_team<kWarps>(count);
-  if (threadIdx.x == 0) active[blockIdx.x] = count;
+    count_groups_kernel(const WeighArgs args, const Pieces pieces, Active* active, int64_t shares) {
+  sum_shares<Active>(
+      shares,
+      [&](int64_t share, Active* count) {
+        for_each_group<WeightSums>(args.scratch, pieces, share, shares,
+                                   [&](int64_t, const WeightSums& sums) {
+                                     count->v[0] += sums.v[WeightField::kActive] > 0;
+                                   });
+      },
+      [&](int64_t share, const Active& count) { active[share] = count; });
 }
+// active: null where the scales do not depend on it.
 __global__ void __launch_bounds__(kThreads)
     write_groups_kernel(const WeighArgs args, const Pieces pieces, const Active* active,
-                        int64_t blocks) {
-  const double active_groups = sum_blocks(active, blocks).v[0];
-  for_each_group<WeightSums>(args.scratch, pieces, [&](int64_t g, const WeightSums& sums) {
-    write_group(args, sums, active_groups, g);
-  });
+                        int64_t shares) {
+  const double active_groups = active ? sum_found(active, shares).v[0] : 0;
+  for_each_group<WeightSums>(
+      args.scratch, pieces, blockIdx.x, gridDim.x,
+      [&](int64_t g, const WeightSums& sums) { write_group(args, sums, active_groups, g); });
 }
 
 // Reductions
@@ -147,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
       pieces, [&](const Piece&, int64_t i, LossSums* sums) { add_loss<A>(args, i, sums); },
       [&](int64_t p, const LossSums& sums) {
         if (pieces.count == 1) {
-          write_loss<A>(args, group_loss(args, sums, 0), sums.v + LossField::kStats);
+          write_loss<A>(args, group_loss<A>(args, sums, 0), sums.v + LossField::kStats);
         } else {
           static_cast<LossSums*>(args.scratch)[p] = sums;
         }
@@ -156,27 +188,33 @@ __global__ void __launch_bounds__(kThreads)
 
 using Total = Sums<1 + StatField::kCount>;  // loss and statistics
 
-// Of the groups of each block; of all, where there is one block.
+// Of the groups of each share; of all, where there is one share.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    reduce_groups_kernel(const ReduceArgs args, const Pieces pieces, Total* found) {
-  Total total;
-  for_each_group<LossSums>(args.scratch, pieces, [&](int64_t g, const LossSums& sums) {
-    total.v[0] += group_loss(args, sums, g);
-    for (int i = 0; i < StatField::kCount; ++i) total.v[1 + i] += sums.v[LossField::kStats + i];
-  });
-  total = merge_team<kWarps>(total);
-  if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) {
-    write_loss<A>(args, total.v[0], total.v + 1);
-  } else {
-    found[blockIdx.x] = total;
-  }
+    reduce_groups_kernel(const ReduceArgs args, const Pieces pieces, Total* found, int64_t shares) {
+  sum_shares<Total>(
+      shares,
+      [&](int64_t share, Total* total) {
+        for_each_group<LossSums>(args.scratch, pieces, share, shares,
+                                 [&](int64_t g, const LossSums& sums) {
+                                   total->v[0] += group_loss<A>(args, sums, g);
+                                   for (int i = 0; i < StatField::kCount; ++i) {
+                                     total->v[1 + i] += sums.v[LossField::kStats + i];
+                                   }
+                                 });
+      },
+      [&](int64_t share, const Total& total) {
+        if (shares == 1) {
+          write_loss<A>(args, total.v[0], total.v + 1);
+        } else {
+          found[share] = total;
+        }
+      });
 }
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    write_loss_kernel(const ReduceArgs args, const Total* found, int64_t blocks) {
-  const Total total = sum_blocks(found, blocks);
+    write_loss_kernel(const ReduceArgs args, const Total* found, int64_t shares) {
+  const Total total = sum_found(found, shares);
   if (threadIdx.x == 0) write_loss<A>(args, total.v[0], total.v + 1);
 }
 
@@ -184,17 +222,17 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class A>
 __global__ void __launch_bounds__(kTokenThreads) mask_grad_kernel(const MaskGradArgs args) {
-  for_each_token(args.groups,
-                 [&](int64_t i) { write_mask_grad<A>(args, piece_at(args.groups, i), i); });
+  for_each(args.groups.tokens,
+           [&](int64_t i) { write_mask_grad<A>(args, piece_at(args.groups, i), i); });
 }
 template <class A>
 __global__ void __launch_bounds__(kTokenThreads) load_values_kernel(const ValuesArgs args) {
-  for_each_token(args.groups, [&](int64_t i) { load_value<A>(args, i); });
+  for_each(args.groups.tokens, [&](int64_t i) { load_value<A>(args, i); });
 }
 template <class A>
 __global__ void __launch_bounds__(kTokenThreads) values_grad_kernel(const ValuesArgs args) {
-  for_each_token(args.groups,
-                 [&](int64_t i) { write_value_grad<A>(args, piece_at(args.groups, i), i); });
+  for_each(args.groups.tokens,
+           [&](int64_t i) { write_value_grad<A>(args, piece_at(args.groups, i), i); });
 }
 
 // Launching
@@ -219,21 +257,21 @@ void launch_tokens(void (*kernel)(Args), const Args& args, Stream stream) {
          args);
 }
 
-// How the groups are shared: a warp each, and blocks as many as are needed.
-struct Share {
-  int64_t blocks;
+// How the groups are shared: a warp each, and as many blocks as are needed.
+struct Shares {
+  int64_t count;
   int threads;
-  explicit Share(int64_t groups)
-      : blocks(std::min((groups + kWarps - 1) / kWarps, kGroupBlocks)),
+  explicit Shares(int64_t groups)
+      : count(std::min((groups + kWarps - 1) / kWarps, kGroupBlocks)),
         threads(static_cast<int>(std::min<int64_t>(groups, kWarps)) * kWarp) {}
 };
 
-// What the pieces found, and behind it what the blocks did.
+// What the pieces found, and behind it what the shares did.
 template <class Part, class Found>
 int64_t scratch_for(const Groups& groups) {
   const Pieces pieces = pieces_of(groups, kPiece);
   if (pieces.count == 1) return 0;
-  return pieces.count * sizeof(Part) + Share(groups.count).blocks * sizeof(Found);
+  return pieces.count * sizeof(Part) + Shares(groups.count).count * sizeof(Found);
 }
 template <class Part, class Found>
 Found* found_in(void* scratch, const Pieces& pieces) {
@@ -253,14 +291,16 @@ int64_t weigh(const WeighArgs& args, Stream stream) {
                 args.wide ? weigh_kernel<double, kWarps> : weigh_kernel<float, kWarps>, args,
                 pieces, stream);
   if (pieces.count == 1) return -1;
-  const Share share(args.groups.count);
+  const Shares shares(args.groups.count);
   Active* const active = found_in<WeightSums, Active>(args.scratch, pieces);
   const bool counts = args.reduction == Reduction::kSequenceMean;
   if (counts) {
-    launch(count_groups_kernel, share.blocks, share.threads, 0, stream, args, pieces, active);
+    launch(count_groups_kernel, shares.count, shares.threads, 0, stream, args, pieces, active,
+           shares.count);
   }
-  launch(write_groups_kernel, share.blocks, share.threads, 0, stream, args, pieces, active,
-         counts ? share.blocks : 0);
+  const Active* const counted = counts ? active : nullptr;
+  launch(write_groups_kernel, shares.count, shares.threads, 0, stream, args, pieces, counted,
+         shares.count);
   return -1;
 }
 
@@ -270,13 +310,13 @@ void reduce(const ReduceArgs& args, Stream stream) {
                 args.wide ? reduce_kernel<double, kWarps> : reduce_kernel<float, kWarps>, args,
                 pieces, stream);
   if (pieces.count == 1) return;
-  const Share share(args.groups.count);
+  const Shares shares(args.groups.count);
   Total* const found = found_in<LossSums, Total>(args.scratch, pieces);
-  launch(args.wide ? reduce_groups_kernel<double> : reduce_groups_kernel<float>, share.blocks,
-         share.threads, 0, stream, args, pieces, found);
-  if (share.blocks > 1) {
+  launch(args.wide ? reduce_groups_kernel<double> : reduce_groups_kernel<float>, shares.count,
+         shares.threads, 0, stream, args, pieces, found, shares.count);
+  if (shares.count > 1) {
     launch(args.wide ? write_loss_kernel<double> : write_loss_kernel<float>, 1, kThreads, 0, stream,
-           args, found, share.blocks);
+           args, found, shares.count);
   }
 }
 

@@ -63,11 +63,11 @@ void check(const cpu::Kernels& table, DType dtype, const char* type, double epsi
   const int64_t target[kRows] = {0, cols, cols - 1};
   std::vector<A> tokens(TokenField::kCount * kRows, A(0));
   tokens[0] = A(1), tokens[2] = A(2);
-  const double group[GroupField::kCount] = {0.5, 0.5, 0, 0};
+  double group[GroupField::kCount] = {0.5, 0.5};
   RowArgs args{};
   args.logits = logits.data() + offset;
   args.dtype = dtype;
-  args.rows = args.steps = args.group_size = kRows;
+  args.rows = args.steps = kRows;
   args.cols = args.classes = cols;
   args.step_stride = args.grad_step_stride = stride;
   args.target = target;
@@ -76,7 +76,7 @@ void check(const cpu::Kernels& table, DType dtype, const char* type, double epsi
   args.stats = args.forward = true;
   args.dlogits = inplace ? logits.data() + offset : gradient.data() + offset;
   args.stream = true;
-  args.groups = group;
+  args.groups = {kRows, 1, kRows, group, GroupField::kCount, nullptr, 0};
   cpu::cross_entropy(args, two_threads(), table);
 
   const std::vector<T>& result = inplace ? logits : gradient;

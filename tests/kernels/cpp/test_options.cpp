@@ -143,7 +143,8 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   const DType wide_type = std::is_same_v<A, double> ? DType::kFloat64 : DType::kFloat32;
 
   WeighArgs weights{};
-  weights.groups = {kTokens, groups, kTokens / groups, nullptr, group.data()};
+  weights.groups = {kTokens, groups, kTokens / groups, group.data(), GroupField::kCount,
+                    nullptr, 0};
   weights.steps = kSteps;
   weights.skip_first = o.shift;
   if (!o.probs)
@@ -180,8 +181,7 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   args.softcap = o.softcap;
   args.table = tokens.data();
   args.stats = args.forward = true;
-  args.groups = group.data();
-  args.group_size = weights.groups.size;
+  args.groups = weights.groups;
   args.dlogits = fused ? gradient.data() : nullptr;
   cpu::cross_entropy(args, threads, table);
 
@@ -211,7 +211,7 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   of_mask.target = weights.target;
   of_mask.target_type = weights.target_type;
   of_mask.class_weight = weights.class_weight;
-  of_mask.dloss = &one;
+  of_mask.dloss.values = &one;
   of_mask.dmask = dmask.data();
   of_mask.mask_type = wide_type;
   cpu::mask_grad(of_mask, threads);
@@ -285,7 +285,7 @@ void check_values() {
   std::vector<float> tokens(2 * values.size()), dvalues(values.size());
   Numbers group(GroupField::kCount);
   WeighArgs weights{};
-  weights.groups = {4, 1, 4, nullptr, group.data()};
+  weights.groups = {4, 1, 4, group.data(), GroupField::kCount, nullptr, 0};
   weights.steps = 4;
   weights.mask = mask.data();
   weights.mask_type = DType::kFloat32;

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which group a token is in. Included like math.inl.h; the backend has quotient.
+
+// The last of [0, count) for which is(i) holds, where it holds up to some i, and for 0.
+template <class F>
+ML_FN int64_t last_where(int64_t count, const F& is) {
+  int64_t last = 0;
+  for (int64_t end = count - 1; last < end;) {
+    const int64_t middle = (last + end + 1) / 2;
+    if (is(middle)) {
+      last = middle;
+    } else {
+      end = middle - 1;
+    }
+  }
+  return last;
+}
+
+ML_FN int64_t group_begin(const Groups& groups, int64_t group) {
+  if (!groups.bounds) return group * groups.size;
+  return static_cast<int64_t>(groups.bounds[group * groups.bound_step]);
+}
+ML_FN int64_t group_end(const Groups& groups, int64_t group) {
+  return group + 1 == groups.count ? groups.tokens : group_begin(groups, group + 1);
+}
+ML_FN int64_t group_of(const Groups& groups, int64_t token) {
+  if (!groups.bounds) return quotient(token, groups.size);
+  return last_where(groups.count, [&](int64_t g) { return group_begin(groups, g) <= token; });
+}
+
+// The group's row of the table.
+ML_FN double* group_at(const Groups& groups, int64_t group) {
+  return groups.table + group * groups.columns;
+}
