@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""TRL's per-token functions, with TRL's names and arguments: one line in a script for a trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from masked_loss.divergence import masked_divergence
+from masked_loss.log_probs import token_log_probs
+
+__all__ = [
+    "ChunkedLogProbs",
+    "entropy_from_logits",
+    "generalized_jsd_loss",
+    "selective_log_softmax",
+    "selective_log_softmax_and_entropy",
+]
+
+_CHUNK_BYTES = 64 << 20  # of float32 logits
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    r"""``log_softmax(logits / temperature).gather(-1, index)``, by :func:`token_log_probs`.
+
+    Half types are computed in float32, temperature included, and come out as float32; rows with a
+    ``row_mask`` of 0 are not read. CPO, ORPO and the other trainers that import it::
+
+        trl.experimental.cpo.cpo_trainer.selective_log_softmax = selective_log_softmax
+
+    Args:
+        logits: [..., V] floating.
+        index: [...] or [..., K] int64.
+        temperature: what logits are divided by.
+        row_mask: in the shape of index: 0 skips a row.
+
+    Returns:
+        In the shape of index, float32 (float64 for float64 logits).
+
+    Raises:
+        IndexError: an index is out of range.
+
+    Source: https://github.com/huggingface/trl/blob/main/trl/trainer/utils.py
+
+    >>> import torch
+    >>> from masked_loss.integrations.trl import selective_log_softmax
+    >>> selective_log_softmax(torch.zeros(2, 8), torch.tensor([3, 5]))
+    tensor([-2.0794, -2.0794])
+    """
+    mask = row_mask
+    if mask is not None and mask.dim() == logits.dim():  # one value for each of K indices
+        picked = token_log_probs(logits, index, temperature=temperature)
+        return torch.where(mask != 0, picked, 0)
+    return token_log_probs(logits, index, mask, temperature=temperature)
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`selective_log_softmax` and :func:`entropy_from_logits` in one pass.
+
+    Args:
+        logits: [..., V] floating.
+        index: [...] int64.
+        entropy_requires_grad: False: the entropy has no gradient.
+        temperature: what logits are divided by, for both results.
+        row_mask: [...]: 0 skips a row, whose results are 0.
+
+    Returns:
+        Log-probabilities and entropies in nats, [...] float32 (float64 for float64 logits).
+
+    Raises:
+        IndexError: an index is out of range.
+
+    Source: https://github.com/huggingface/trl/blob/main/trl/trainer/utils.py
+
+    >>> import torch
+    >>> from masked_loss.integrations.trl import selective_log_softmax_and_entropy
+    >>> selective_log_softmax_and_entropy(torch.zeros(1, 8), torch.tensor([3]))
+    (tensor([-2.0794]), tensor([2.0794]))
+    """
+    log_probs, entropy = token_log_probs(
+        logits, index, row_mask, temperature=temperature, return_entropy=True
+    )
+    return log_probs, entropy if entropy_requires_grad else entropy.detach()
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    """The entropy of each token's distribution, in nats. A logit of -inf adds nothing.
+
+    Args:
+        logits: [..., V] floating.
+        chunk_size: not used: nothing of the size of the logits is made.
+
+    Returns:
+        [...] float32 (float64 for float64 logits).
+
+    Source: https://github.com/huggingface/trl/blob/main/trl/trainer/utils.py
+
+    >>> import torch
+    >>> from masked_loss.integrations.trl import entropy_from_logits
+    >>> entropy_from_logits(torch.tensor([[0.0, 0.0, float("-inf")]]))
+    tensor([0.6931])
+    """
+    index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return selective_log_softmax_and_entropy(logits, index)[1]
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: Tensor | float | None = None,
+) -> Tensor:
+    r"""GKD's loss: the Jensen-Shannon divergence of a student from a teacher.
+
+    By :func:`masked_divergence`, which copies neither the logits nor their active rows::
+
+        GKDTrainer.generalized_jsd_loss = staticmethod(generalized_jsd_loss)
+
+    Args:
+        student_logits: [..., V] floating.
+        teacher_logits: [..., V] floating.
+        labels: [...]: tokens with -100 do not count.
+        beta: between 0 and 1. 0 is KL(teacher | student) and 1 KL(student | teacher), as in TRL;
+            in between it is ``kind="jsd"``.
+        temperature: what both logits are divided by.
+        reduction: ``"batchmean"``: over the tokens that count (without labels over the first
+            dimension), ``"sum"``, or ``"mean"``: over tokens and classes.
+        num_items_in_batch: what to divide the sum by instead.
+
+    Returns:
+        A 0-dim tensor; 0 if no token counts.
+
+    Raises:
+        ValueError: another reduction, shapes that do not fit.
+
+    Source: https://github.com/huggingface/trl/blob/main/trl/experimental/gkd/gkd_trainer.py
+
+    >>> import torch
+    >>> from masked_loss.integrations.trl import generalized_jsd_loss
+    >>> x = torch.randn(2, 3, 8)
+    >>> generalized_jsd_loss(x, x, torch.tensor([[1, 2, -100], [4, -100, -100]]))
+    tensor(0.)
+    """
+    if reduction not in ("batchmean", "sum", "mean"):
+        raise ValueError(
+            "generalized_jsd_loss: reduction must be 'batchmean', 'sum' or 'mean', "
+            f"got {reduction!r}"
+        )
+    options: dict[str, Any] = {"kind": "jsd", "beta": beta}
+    if beta in (0, 1):
+        options = {"kind": "reverse_kl" if beta else "forward_kl"}
+    if num_items_in_batch is not None:
+        options["normalizer"] = num_items_in_batch
+        if isinstance(num_items_in_batch, Tensor):
+            options["normalizer"] = num_items_in_batch.reshape(()).to(student_logits.device)
+    elif reduction == "sum":
+        options["reduction"] = "sum"
+    elif reduction == "batchmean" and labels is None:
+        options["normalizer"] = max(student_logits.shape[0], 1)
+    mask = None if labels is None else labels != -100
+    loss: Tensor = masked_divergence(
+        student_logits, teacher_logits, mask, temperature=temperature, **options
+    )
+    mean_of_classes = reduction == "mean" and num_items_in_batch is None
+    return loss / student_logits.shape[-1] if mean_of_classes else loss
+
+
+class ChunkedLogProbs:
+    """Log-probabilities and entropies from hidden states, some tokens at a time.
+
+    What TRL's fused head (``add_fused_lm_head``) computes with: SFT, DPO, KTO, GRPO and RLOO use
+    masked_loss after ::
+
+        trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbs
+
+    The logits of a chunk are computed again in backward; with several chunks the gradient of a
+    half-precision weight is rounded at each. ``log_sum_sq_probs``, ``mean_logits`` and
+    ``is_top1`` come from TRL's own function, and without a gradient: trainers use them as weights
+    and for logging.
+
+    Source: https://github.com/huggingface/trl/blob/main/trl/kernels/chunked_logprob.py
+
+    >>> import torch
+    >>> from masked_loss.integrations.trl import ChunkedLogProbs
+    >>> hidden, head, target = torch.zeros(2, 4), torch.randn(8, 4), torch.tensor([3, 5])
+    >>> ChunkedLogProbs.apply(hidden, head, None, target, 1.0, 4096, None, 1.0, ("log_probs",))[0]
+    tensor([-2.0794, -2.0794])
+    """
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("log_probs", "entropy"),
+    ) -> tuple[Tensor | None, ...]:
+        """The arguments and the five results of TRL's function; those not asked for are None.
+
+        Args:
+            hidden: [N, D].
+            weight: [V, D].
+            bias: [V].
+            targets: [N] int64.
+            temperature: what logits are divided by, after the softcap.
+            chunk_size: TRL's width of a chunk of classes, for its own function.
+            softcap: logits -> softcap * tanh(logits / softcap), after the scale.
+            logit_scale: what the product is multiplied by first.
+            outputs: what is wanted.
+
+        Returns:
+            log_probs, entropy, log_sum_sq_probs, mean_logits and is_top1, each [N] or None.
+        """
+
+        def some(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> Any:
+            logits = F.linear(h, w.to(h.dtype), None if b is None else b.to(h.dtype))
+            logits = logits * logit_scale if logit_scale != 1.0 else logits
+            options: dict[str, Any] = {"return_entropy": "entropy" in outputs}
+            return token_log_probs(
+                logits, target, temperature=temperature, softcap=softcap, **options
+            )
+
+        size = max(16, _CHUNK_BYTES // (4 * weight.shape[0]))
+        chunks = [
+            checkpoint(some, h, weight, bias, target, use_reentrant=False)
+            for h, target in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+        if "entropy" in outputs:
+            results = [torch.cat(x) for x in zip(*chunks, strict=True)]
+        else:
+            results = [torch.cat(chunks)]
+        more = {*outputs} - {"log_probs", "entropy"}
+        others: tuple[Tensor | None, ...] = (None, None, None)
+        if more:
+            from trl.kernels import ChunkedLogProbFunction
+
+            with torch.no_grad():
+                others = ChunkedLogProbFunction.apply(
+                    hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale,
+                    ("log_probs", *more),
+                )[2:]  # fmt: skip
+        return (results[0], results[1] if len(results) > 1 else None, *others)
