@@ -120,7 +120,8 @@ def test_architectures(archs, expected, setup_py, monkeypatch):
 def test_architectures_of_a_release(setup_py, monkeypatch):
     monkeypatch.setenv("MASKED_LOSS_CUDA_RELEASE", "1")
     found = re.findall(r",code=(\w+)", " ".join(setup_py["arch_flags"]()))
-    assert found == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120"]
+    archs = [75, 80, 86, 89, 90, 100, 103, 120]
+    assert found == [*(f"sm_{arch}" for arch in archs), "compute_120"]
 
 
 @pytest.mark.parametrize("archs", ["Hopper", "8.0 90", "8.0+ptx"])
@@ -368,7 +369,7 @@ def test_versions_agree():
 
 @pytest.mark.parametrize("name", ["ruff", "clang-format", "mypy"])
 def test_pinned_tools_agree(name):
-    (pinned,) = re.findall(rf'"{name}==(.+)"', (ROOT / "pyproject.toml").read_text())
+    (pinned,) = set(re.findall(rf'"{name}==(.+)"', (ROOT / "pyproject.toml").read_text()))
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     (hook,) = re.findall(rf"repo: \S+{name}\S*\n    rev: v(\S+)", hooks)
     assert hook == pinned
@@ -379,4 +380,4 @@ def test_oldest_torch_agrees():
     hexadecimal = f"0x{major:02x}{minor:02x}000000000000"
     assert f"TORCH_TARGET_VERSION={hexadecimal}" in (ROOT / "setup.py").read_text()
     assert f"TORCH_TARGET_VERSION={hexadecimal}" in (ROOT / "CMakeLists.txt").read_text()
-    assert f'dependencies = ["torch>={major}.{minor}"]' in (ROOT / "pyproject.toml").read_text()
+    assert f'dependencies = ["torch>={major}.{minor}",' in (ROOT / "pyproject.toml").read_text()
