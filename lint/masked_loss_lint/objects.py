@@ -321,11 +321,11 @@ class Objects:
         spec, stats = module.spec, given.keywords.get("return_stats", V.Const(False))
         if module.reduction is None or not isinstance(stats, V.Const):
             return UNKNOWN
-        parameters = spec.parameters
-        if spec.is_module:
-            linear = spec.function == "linear_cross_entropy"
-            parameters = (*(("hidden", "weight") if linear else ("logits",)), "target", "mask")
+        forward = f"masked_loss.{spec.function}" if spec.is_ours and spec.is_module else spec.path
+        parameters = SPECS[forward].parameters if spec.is_ours else ()
         values = dict(zip(parameters, given.args, strict=False)) | given.keywords
+        if spec.is_ours and values.get("dim", NONE) != NONE:
+            return UNKNOWN  # one value for each sequence
         whole = values.get("normalizer", NONE) == NONE  # else: the count of the whole batch
         masked = spec.name == "masked_mean" or values.get("mask", NONE) != NONE
         uneven = spec.is_ours and masked and whole

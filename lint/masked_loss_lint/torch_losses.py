@@ -67,11 +67,16 @@ _WEIGHT_IN_CALL = {"mse_loss", "l1_loss", "huber_loss"}
 
 REDUCTIONS = {"none", "mean", "sum", "elementwise_mean", "batchmean", "sequence_mean"}
 _MASKED = "reduction normalizer ignore_index class_weight label_smoothing z_loss softcap shift"
+_DIVERGENCE = "kind beta temperature teacher_temperature softcap teacher_softcap reduction"
+_TEACHER = "teacher_hidden teacher_weight mask bias teacher_bias"
 _OURS = {
     "cross_entropy": f"input target {_CLASS} label_smoothing",
     "masked_cross_entropy": f"logits target mask {_MASKED}",
     "linear_cross_entropy": f"hidden weight target mask bias {_MASKED}",
-    "masked_reduce": "values mask reduction normalizer",
+    "masked_divergence": f"logits teacher_logits mask {_DIVERGENCE} normalizer shift",
+    "linear_divergence": f"hidden weight {_TEACHER} {_DIVERGENCE} normalizer shift",
+    "topk_divergence": "log_probs teacher_log_probs mask kind beta tail reduction normalizer",
+    "masked_reduce": "values mask reduction normalizer dim",
     "masked_mean": "values mask",
 }
 _OUR_OPERATORS = {
@@ -83,6 +88,7 @@ _OUR_MODULES = {
     "CrossEntropyLoss": ("cross_entropy", f"{_CLASS} label_smoothing"),
     "MaskedCrossEntropyLoss": ("masked_cross_entropy", _AS_MODULE),
     "LinearCrossEntropyLoss": ("linear_cross_entropy", _AS_MODULE),
+    "MaskedDivergenceLoss": ("masked_divergence", f"{_DIVERGENCE} shift"),
 }
 
 

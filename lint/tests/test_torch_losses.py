@@ -40,6 +40,17 @@ def test_the_parameters_are_those_of_masked_loss(path: str) -> None:
     assert set(known) <= signature.parameters.keys()
 
 
+def test_every_loss_of_masked_loss_is_there() -> None:
+    public = {n: getattr(masked_loss, n) for n in dir(masked_loss) if not n.startswith("_")}
+    losses = {
+        name
+        for name, owner in public.items()
+        if inspect.isfunction(owner) or (inspect.isclass(owner) and issubclass(owner, nn.Module))
+        if "reduction" in inspect.signature(owner).parameters
+    }
+    assert losses <= {path.rsplit(".", 1)[1] for path in OURS}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("average", [None, True, False])
 @pytest.mark.parametrize("reduce", [None, True, False])
