@@ -27,26 +27,15 @@ def _loss(hidden: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: An
     return _product(hidden, weight)
 
 
-@register_flop_formula(ops.linear_cross_entropy_forward)
-def _forward(
-    hidden: Sequence[int], weight: Sequence[int], *args: Any, out_shape: Any = None
-) -> int:
-    """The logits, and the gradients that scalar reductions compute along with them."""
-    return _product(hidden, weight) * _products(args)
+def _count(op: Any) -> None:
+    """Counts the logits and the gradients that a forward or a backward computes along with them."""
+    at = {argument.name: n for n, argument in enumerate(op.default._schema.arguments)}
+
+    @register_flop_formula(op)
+    def flops(*args: Any, out_shape: Any = None) -> int:
+        hidden, weight, needs = (args[at[name]] for name in ("hidden", "weight", "needs"))
+        return _product(hidden, weight) * (1 + sum(bool(need) for need in needs[:2]))
 
 
-@register_flop_formula(ops.linear_cross_entropy_backward)
-def _backward(
-    dloss: Sequence[int],
-    hidden: Sequence[int],
-    weight: Sequence[int],
-    *args: Any,
-    out_shape: Any = None,
-) -> int:
-    """The logits again, and the gradients."""
-    return _product(hidden, weight) * _products(args)
-
-
-def _products(args: Sequence[Any]) -> int:
-    needs = args[-1]  # of hidden, weight and bias
-    return 1 + sum(bool(need) for need in needs[:2])
+_count(ops.linear_cross_entropy_forward)
+_count(ops.linear_cross_entropy_backward)
