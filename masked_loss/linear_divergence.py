@@ -144,10 +144,10 @@ def linear_divergence(
     Source: docs/semantics.md.
 
     >>> import torch, masked_loss
-    >>> hidden, head = torch.randn(3, 4), torch.randn(7, 4)
-    >>> masked_loss.linear_divergence(hidden, head, torch.cat([hidden, hidden], -1),
-    ...     torch.cat([head, torch.zeros(7, 4)], -1))
-    tensor(0.)
+    >>> hidden, head = torch.zeros(3, 4), torch.randn(2, 4)
+    >>> teacher_hidden, teacher_head = torch.ones(3, 1), torch.tensor([[1.0], [-1.0]])
+    >>> masked_loss.linear_divergence(hidden, head, teacher_hidden, teacher_head)
+    tensor(0.3278)
     """
     tensors = (hidden, weight, teacher_hidden, teacher_weight, mask, bias, teacher_bias)
     if has_torch_function(tensors) and not torch.compiler.is_compiling():

@@ -314,6 +314,31 @@ def test_compiled(reduction: str, stats: bool) -> None:
         torch.testing.assert_close(eager, compiled)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sequence_mean"])
+def test_opcheck(reduction: str) -> None:
+    ops = torch.ops.masked_loss
+    student, teacher, mask, _ = problem(torch.float32, 9)
+    more = {"reduction": reduction, "kind": "jsd", "shift": True, "temperatures": torch.ones(3, 4)}
+    for name in ("masked_divergence", "masked_divergence_stats"):
+        torch.library.opcheck(getattr(ops, name).default, (student, teacher, mask), more)
+    y, w, kind = student.detach(), mask.detach(), (1.0, 2.0, "jsd", 0.3, None, 9.0, True)
+    forward = (y, teacher, w, None, None, None, *kind, reduction, True)
+    loss, _, tokens, groups = ops.masked_divergence_forward(*forward)
+    rows = (tokens, y, teacher, groups, None, torch.empty_like(y), None, None, *kind, True, False)
+    for name, args in {
+        "masked_divergence_forward": forward,
+        "masked_divergence_backward": (
+            torch.ones_like(loss), y, teacher, tokens, groups, None, None, *kind,
+        ),
+        "divergence_weigh": (y, w, None, reduction, True, True),
+        "divergence_rows": rows,
+    }.items():  # fmt: skip
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        if name != "divergence_weigh":  # which leaves most of its table to divergence_rows
+            checks += ("test_aot_dispatch_dynamic",)
+        torch.library.opcheck(getattr(ops, name).default, args, test_utils=checks)
+
+
 def test_memory_is_one_gradient() -> None:
     """Between forward and backward nothing of the size of the logits is kept but their gradient."""
     student, teacher, _, _ = problem(torch.float32, 4000)

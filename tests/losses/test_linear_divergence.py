@@ -161,3 +161,22 @@ def test_errors() -> None:
         linear_divergence(h, w, t, u, chunk_tokens=0)
     with pytest.raises(ValueError, match=f"{who}: kind must be one of"):
         linear_divergence(h, w, t, u, kind="kl")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_opcheck(reduction: str) -> None:
+    ops = torch.ops.masked_loss
+    heads, mask, _ = problem(torch.float32)
+    leaves = [x.clone().requires_grad_() for x in heads[:2]]
+    more = {"reduction": reduction, "kind": "jsd", "chunk_tokens": 4, "pack": False}
+    for name in ("linear_divergence", "linear_divergence_stats"):
+        torch.library.opcheck(getattr(ops, name).default, (*leaves, *heads[2:], mask), more)
+    both = (heads[0], heads[1], None, heads[2], heads[3], None)
+    kind, how = (1.0, 2.0, "jsd", 0.3, None, 9.0, True), (4, None, False, [True, True, False])
+    forward = (*both, mask, None, None, None, *kind, reduction, True, *how)
+    loss, _, tokens, groups, *_ = ops.linear_divergence_forward(*forward)
+    backward = (torch.ones_like(loss), *both, tokens, groups, None, None, *kind, *how)
+    for name, args in {
+        "linear_divergence_forward": forward, "linear_divergence_backward": backward,
+    }.items():  # fmt: skip
+        torch.library.opcheck(getattr(ops, name).default, args)
