@@ -7,14 +7,15 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from masked_loss import reference
+from masked_loss._op import log_probs as operators
 from masked_loss._op.arguments import (
+    require_bool,
     require_floating,
     require_mask,
     require_temperature,
     require_tensor,
-    widened,
 )
+from masked_loss.options import Meaning
 
 
 @overload
@@ -119,7 +120,15 @@ def token_log_probs(
     require_tensor(who, "target", target)
     require_mask(who, mask, logits.shape[:-1], logits)
     require_temperature(who, "temperature", temperature, logits.shape[:-1])
-    return reference.token_log_probs(
-        widened(logits), target, mask, temperature=temperature, ignore_index=ignore_index,
-        softcap=softcap, shift=shift, return_entropy=return_entropy,
-    )  # fmt: skip
+    require_bool(who, shift=shift, inplace_backward=inplace_backward, return_entropy=return_entropy)
+    per_token = temperature.expand(logits.shape[:-1]) if isinstance(temperature, Tensor) else None
+    operator = operators.token_log_probs_entropy if return_entropy else operators.token_log_probs
+    results = operator(
+        who,
+        (logits, target, mask, per_token),
+        Meaning(ignore_index=ignore_index, softcap=softcap, shift=shift),
+        {"temperatures": "temperature"},
+        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
+        inplace_backward=inplace_backward,
+    )
+    return (results[0], results[1]) if return_entropy else results[0]

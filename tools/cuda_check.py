@@ -47,7 +47,7 @@ def writes_gradients(kernel: Kernel) -> bool:
 
 
 def is_plain(kernel: Kernel) -> bool:
-    plain = "false" in kernel.name or not writes_gradients(kernel)
+    plain = ", false," in kernel.name or not writes_gradients(kernel)
     return is_row_kernel(kernel) and plain and "double" not in kernel.name
 
 

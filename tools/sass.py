@@ -102,14 +102,18 @@ def nvdisasm() -> str:
 
 
 def demangled(names: Iterable[str]) -> list[str]:
-    """rows_kernel<float, false, 16>: as much of a kernel's name as tells it from the others."""
+    """rows_kernel<float, false, 16>: as much of a kernel's name as tells it from the others.
+
+    false and true stand for CrossEntropy<false>, plain rows, and CrossEntropy<true>.
+    """
     text = "\n".join(names)
     plain = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
     found = []
     for name in plain.stdout.splitlines():
         name = re.sub(r"\(anonymous namespace\)::|masked_loss\w*::|cuda::|^void ", "", name.strip())
         name = name.replace("(bool)0", "false").replace("(bool)1", "true")
-        found.append(re.sub(r"\((bool|int)\)", "", name).split("(")[0])
+        name = re.sub(r"\((bool|int)\)", "", name).split("(")[0]
+        found.append(re.sub(r"CrossEntropy<(true|false)>", r"\1", name))
     return found
 
 

@@ -71,6 +71,16 @@ struct Upstream {
   bool per_token, per_group;
 };
 
+// The same of log-probabilities: [2 or, with the entropy, 3, tokens].
+struct LogProbField {
+  enum : int64_t {
+    kSum,  // of the logsumexp; before its row was read the token's weight, and 0 of a masked token
+    kTop,
+    kEntropySum,
+    kCount
+  };
+};
+
 struct StatField {
   enum : int64_t { kTokens, kCorrect, kEntropy, kZLoss, kCount };
 };
@@ -81,8 +91,10 @@ struct WeighArgs {
   Groups sequences;    // that shift does not cross, and behind which nothing has a weight; or none
   int64_t steps;       // length of the last dimension of target
   bool skip_first;     // shift: nothing predicts the first token of a sequence
-  const void* target;  // [tokens] class indices, or null
+  const void* target;  // [tokens, ids] class indices, or null
   DType target_type;   // kInt64 or kInt32
+  int64_t ids = 1;     // a token without an id that counts is masked, but where keep_ignored
+  bool keep_ignored;
   int64_t classes;
   int64_t ignore_index;
   const void* mask;  // [tokens], or null: 1
@@ -95,7 +107,10 @@ struct WeighArgs {
   void* scratch;             // what Backend::weigh_scratch wants
 };
 
+enum class RowLoss : int8_t { kCrossEntropy, kLogProbs };
+
 struct RowArgs {
+  RowLoss loss;
   // logits [rows, cols]: row r begins at (r / steps) * batch_stride + (r % steps) * step_stride.
   // Offsets are 64-bit: a vocabulary times a batch passes 2^31 easily.
   const void* logits;
@@ -104,10 +119,11 @@ struct RowArgs {
   int64_t batch_stride, step_stride;
   int64_t first, classes;  // column j is class first + j of so many
   bool shift;              // row t of a sequence scores its token t + 1
-  const void* target;      // [rows] class indices, or null
+  const void* target;      // [rows, ids] class indices, or null
   DType target_type;
-  const void* probs;         // [rows, cols] class probabilities of the logits' type, or null
-  const void* class_weight;  // [classes] of the accumulation type, or null
+  int64_t ids = 1, ignore_index;  // of log-probabilities: such an id has none
+  const void* probs;              // [rows, cols] class probabilities of the logits' type, or null
+  const void* class_weight;       // [classes] of the accumulation type, or null
   double label_smoothing, z_loss, softcap;  // softcap 0: none
   double temperature = 1;                   // what capped logits are divided by
   const void* temperatures;  // or one for each token, [rows] of the accumulation type; else null
@@ -119,6 +135,7 @@ struct RowArgs {
   int64_t grad_batch_stride, grad_step_stride;
   bool stream;           // dlogits is larger than the caches: write around them what is not there
   Groups groups;         // of the rows' tokens
+  void* results[2];      // out, of log-probabilities: [rows, ids], and the entropy [rows] or null
   Upstream upstream[2];  // of each result of the loss
   void* scratch;         // as in WeighArgs
 };

@@ -24,6 +24,16 @@ struct Token {
     return static_cast<A>(args.temperature);
   }
   ML_FN const double* group() const { return group_at(args.groups, group_of(args.groups, index)); }
+  ML_FN int64_t id(int64_t k) const {
+    return index_at(args.target, args.target_type, index * args.ids + k);
+  }
+  ML_FN A& log_prob(int64_t k) const {
+    return static_cast<A*>(args.results[0])[index * args.ids + k];
+  }
+  ML_FN A upstream_of_id(int64_t k) const {
+    return static_cast<const A*>(args.upstream[0].values)[index * args.ids + k];
+  }
+  ML_FN A& entropy() const { return static_cast<A*>(args.results[1])[index]; }
   ML_FN A upstream(int result) const {
     const Upstream& u = args.upstream[result];
     return u.values ? static_cast<const A*>(u.values)[u.per_token ? index : 0] : A(1);
@@ -54,7 +64,7 @@ ML_FN V gradient_term(V y, V top, const RowGrad<V>& g, V q) {
 // class probabilities.
 template <bool soft>
 struct CrossEntropy {
-  static constexpr bool kSoft = soft, kSlope = false;
+  static constexpr bool kSoft = soft, kSlope = false, kManyTargets = false;
   template <class V>
   using Sums = LogSumExp<V>;
 
@@ -118,5 +128,60 @@ struct CrossEntropy {
   ML_FN static C target_grad(C y, C top, C q, const Grad<C>& g) {
     const C e = exp(y - top);
     return g.gamma * (g.mass * e - q) + g.z * e;
+  }
+};
+
+// The log-probabilities of a token's ids, log p_t = (y_t - top) - log(sum), and where they are
+// asked for the entropies of p. With the upstream gradients a_k of the first and b of the second,
+//   d/dy_j = e_j (-sum_k a_k - b (u_j + entropy_sum / sum)) / sum + sum_k a_k [j = t_k]
+template <bool with_entropy>
+struct LogProbs {
+  static constexpr bool kSoft = false, kSlope = with_entropy, kManyTargets = true;
+  template <class V>
+  using Sums = std::conditional_t<with_entropy, EntropySums<V>, LogSumExp<V>>;
+  template <class C>
+  using Grad = RowGrad<C>;
+
+  template <class A>
+  ML_FN static double log_prob(const LogSumExp<A>& sums, double y) {
+    return (y - static_cast<double>(sums.top)) - log(static_cast<double>(sums.sum));
+  }
+  template <class A, class SumsOfRow>
+  ML_FN static void finish(const Token<A>& token, const SumsOfRow& sums) {
+    // 0 says that a token is masked. The sum of a row of nothing but -inf is no number either.
+    const auto sum = sums.sum == 0 ? sums.sum / sums.sum : sums.sum;
+    token.column(LogProbField::kSum) = static_cast<A>(sum);
+    token.column(LogProbField::kTop) = static_cast<A>(sums.top);
+    if constexpr (with_entropy) {
+      token.column(LogProbField::kEntropySum) = static_cast<A>(sums.entropy_sum);
+      token.entropy() = static_cast<A>(entropy<double>(sums.sum, sums.entropy_sum));
+    }
+  }
+  template <class A>
+  ML_FN static void finish_masked(const Token<A>& token) {
+    token.column(LogProbField::kSum) = 0;
+    token.column(LogProbField::kTop) = 0;
+    if constexpr (with_entropy) {
+      token.column(LogProbField::kEntropySum) = 0;
+      token.entropy() = 0;
+    }
+  }
+
+  template <class A>
+  ML_FN static RowGrad<double> grad(const Token<A>& token) {
+    const double sum = token.column(LogProbField::kSum), temperature = token.temperature();
+    double a = 0, b = 0;
+    for (int64_t k = 0; k < token.args.ids; ++k) {
+      if (token.id(k) != token.args.ignore_index) a += token.upstream_of_id(k);
+    }
+    if constexpr (with_entropy) {
+      b = token.upstream(1);
+      a += b * token.column(LogProbField::kEntropySum) / sum;
+    }
+    return {-a / sum / temperature, -b / sum / temperature, 0};
+  }
+  // At an id, to which goes the upstream gradient `own` over the temperature.
+  ML_FN static double target_grad(double y, double top, const RowGrad<double>& g, double own) {
+    return exp(y - top) * (g.alpha + g.beta * below_top(y, top)) + own;
   }
 };

@@ -53,6 +53,8 @@ struct LogSumExp {
   // Written out: an implicit constructor would not belong to the target region.
   ML_FN LogSumExp() : top(V(Limits<V>::lowest())), sum(V(0)) {}
   ML_FN LogSumExp(V t, V s) : top(t), sum(s) {}
+  template <class B>
+  ML_FN explicit LogSumExp(const LogSumExp<B>& other) : top(other.top), sum(other.sum) {}
 
   ML_FN void raise(V to) {
     sum = sum * exp(top - to);
@@ -82,6 +84,9 @@ struct EntropySums : LogSumExp<V> {
   V entropy_sum;
 
   ML_FN EntropySums() : entropy_sum(V(0)) {}
+  template <class B>
+  ML_FN explicit EntropySums(const EntropySums<B>& other)
+      : LogSumExp<V>(other), entropy_sum(other.entropy_sum) {}
 
   ML_FN void raise(V to) {
     entropy_sum = (entropy_sum - this->sum * below_top(this->top, to)) * exp(this->top - to);
@@ -126,9 +131,10 @@ struct TargetSums : EntropySums<A> {
   ML_FN TargetSums() : soft_loss(A(0)), soft_mass(A(0)), beaten(0) {}
   template <class B>
   ML_FN explicit TargetSums(const TargetSums<B>& other)
-      : soft_loss(other.soft_loss), soft_mass(other.soft_mass), beaten(other.beaten) {
-    this->top = other.top, this->sum = other.sum, this->entropy_sum = other.entropy_sum;
-  }
+      : EntropySums<A>(other),
+        soft_loss(other.soft_loss),
+        soft_mass(other.soft_mass),
+        beaten(other.beaten) {}
 
   ML_FN void raise(A to) {
     // Of a row of nothing but -inf the top is no logit, and soft_loss infinite, whatever the top.

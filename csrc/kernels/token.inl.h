@@ -134,9 +134,14 @@ ML_FN TokenWeight token_weight(const WeighArgs& args, int64_t i, int64_t sequenc
   // As the rows' kernels see it: a weight that underflows there is none here either.
   const double w = args.mask ? static_cast<A>(number_at(args.mask, args.mask_type, i)) : A(1);
   if (!args.target || w == 0) return {w, 1, false};
-  const int64_t target = index_at(args.target, args.target_type, i);
-  if (target == args.ignore_index) return masked;
-  if (target < 0 || target >= args.classes) return {0, 1, true};
+  int64_t target = args.ignore_index;
+  for (int64_t k = i * args.ids; k < (i + 1) * args.ids; ++k) {
+    const int64_t id = index_at(args.target, args.target_type, k);
+    if (id == args.ignore_index) continue;
+    if (id < 0 || id >= args.classes) return {0, 1, true};
+    target = id;
+  }
+  if (target == args.ignore_index) return args.keep_ignored ? TokenWeight{w, 1, false} : masked;
   return {w, args.class_weight ? as<A>(args.class_weight)[target] : A(1), false};
 }
 

@@ -86,6 +86,34 @@ void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor
                      std::optional<double> softcap, std::optional<double> teacher_softcap,
                      bool shift, bool forward, bool unless_one);
 
+Tensor token_log_probs(Tensor logits, Tensor target, OptionalTensor mask,
+                       OptionalTensor temperatures, double temperature, int64_t ignore_index,
+                       std::optional<double> softcap, bool shift, bool inplace_backward);
+
+std::tuple<Tensor, Tensor> token_log_probs_entropy(Tensor logits, Tensor target,
+                                                   OptionalTensor mask, OptionalTensor temperatures,
+                                                   double temperature, int64_t ignore_index,
+                                                   std::optional<double> softcap, bool shift,
+                                                   bool inplace_backward);
+
+// -> log_probs, entropy (of no token if it is not asked for), tokens: LogProbField
+std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(Tensor logits, Tensor target,
+                                                           OptionalTensor mask,
+                                                           OptionalTensor temperatures,
+                                                           double temperature, int64_t ignore_index,
+                                                           std::optional<double> softcap,
+                                                           bool shift, bool entropy);
+
+Tensor token_log_probs_backward(Tensor dlog_probs, OptionalTensor dentropy, Tensor logits,
+                                Tensor target, Tensor tokens, OptionalTensor temperatures,
+                                double temperature, int64_t ignore_index,
+                                std::optional<double> softcap, bool shift);
+
+void token_log_probs_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTensor dentropy,
+                                  Tensor logits, Tensor target, Tensor tokens,
+                                  OptionalTensor temperatures, double temperature,
+                                  int64_t ignore_index, std::optional<double> softcap, bool shift);
+
 std::string cpu_capability();
 std::string cuda_architectures();  // as cuda::architectures(); empty without CUDA kernels
 

@@ -23,6 +23,16 @@
 #define ML_BACKWARD \
   "Tensor logits, Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, "
 
+#define ML_LOG_PROBS_PUBLIC                                                               \
+  "(Tensor logits, Tensor target, Tensor? mask=None, Tensor? temperatures=None, *, "      \
+  "float temperature=1.0, int ignore_index=-100, float? softcap=None, bool shift=False, " \
+  "bool inplace_backward=False) -> "
+#define ML_LOG_PROBS \
+  "Tensor? temperatures, float temperature, int ignore_index, float? softcap, bool shift"
+#define ML_LOG_PROBS_BACKWARD                                                  \
+  "Tensor dlog_probs, Tensor? dentropy, Tensor logits, Tensor target, Tensor " \
+  "tokens, " ML_LOG_PROBS
+
 #define ML_OPERATORS(_)                                                                           \
   _(cross_entropy, ML_PUBLIC "Tensor")                                                            \
   _(cross_entropy_stats, ML_PUBLIC "(Tensor loss, Tensor stats)")                                 \
@@ -59,7 +69,14 @@
     "(Tensor(a!) tokens, Tensor logits, Tensor teacher_logits, Tensor groups, Tensor? dloss, "    \
     "Tensor(b!)? dlogits, Tensor? temperatures, Tensor? teacher_temperatures, "                   \
     "float temperature, float teacher_temperature, str kind, float beta, float? softcap, "        \
-    "float? teacher_softcap, bool shift, bool forward, bool unless_one) -> ()")
+    "float? teacher_softcap, bool shift, bool forward, bool unless_one) -> ()")                   \
+  _(token_log_probs, ML_LOG_PROBS_PUBLIC "Tensor")                                                \
+  _(token_log_probs_entropy, ML_LOG_PROBS_PUBLIC "(Tensor log_probs, Tensor entropy)")            \
+  _(token_log_probs_forward,                                                                      \
+    "(Tensor logits, Tensor target, Tensor? mask, " ML_LOG_PROBS                                  \
+    ", bool entropy) -> (Tensor log_probs, Tensor entropy, Tensor tokens)")                       \
+  _(token_log_probs_backward, "(" ML_LOG_PROBS_BACKWARD ") -> Tensor")                            \
+  _(token_log_probs_backward_out, "(Tensor(a!) dlogits, " ML_LOG_PROBS_BACKWARD ") -> ()")
 
 namespace masked_loss {
 namespace {

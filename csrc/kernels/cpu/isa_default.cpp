@@ -23,6 +23,7 @@ using VecOf = Portable<std::conditional_t<std::is_same_v<T, double>, double, flo
 #include "kernels/losses.inl.h"
 #include "kernels/cpu/fetch.inl.h"
 #include "kernels/cpu/divergence.inl.h"
+#include "kernels/cpu/log_probs.inl.h"
 #include "kernels/cpu/rows.inl.h"
 // clang-format on
 }  // namespace

@@ -10,6 +10,12 @@ template <class V, class A>
 LogSumExp<A> lanes_added(const LogSumExp<V>& lanes, A top) {
   return {top, lane_sum(lanes.sum)};
 }
+template <class V, class A>
+EntropySums<A> lanes_added(const EntropySums<V>& lanes, A top) {
+  EntropySums<A> all;
+  all.top = top, all.sum = lane_sum(lanes.sum), all.entropy_sum = lane_sum(lanes.entropy_sum);
+  return all;
+}
 
 // mapped: the logits have a softcap or a temperature, which an inner loop should not have to ask.
 template <class T, class Loss, bool mapped>
@@ -58,7 +64,7 @@ struct RowKernel {
   }
 
   void run_finish(int64_t row, const void* partial) const {
-    if (!active(row)) return Loss::finish_masked(token(row));
+    if (!active(row)) return finish_masked(token(row));
     Sums all;
     for (int64_t i = 0; i * kSegment < args.cols; ++i) {
       append(&all, static_cast<const Sums*>(partial)[i]);
@@ -101,10 +107,11 @@ struct RowKernel {
 
   Token<A> token(int64_t row) const { return {args, token_of(args, row, row % args.steps)}; }
 
+  static_assert(int64_t{TokenField::kWeight} == LogProbField::kSum);
   bool active(int64_t row) const { return token(row).column(TokenField::kWeight) != 0; }
 
   void masked(int64_t row) const {
-    if (args.forward) Loss::finish_masked(token(row));
+    if (args.forward) finish_masked(token(row));
     if (args.dlogits) clear<V>(dlogits_of(row), args.cols, args.stream);
   }
 
@@ -126,10 +133,12 @@ struct RowKernel {
           -1,
           A(0),
           InverseTemperature<A>(mapped ? token(row).temperature() : 1)};
-    if (args.probs) return r;
-    const int64_t target = index_at(args.target, args.target_type, r.token.index);
-    r.target = target - args.first;
-    r.hard = Loss::template hard<A>(args, target);
+    if constexpr (!Loss::kManyTargets) {
+      if (args.probs) return r;
+      const int64_t target = index_at(args.target, args.target_type, r.token.index);
+      r.target = target - args.first;
+      r.hard = Loss::template hard<A>(args, target);
+    }
     return r;
   }
 
@@ -219,6 +228,25 @@ struct RowKernel {
 
   // From the first look's sums to what the token table keeps of them.
   void finish(const Row& r, const Sums& sums) const {
+    if constexpr (Loss::kManyTargets) {
+      Loss::finish(r.token, sums);
+      for (int64_t k = 0; k < args.ids; ++k) {
+        const int64_t id = r.token.id(k);
+        const bool ignored = id == args.ignore_index;
+        const double y = ignored ? 0 : logit_at(r, id - args.first);
+        r.token.log_prob(k) = ignored ? A(0) : static_cast<A>(Loss::log_prob(sums, y));
+      }
+    } else {
+      finish_loss(r, sums);
+    }
+  }
+
+  static void finish_masked(const Token<A>& token) {
+    Loss::finish_masked(token);
+    for (int64_t k = 0; Loss::kManyTargets && k < token.args.ids; ++k) token.log_prob(k) = 0;
+  }
+
+  void finish_loss(const Row& r, const Sums& sums) const {
     TargetSums<double> all;
     all.top = sums.top, all.sum = sums.sum;
     if constexpr (Loss::kSoft) {
@@ -266,26 +294,75 @@ struct RowKernel {
   // The gradient
 
   Grad grad_of(const Row& r) const {
-    const LogSumExp<double> lse(r.token.column(TokenField::kTop), r.token.column(TokenField::kSum));
-    double scale = static_cast<double>(r.token.column(TokenField::kWeight)) * r.token.upstream(0);
-    if (cooling) scale /= r.token.temperature();
-    Grad g = Loss::grad(r.token, scale, lse, double{r.token.column(TokenField::kTargetMass)});
+    Grad g;
+    if constexpr (Loss::kManyTargets) {
+      g = Loss::grad(r.token);
+    } else {
+      const Token<A>& t = r.token;
+      const LogSumExp<double> lse(t.column(TokenField::kTop), t.column(TokenField::kSum));
+      double scale = static_cast<double>(t.column(TokenField::kWeight)) * t.upstream(0);
+      if (cooling) scale /= t.temperature();
+      g = Loss::grad(t, scale, lse, double{t.column(TokenField::kTargetMass)});
+    }
     // The vectors' rounding to bf16 takes no NaN with low bits, which a carry could make infinite.
     if (g.alpha != g.alpha) g.alpha = std::numeric_limits<A>::quiet_NaN();
+    if (g.beta != g.beta) g.beta = std::numeric_limits<A>::quiet_NaN();
     return g;
   }
 
+  A top_of(const Row& r) const {
+    return r.token.column(Loss::kManyTargets ? int64_t{LogProbField::kTop} : TokenField::kTop);
+  }
+
+  // The derivatives at the targets in [begin, end), to be computed before the row is overwritten,
+  // and written after.
+  struct OneTarget {
+    int64_t column;
+    A derivative;
+
+    OneTarget(const RowKernel& kernel, const Row& r, const Grad& g, int64_t begin, int64_t end)
+        : column(begin <= r.target && r.target < end ? r.target : -1) {
+      if (column < 0) return;
+      // Added up in A, as the row's mass was: of one class alone nothing must be left.
+      const A q = r.hard + (Loss::kSoft ? kernel.soft_target_at(r, column) : A(0));
+      const double y = kernel.logit_at(r, column), top = kernel.top_of(r);
+      const double d = Loss::target_grad(y, top, double{q}, g);
+      derivative = static_cast<A>(kernel.slope_at(r, column) * d);
+    }
+    void write(T* dx) const {
+      if (column >= 0) narrow(derivative, dx + column);
+    }
+  };
+  struct ManyTargets : Ids<A> {
+    const int64_t begin, end;
+
+    ManyTargets(const RowKernel& kernel, const Row& r, const Grad& g, int64_t begin, int64_t end)
+        : Ids<A>(r.token), begin(begin), end(end) {
+      for (int64_t k = 0; k < this->count; ++k) {
+        const int64_t j = this->column[k];
+        if (j < begin || j >= end) continue;
+        const double own = this->total_of(k) / r.token.temperature();
+        const double d = Loss::target_grad(kernel.logit_at(r, j), kernel.top_of(r), g, own);
+        this->derivative[k] = static_cast<A>(kernel.slope_at(r, j) * d);
+      }
+    }
+    void write(T* dx) const {
+      for (int64_t k = 0; k < this->count; ++k) {
+        const int64_t j = this->column[k];
+        if (begin <= j && j < end) narrow(this->derivative[k], dx + j);
+      }
+    }
+  };
+  using Targets = std::conditional_t<Loss::kManyTargets, ManyTargets, OneTarget>;
+
   // Of [begin, end) of a row. Where `next` is none, the row was read just now.
   void grad(const Row& r, const Grad& g, int64_t begin, int64_t end, const T* next) const {
-    const A top_of_row = r.token.column(TokenField::kTop);
-    const V top(top_of_row);
+    const V top(top_of(r));
     const T* const x = r.x;
     T* const dx = r.dx;
     const RowGrad<V> of_lanes{V(static_cast<A>(g.alpha)), V(static_cast<A>(g.beta)),
                               V(static_cast<A>(g.gamma))};
-    const bool has_target = begin <= r.target && r.target < end;
-    const A own = has_target ? logit_at(r, r.target) : A(0);  // now: dx may be x
-    const A own_slope = has_target ? slope_at(r, r.target) : A(1);
+    const Targets targets(*this, r, g, begin, end);
     const auto of_raw = [&](V raw, V q) {
       V y = raw, t(0);
       if constexpr (mapped) {
@@ -325,26 +402,27 @@ struct RowKernel {
       }
     }
     for_each_vector<V>(j, end, [&](int64_t i, auto count) { store(at(i, count), dx + i, count); });
-    if (has_target) {
-      // Added up in A, as the row's mass was: of one class alone nothing must be left.
-      const A q = r.hard + (Loss::kSoft ? soft_target_at(r, r.target) : A(0));
-      const double d = own_slope * Loss::target_grad(double{own}, double{top_of_row}, double{q}, g);
-      narrow(static_cast<A>(d), dx + r.target);
-    }
+    targets.write(dx);
   }
 };
 
 // The loss, and whether logits are mapped, are template arguments.
+template <class T, class Loss, class F>
+void with_mapping(const RowArgs& args, const F& f) {
+  const bool mapped = args.softcap != 0 || args.temperatures || args.temperature != 1;
+  mapped ? f(RowKernel<T, Loss, true>{args}) : f(RowKernel<T, Loss, false>{args});
+}
 template <class T, class F>
 void with_loss(const RowArgs& args, const F& f) {
-  const bool mapped = args.softcap != 0 || args.temperatures || args.temperature != 1;
-  const bool soft = args.probs || args.label_smoothing != 0;
-  if (mapped) {
-    if (soft) return f(RowKernel<T, CrossEntropy<true>, true>{args});
-    return f(RowKernel<T, CrossEntropy<false>, true>{args});
+  if (args.loss == RowLoss::kLogProbs) {
+    // The entropy itself, or its gradient.
+    const bool with_entropy = args.results[1] || args.upstream[1].values;
+    return with_entropy ? with_mapping<T, LogProbs<true>>(args, f)
+                        : with_mapping<T, LogProbs<false>>(args, f);
   }
-  if (soft) return f(RowKernel<T, CrossEntropy<true>, false>{args});
-  return f(RowKernel<T, CrossEntropy<false>, false>{args});
+  const bool soft = args.probs || args.label_smoothing != 0;
+  soft ? with_mapping<T, CrossEntropy<true>>(args, f)
+       : with_mapping<T, CrossEntropy<false>>(args, f);
 }
 
 template <class T>

@@ -24,6 +24,8 @@ constexpr Team kLosses[] = {{2048, 1, 4, 8}, {INT64_MAX, 4, 1, 8}};
 constexpr Team kFused[] = {
     {512, 1, 4, 8}, {1024, 2, 2, 8}, {2048, 4, 1, 8}, {4096, 8, 1, 4}, {INT64_MAX, 16, 1, 2}};
 constexpr Team kGeneral[] = {{128, 1, 4, 8}, {2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
+// However many rows there are, a log-probability has the same bits.
+constexpr Team kLogProbs[] = {{2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
 constexpr Team kDouble[] = {{INT64_MAX, 4, 1, 8}};
 // Where rows are few, more warps for each: as many threads as a multiprocessor holds are wanted.
 constexpr int64_t kWarpsWanted = 32;
@@ -57,11 +59,14 @@ int64_t shared_bytes(const Team& team, int64_t row_bytes) {
 Plan plan_rows(const RowArgs& args) {
   const int64_t row_bytes = args.cols * element_size(args.dtype);
   const int64_t words = ceil_div(row_bytes, 16);
-  const bool general = args.softcap != 0 || args.temperatures || args.temperature != 1 ||
-                       args.label_smoothing != 0 || args.probs || args.stats;
+  const bool log_probs = args.loss == RowLoss::kLogProbs;
+  const bool general = log_probs || args.softcap != 0 || args.temperatures ||
+                       args.temperature != 1 || args.label_smoothing != 0 || args.probs ||
+                       args.stats;
   const bool losses = !general && args.dtype != DType::kFloat64 && args.forward && !args.dlogits;
   const int64_t sms = attribute(cudaDevAttrMultiProcessorCount);
   const Team* entry = args.dtype == DType::kFloat64 ? kDouble
+                      : log_probs                   ? kLogProbs
                       : general                     ? kGeneral
                       : losses                      ? kLosses
                                                     : kFused;
@@ -76,6 +81,7 @@ Plan plan_rows(const RowArgs& args) {
   const int64_t blocks = team.blocks * sms;
   Plan plan{general, team.warps, team.teams, blocks, 1, args.cols, 0, false, Phase::kRows};
   if (losses) plan.phase = Phase::kLosses;
+  if (log_probs) return plan;
   int64_t parts = ceil_div(args.cols, kMaxWidth);
   if (words >= kSplitWords) {
     parts = std::max(parts, std::min(blocks / args.rows, words / kPartWords));
@@ -93,7 +99,11 @@ Plan plan_rows(const RowArgs& args) {
 }
 
 int64_t scratch_bytes(const RowArgs& args) {
-  if (!args.forward || args.rows == 0 || args.cols == 0) return 0;
+  if (args.rows == 0 || args.cols == 0) return 0;
+  if (args.loss == RowLoss::kLogProbs) {
+    return args.dlogits ? args.rows * args.ids * static_cast<int64_t>(sizeof(double)) : 0;
+  }
+  if (!args.forward) return 0;
   const Plan plan = plan_rows(args);
   return plan.parts > 1 ? args.rows * plan.parts * kPartialBytes : 0;
 }

@@ -6,16 +6,30 @@
 // that reaches, beyond that in L2. A masked row is never read; its gradient is set to zero.
 // Included inside a file's own namespace, after math.inl.h.
 
-// general: with a softcap, a temperature, a soft target distribution or statistics.
-template <class T, bool general, int kWarps>
+// What threads add up: of cross entropy in general also what its options need.
+template <class Loss, class V>
+struct ThreadSums {
+  using Type = typename Loss::template Sums<V>;
+};
+template <class V>
+struct ThreadSums<CrossEntropy<true>, V> {
+  using Type = TargetSums<V>;
+};
+
+// All but plain cross entropy: with a softcap, a temperature, a soft target distribution, or
+// statistics.
+template <class Loss>
+constexpr bool is_general = !std::is_same_v<Loss, CrossEntropy<false>>;
+
+template <class T, class Loss, int kWarps>
 struct RowKernel {
   using A = typename Accumulation<T>::Type;
-  using Loss = CrossEntropy<general>;
+  static constexpr bool general = is_general<Loss>;
   // Where several terms make up a gradient in float, it shows every rounding of what is done once
   // for each row: the threads' sums are merged, and the coefficients computed, in double.
   using C = std::conditional_t<general, double, A>;
   template <class X>
-  using SumsOf = std::conditional_t<general, TargetSums<X>, LogSumExp<X>>;
+  using SumsOf = typename ThreadSums<Loss, X>::Type;
   using Sums = SumsOf<C>;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kPerLoad = kPerWord16<T>;
@@ -100,7 +114,8 @@ struct RowKernel {
     r.own = r.hard = A(0);
     // Together: the target's logit must not wait for one after the other, and the row's first loads
     // come after it.
-    r.label = args.probs ? 0 : index_at(args.target, args.target_type, token.index);
+    r.label =
+        Loss::kManyTargets || args.probs ? 0 : index_at(args.target, args.target_type, token.index);
     r.weight = token.column(TokenField::kWeight);
     return r;
   }
@@ -121,7 +136,12 @@ struct RowKernel {
 
   template <int N>
   ML_FN void push(const Row& r, SumsOf<A>* sums, const A (&x)[N], int at) const {
-    if constexpr (general) {
+    if constexpr (Loss::kManyTargets) {
+      A y[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) y[i] = logit(r, x[i]);
+      sums->push(y);
+    } else if constexpr (general) {
       A y[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) y[i] = logit(r, x[i]);
@@ -225,8 +245,12 @@ struct RowKernel {
       if (capped) x[i] = tanh(x[i] * inverse_cap);  // what the slope needs, to its last digit
       A y = capped ? cap * x[i] : x[i];
       if (cooling) y = cooled(y, r.cool);
-      d[i] = soft ? gradient_term<CrossEntropy<true>, A>(y, g.top, g, soft_target_at(r, at + i))
-                  : gradient_term<CrossEntropy<false>, A>(y, g.top, g, A(0));
+      if constexpr (Loss::kManyTargets) {
+        d[i] = gradient_term<Loss, A>(y, g.top, g, A(0));
+      } else {
+        d[i] = soft ? gradient_term<CrossEntropy<true>, A>(y, g.top, g, soft_target_at(r, at + i))
+                    : gradient_term<CrossEntropy<false>, A>(y, g.top, g, A(0));
+      }
     }
     if (static_cast<unsigned>(r.target - at) < static_cast<unsigned>(N)) {
 #pragma unroll
@@ -315,11 +339,73 @@ struct RowKernel {
   ML_FN void masked(const Row& r, int64_t part) const {
     if (plan.phase == Phase::kPartial) return;
     if (args.forward && part == 0 && rank() == 0) Loss::finish_masked(r.token);
+    for (int64_t k = rank(); Loss::kManyTargets && args.forward && k < args.ids; k += kThreads) {
+      r.token.log_prob(k) = 0;
+    }
     if (r.dx) clear(r);
+  }
+
+  // Rows of log-probabilities: whole rows, whatever their number, so that their bits do not depend
+  // on the batch. An id's thread writes its class after all other classes are written.
+  ML_FN void run_ids(int64_t row) const {
+    const Row r = row_at(row, 0);
+    if (r.weight == A(0)) return masked(r, 0);
+    if (args.forward) {
+      const Sums sums = look(r, nullptr);
+      if (rank() == 0) Loss::finish(r.token, sums);
+      for_each_id(r, [&](int64_t k, int64_t column) {
+        const A y = column < 0 ? A(0) : logit(r, A(widen(r.x[column])));
+        r.token.log_prob(k) = column < 0 ? A(0) : static_cast<A>(Loss::log_prob(sums, y));
+      });
+      team_barrier<kWarps>();  // the next row's states go where this one's may still be read
+    }
+    if (!r.dx) return;
+    const RowGrad<double> g = Loss::grad(r.token);
+    const A top = r.token.column(LogProbField::kTop);
+    A* const derivatives = static_cast<A*>(args.scratch) + r.token.index * args.ids;
+    for_each_id(r, [&](int64_t k, int64_t column) {
+      if (column < 0) return;
+      const A x = A(widen(r.x[column])), t = capped ? tanh(x * inverse_cap) : A(0);
+      const double own = total_of(r, k) / r.token.temperature();
+      const double d = Loss::target_grad(logit(r, x), top, g, own);
+      derivatives[k] = static_cast<A>(tanh_slope(t) * d);
+    });
+    team_barrier<kWarps>();  // dx may be x
+    grad(r, {{A(g.alpha), A(g.beta), A(0)}, top, A(0)}, nullptr);
+    team_barrier<kWarps>();
+    for_each_id(r, [&](int64_t k, int64_t column) {
+      if (column >= 0) narrow(derivatives[k], r.dx + column);
+    });
+  }
+
+  // f(k, the id's column, or -1 where it is ignored), shared out to the team.
+  template <class F>
+  ML_FN void for_each_id(const Row& r, const F& f) const {
+    for (int64_t k = rank(); k < args.ids; k += kThreads) {
+      const int64_t id = r.token.id(k);
+      f(k, id == args.ignore_index ? -1 : id - args.first);
+    }
+  }
+
+  // All that goes to the class of id k, which may be there more than once.
+  ML_FN double total_of(const Row& r, int64_t k) const {
+    double sum = 0;
+    for (int64_t i = 0; i < args.ids; ++i) {
+      if (r.token.id(i) == r.token.id(k)) sum += r.token.upstream_of_id(i);
+    }
+    return sum;
   }
 
   // One part of one row, or all of it.
   ML_FN void run(int64_t row, int64_t part, uint4* cache) const {
+    if constexpr (Loss::kManyTargets) {
+      run_ids(row);
+    } else {
+      run_target(row, part, cache);
+    }
+  }
+
+  ML_FN void run_target(int64_t row, int64_t part, uint4* cache) const {
     Row r = row_at(row, part);
     if (r.weight == A(0)) return masked(r, part);
     if (!args.forward) {
@@ -369,12 +455,12 @@ constexpr int blocks_of(bool general, int warps) {
   return (general || sizeof(T) == 8 ? 512 : 1024) / threads_of(warps);
 }
 
-template <class T, bool general, int kWarps>
-__global__ void __launch_bounds__(threads_of(kWarps), blocks_of<T>(general, kWarps))
+template <class T, class Loss, int kWarps>
+__global__ void __launch_bounds__(threads_of(kWarps), blocks_of<T>(is_general<Loss>, kWarps))
     rows_kernel(const RowArgs args, const Plan plan) {
   using A = typename Accumulation<T>::Type;
   if (plan.unless_one && *static_cast<const A*>(args.upstream[0].values) == A(1)) return;
-  const RowKernel<T, general, kWarps> rows{args, plan};
+  const RowKernel<T, Loss, kWarps> rows{args, plan};
   const int teams = static_cast<int>(blockDim.x) / (kWarps * kWarp);
   const int team = static_cast<int>(threadIdx.x) / (kWarps * kWarp);
   uint4* const cache = shared_memory + team * plan.cached;
@@ -389,21 +475,23 @@ __global__ void __launch_bounds__(threads_of(kWarps), blocks_of<T>(general, kWar
   }
 }
 
-template <class T, bool general>
+template <class T, class Loss>
 void launch_team(const RowArgs& args, const Plan& plan, Stream stream) {
   const int64_t items = args.rows * plan.parts;
   int64_t blocks = (items + plan.teams - 1) / plan.teams;
   if (plan.unless_one) blocks = std::min(blocks, plan.blocks);  // there is hardly ever work
   const int threads = plan.warps * plan.teams * kWarp;
   const int64_t shared = int64_t{plan.cached} * plan.teams * 16;
-  auto kernel = rows_kernel<T, general, 4>;
+  auto kernel = rows_kernel<T, Loss, 4>;
   if constexpr (sizeof(T) < 8) {
-    if (plan.warps == 1) kernel = rows_kernel<T, general, 1>;
-    if (plan.warps == 16) kernel = rows_kernel<T, general, 16>;
+    if constexpr (!Loss::kManyTargets) {
+      if (plan.warps == 1) kernel = rows_kernel<T, Loss, 1>;
+    }
+    if (plan.warps == 16) kernel = rows_kernel<T, Loss, 16>;
   }
-  if constexpr (sizeof(T) < 8 && !general) {
-    if (plan.warps == 2) kernel = rows_kernel<T, general, 2>;
-    if (plan.warps == 8) kernel = rows_kernel<T, general, 8>;
+  if constexpr (sizeof(T) < 8 && !is_general<Loss>) {
+    if (plan.warps == 2) kernel = rows_kernel<T, Loss, 2>;
+    if (plan.warps == 8) kernel = rows_kernel<T, Loss, 8>;
   }
   launch(kernel, blocks, threads, shared, stream, args, plan);
 }
@@ -413,6 +501,12 @@ void launch_rows(const RowArgs& args, const Plan& plan, Stream stream) {
   if constexpr (sizeof(T) < 8) {
     if (plan.phase == Phase::kLosses) return launch_forward<T>(args, plan, stream);
   }
-  plan.general ? launch_team<T, true>(args, plan, stream)
-               : launch_team<T, false>(args, plan, stream);
+  if (args.loss == RowLoss::kLogProbs) {
+    // The entropy itself, or its gradient.
+    const bool with_entropy = args.results[1] || args.upstream[1].values;
+    return with_entropy ? launch_team<T, LogProbs<true>>(args, plan, stream)
+                        : launch_team<T, LogProbs<false>>(args, plan, stream);
+  }
+  plan.general ? launch_team<T, CrossEntropy<true>>(args, plan, stream)
+               : launch_team<T, CrossEntropy<false>>(args, plan, stream);
 }

@@ -78,6 +78,7 @@ def build(csrc: Path = ROOT / "csrc", watch: str | None = None) -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = [
         csrc / "ops" / "ops.cpp",
+        csrc / "ops" / "log_probs.cpp",
         *sorted((csrc / "kernels" / "cuda").glob("*.cu")),
         HERE / "device.cpp",
         csrc / "ops" / "register.cpp",

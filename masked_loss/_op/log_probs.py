@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""token_log_probs and token_log_probs_entropy: the log-probabilities of logits that are there."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from masked_loss._op import checks
+from masked_loss._op.autograd import (
+    Formulas,
+    Inputs,
+    are_plain,
+    below_autograd,
+    differentiable,
+    is_differentiated,
+)
+from masked_loss._op.cross_entropy import require_writable
+from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like, fake_nothing
+from masked_loss._op.memory import logits_pool
+from masked_loss._op.tables import loss_dtype, ops
+from masked_loss.options import Meaning
+
+INPUTS = ("logits", "target", "mask", "temperatures")
+WHO = "token_log_probs"
+
+
+class How(NamedTuple):
+    meaning: Meaning
+    temperature: float
+    entropy: bool
+    inplace: bool
+    """Backward writes the gradient over the logits."""
+
+    @property
+    def options(self) -> tuple[float, int, float | None, bool]:
+        meaning = self.meaning
+        return self.temperature, meaning.ignore_index, meaning.softcap, meaning.shift
+
+
+def _call(
+    entropy: bool, inputs: Inputs, meaning: Meaning, *, temperature: float, inplace_backward: bool
+) -> tuple[Tensor, ...]:
+    """log_probs, and the entropy if it is asked for."""
+    logits, *_ = inputs
+    inplace = inplace_backward and are_plain(logits)
+    how = How(meaning, temperature, entropy, inplace)
+    if not is_differentiated(logits):
+        return _forward(inputs, how)[: 1 + entropy]
+    if inplace:
+        require_writable(WHO, logits)
+    return (_with_entropy if entropy else _without_entropy)(*inputs, how)
+
+
+def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
+    """log_probs, perhaps the entropy, and the table of tokens."""
+    log_probs, entropy, tokens = ops.token_log_probs_forward.default(
+        *inputs, *how.options, how.entropy
+    )
+    return (log_probs, entropy, tokens) if how.entropy else (log_probs, tokens)
+
+
+def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
+    logits, target, _, temperatures = inputs
+    return logits, target, outputs[-1], temperatures
+
+
+def _backward(
+    saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
+) -> Inputs:
+    logits, target, tokens, temperatures = saved
+    dlog_probs, *dentropy = upstream
+    if dlog_probs is None:
+        dlog_probs = torch.zeros(target.shape, dtype=tokens.dtype, device=tokens.device)
+    args = (dlog_probs, *(dentropy or [None]), logits, target, tokens, temperatures, *how.options)
+    if not plain:
+        gradient = ops.token_log_probs_backward.default(*args)
+    elif how.inplace:
+        with below_autograd():  # to which logits that require grad are not to be written
+            ops.token_log_probs_backward_out.default(logits, *args)
+        torch.autograd.graph.increment_version(logits)
+        gradient = logits.detach()
+    else:
+        gradient = logits_pool.empty_like(logits)
+        ops.token_log_probs_backward_out.default(gradient, *args)
+    return gradient, None, None, None
+
+
+_without_entropy, _with_entropy = (
+    differentiable(Formulas("TokenLogProbs", _forward, _save, _backward, results, results))
+    for results in (1, 2)
+)
+
+
+def _fake(a: SimpleNamespace, entropy: bool) -> tuple[Tensor, ...]:
+    checks.floating(WHO, "logits", a.logits)
+    if a.logits.dim() == 0:
+        checks.fail(ValueError, WHO, "logits must have shape [..., V], got []")
+    tokens, dtype = a.logits.shape[:-1], loss_dtype(a.logits)
+    checks.class_indices(WHO, a.target)
+    if a.target.dim() not in (len(tokens), len(tokens) + 1) or (
+        a.target.shape[: len(tokens)] != tokens
+    ):
+        text = f"target must have shape {list(tokens)}, or one dimension more"
+        checks.fail(ValueError, WHO, f"{text}, got {list(a.target.shape)}")
+    if a.shift and len(tokens) == 0:
+        text = f"shift needs logits [..., T, V], got {list(a.logits.shape)}"
+        checks.fail(ValueError, WHO, text)
+    checks.formula(WHO, 0.0, 0.0, a.softcap)
+    if a.mask is not None:
+        checks.mask_of(WHO, a.mask, tokens)
+    return (
+        a.logits.new_empty(a.target.shape, dtype=dtype),
+        a.logits.new_empty(tokens if entropy else (0,), dtype=dtype),
+        a.logits.new_empty((3 if entropy else 2, math.prod(tokens)), dtype=dtype),
+    )
+
+
+fake("token_log_probs")(lambda a: _fake(a, False))
+fake("token_log_probs_entropy")(lambda a: _fake(a, True))
+fake("token_log_probs_forward")(lambda a: _fake(a, a.entropy))
+fake_like("logits", "token_log_probs_backward")
+fake_nothing("token_log_probs_backward_out")
+batch_by_loop("token_log_probs_forward", "token_log_probs_backward")
+
+token_log_probs = Operator("token_log_probs", INPUTS, partial(_call, False))
+token_log_probs_entropy = Operator("token_log_probs_entropy", INPUTS, partial(_call, True))
