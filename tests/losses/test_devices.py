@@ -36,6 +36,8 @@ TENSORS = {
     "class_weight": torch.ones(5),
     "cu_seqlens": torch.tensor([0, 2, 6]),
     "dloss": torch.tensor(1.0),
+    "dlog_probs": torch.ones(2, 3),
+    "dentropy": torch.ones(2, 3),
     "values": torch.randn(2, 3),
     "hidden": torch.randn(2, 3, 4),
     "weight": torch.randn(5, 4),

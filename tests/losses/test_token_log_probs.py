@@ -134,3 +134,24 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(
             lambda x, s=s: token_log_probs(x, s.target, s.mask, **s.options), leaf
         )
+
+
+@pytest.mark.parametrize("ids", [None, 3])
+@pytest.mark.parametrize("shift", [False, True])
+def test_opcheck(ids: int | None, shift: bool) -> None:
+    s = sample(9, ids, "entropy", torch.float32)
+    temperatures = 0.5 + torch.rand(2, 4)
+    ops, opcheck = torch.ops.masked_loss, torch.library.opcheck
+    leaf = s.logits.clone().requires_grad_()
+    public = (leaf, s.target, s.mask, temperatures)
+    more = {"softcap": 4.0, "shift": shift}
+    opcheck(ops.token_log_probs.default, public, more)
+    opcheck(ops.token_log_probs_entropy.default, public, more)
+    options = (1.0, -100, 4.0, shift)
+    inputs = (s.logits, s.target, s.mask, temperatures, *options)
+    opcheck(ops.token_log_probs_forward.default, (*inputs, True))
+    opcheck(ops.token_log_probs_forward.default, (*inputs, False))
+    log_probs, entropy, tokens = ops.token_log_probs_forward(*inputs, True)
+    formula = (log_probs, entropy, s.logits, s.target, tokens, temperatures, *options)
+    opcheck(ops.token_log_probs_backward.default, formula)
+    opcheck(ops.token_log_probs_backward_out.default, (s.logits.clone(), *formula))
