@@ -17,6 +17,7 @@ from masked_loss.functional import cross_entropy, masked_cross_entropy
 from masked_loss.fuse import fuse_linear_loss, is_fused, unfuse
 from masked_loss.linear import linear_cross_entropy
 from masked_loss.linear_divergence import linear_divergence
+from masked_loss.linear_log_probs import linear_token_log_probs
 from masked_loss.log_probs import token_log_probs
 from masked_loss.modules import (
     CrossEntropyLoss,
@@ -47,6 +48,7 @@ __all__ = [
     "is_fused",
     "linear_cross_entropy",
     "linear_divergence",
+    "linear_token_log_probs",
     "masked_cross_entropy",
     "masked_divergence",
     "masked_mean",

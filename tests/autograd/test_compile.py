@@ -253,7 +253,13 @@ def test_opcheck_is_of_every_operator() -> None:
     checked = {"cross_entropy", "cross_entropy_stats", "masked_reduce"}
     checked |= {name for case in OPCHECK_CASES for name, _ in halves(case)}
     folder = Path(__file__).parents[1] / "losses"
-    elsewhere = ("linear", "divergence", "linear_divergence", "token_log_probs")
+    elsewhere = (
+        "linear",
+        "divergence",
+        "linear_divergence",
+        "token_log_probs",
+        "linear_log_probs",
+    )
     source = "".join((folder / f"test_{name}.py").read_text() for name in elsewhere)
     checked |= {name for name in defined if name in source}
     assert defined - checked == {"cpu_capability", "cuda_architectures", "table_sizes"}

@@ -45,6 +45,7 @@ TENSORS = {
     "teacher_hidden": torch.randn(2, 3, 4),
     "teacher_weight": torch.randn(5, 4),
     "teacher_bias": torch.randn(5),
+    "weights": torch.ones(6),
 }
 NUMBERS = {
     "reduction": "mean",
@@ -74,6 +75,9 @@ def arguments(name: str) -> dict[str, Any]:
     if {"teacher_logits", "teacher_hidden"} & set(names):
         tokens, groups = OPS.divergence_weigh(TENSORS["logits"], None, None, "mean", False, False)
         tokens[1:].zero_()
+    if "dlog_probs" in names:
+        forward = OPS.token_log_probs_forward
+        *_, tokens = forward(TENSORS["logits"], target, None, None, 1.0, -100, 5.0, False, True)
     call: dict[str, Any] = {}
     for argument in schema.arguments:
         kind = str(argument.type)
