@@ -22,7 +22,7 @@ struct Team {
 constexpr Team kLosses[] = {{2048, 1, 4, 8}, {INT64_MAX, 4, 1, 8}};
 // With its gradient a row is kept in shared memory meanwhile, which bounds the rows, not the warps.
 constexpr Team kFused[] = {
-    {512, 1, 4, 8}, {1024, 2, 2, 8}, {2048, 4, 1, 8}, {4096, 8, 1, 4}, {INT64_MAX, 16, 1, 2}};
+    {512, 1, 4, 8}, {1024, 2, 1, 16}, {2048, 4, 1, 8}, {4096, 8, 1, 4}, {INT64_MAX, 16, 1, 2}};
 constexpr Team kGeneral[] = {{128, 1, 4, 8}, {2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
 // However many rows there are, a log-probability has the same bits.
 constexpr Team kLogProbs[] = {{2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
