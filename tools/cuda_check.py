@@ -52,6 +52,8 @@ def is_plain(kernel: Kernel) -> bool:
 
 
 def allowed_registers(kernel: Kernel) -> int:
+    if kernel.name.startswith("divergence_kernel"):
+        return REGISTERS // 512  # one block of 512 threads
     if not is_row_kernel(kernel):
         return 64
     if not writes_gradients(kernel) and not kernel.name.endswith(" 16>"):

@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
       const double nan_or_zero = 0 * of.shift;
       mean = static_cast<A>(values.mean + nan_or_zero);
       if (args.stats) {
-        __syncthreads();
+        __syncthreads();  // before the merge of the statistics
         largest = merge_team<kWarps>(largest);
       }
       if (threadIdx.x == 0) {
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
           column(Field::kAgreement) = largest.student.index == largest.teacher.index;
         }
       }
-      __syncthreads();
+      __syncthreads();  // before the next row's merges
     } else {
       mean = column(Field::kMeanScore);
     }

@@ -90,7 +90,7 @@ ML_FN void sum_shares(int64_t shares, const Of& of, const Found& found) {
     of(share, &sums);
     sums = merge_team<kWarps>(sums);
     if (threadIdx.x == 0) found(share, sums);
-    __syncthreads();
+    __syncthreads();  // before the next share's states
   }
 }
 
