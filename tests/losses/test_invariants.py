@@ -152,7 +152,13 @@ def test_random_problems(data: st.DataObject) -> None:
     )
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
     assert_as_accurate_as_eager(
-        masked_cross_entropy, reference.masked_cross_entropy, case, dtype, return_stats=True
+        masked_cross_entropy,
+        reference.masked_cross_entropy,
+        case,
+        dtype,
+        # A softcap's gradient is a product with a slope that is rounded itself.
+        roundings=2 if options["softcap"] else 1,
+        return_stats=True,
     )
 
 
