@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Log-probabilities, entropy and divergences on the CPU, against what trainers write in PyTorch.
+
+First the results are verified against fp64. Then all candidates take turns on one thread, in
+processor time, nothing masked and the caches cold. The unit is C, our own cross entropy forward
+("none") on the same logits; peak memory is measured in a process for each candidate.
+
+    python benchmarks/losses.py                 everything, into benchmarks/results/losses_cpu.*
+    python benchmarks/losses.py --part memory   one part; the others' results stay
+    python benchmarks/losses.py --quick         tiny shapes, nothing is written: does it run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import timing
+import torch
+import torch.nn.functional as F
+from timing import Times, in_process, interleave, markdown, milliseconds
+from torch import Tensor
+
+from masked_loss import (
+    linear_divergence,
+    linear_token_log_probs,
+    masked_cross_entropy,
+    masked_divergence,
+    reference,
+    token_log_probs,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MANY = 64  # ids of one token
+
+
+class Case(NamedTuple):
+    rows: int
+    cols: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows} x {self.cols} {self.dtype}"
+
+
+class Inputs(NamedTuple):
+    logits: Tensor
+    teacher: Tensor
+    target: Tensor
+    ids: Tensor
+
+
+class LinearCase(NamedTuple):
+    rows: int
+    width: int
+    teacher_width: int
+    cols: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows} x {self.width} x {self.cols} {self.dtype}"
+
+
+CASES = [Case(256, 32000, "fp32"), Case(256, 32000, "bf16"), Case(1024, 6400, "fp32")]
+QUICK = [Case(16, 1000, "fp32"), Case(16, 1000, "bf16")]
+LINEAR = [LinearCase(1024, 768, 1024, 6400, "fp32"), LinearCase(512, 512, 1024, 32000, "fp32")]
+QUICK_LINEAR = [LinearCase(32, 16, 24, 500, "fp32")]
+
+
+def make(case: Case) -> Inputs:
+    random = torch.Generator().manual_seed(0)
+    logits, teacher = (
+        torch.randn(case.rows, case.cols, generator=random).mul_(3).to(DTYPES[case.dtype])
+        for _ in range(2)
+    )
+    ids = torch.randint(case.cols, (case.rows, MANY), generator=random)
+    return Inputs(logits.requires_grad_(), teacher, ids[:, 0].contiguous(), ids)
+
+
+# What trainers write
+
+
+def log_softmax_gather(x: Inputs) -> Tensor:
+    """MiniMind."""
+    return x.logits.log_softmax(-1).gather(-1, x.target[:, None])[:, 0]
+
+
+def selected(x: Inputs) -> Tensor:
+    """TRL: in float32 the logsumexp, sequence by sequence; half types as they are."""
+    if x.logits.dtype != torch.float32:
+        return log_softmax_gather(x)
+    sequences = zip(x.logits.chunk(8), x.target.chunk(8), strict=True)
+    return torch.cat([y.gather(-1, t[:, None])[:, 0] - y.logsumexp(-1) for y, t in sequences])
+
+
+def entropy_of_logs(x: Inputs) -> Tensor:
+    """TRL."""
+    logs = x.logits.log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1)
+
+
+def entropy_by_difference(x: Inputs) -> Tensor:
+    """verl: lse - sum of p y."""
+    return x.logits.logsumexp(-1) - (x.logits.softmax(-1) * x.logits).sum(-1)
+
+
+def kl_div(x: Inputs) -> Tensor:
+    logs = x.logits.log_softmax(-1), x.teacher.log_softmax(-1)
+    return F.kl_div(*logs, reduction="batchmean", log_target=True)
+
+
+def minimind_distillation(x: Inputs, temperature: float = 1.0) -> Tensor:
+    with torch.no_grad():
+        p = F.softmax(x.teacher / temperature, dim=-1).detach()
+    log_q = F.log_softmax(x.logits / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
+
+
+def gkd(x: Inputs, beta: float = 0.5) -> Tensor:
+    """TRL's generalized Jensen-Shannon divergence, from logarithms."""
+    log_q, log_p = x.logits.log_softmax(-1), x.teacher.log_softmax(-1)
+    weights = torch.tensor([1 - beta, beta], dtype=log_q.dtype).log()
+    log_m = torch.logsumexp(torch.stack([log_q + weights[0], log_p + weights[1]]), dim=0)
+    of_p = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    of_q = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    return (beta * of_p + (1 - beta) * of_q).sum() / len(x.target)
+
+
+# Ours. A result of several tensors is differentiated through all of them.
+
+
+def cross_entropy(x: Inputs) -> Tensor:
+    return masked_cross_entropy(x.logits, x.target, reduction="none")
+
+
+def one_id(x: Inputs) -> Tensor:
+    return token_log_probs(x.logits, x.target)
+
+
+def many_ids(x: Inputs) -> Tensor:
+    return token_log_probs(x.logits, x.ids)
+
+
+def with_temperatures(x: Inputs) -> Tensor:
+    return token_log_probs(x.logits, x.target, temperature=torch.ones(len(x.target)))
+
+
+def with_entropy(x: Inputs) -> tuple[Tensor, Tensor]:
+    return token_log_probs(x.logits, x.target, return_entropy=True)
+
+
+def divergence(kind: str) -> Callable[[Inputs], Tensor]:
+    return lambda x: masked_divergence(x.logits, x.teacher, kind=kind)
+
+
+class Measure(NamedTuple):
+    """A line of the table: at most ``forwards`` C and ``steps`` steps of our cross entropy; each
+    peer takes at least so many times as long."""
+
+    loss: Callable[[Inputs], Any]
+    backward: bool
+    forwards: float
+    steps: float = 0.0
+    peers: Mapping[str, tuple[Callable[[Inputs], Any], dict[str, float]]] = MappingProxyType({})
+
+
+BOTH = {"fp32": 9.0, "bf16": 8.0}
+ENTROPIES = {
+    "TRL": (lambda x: (selected(x), entropy_of_logs(x)), BOTH),
+    "verl": (lambda x: (selected(x), entropy_by_difference(x)), BOTH),
+}
+GKD = {"GKD": (gkd, {"fp32": 12.0, "bf16": 6.9})}
+GATHER = {"log_softmax, gather": (log_softmax_gather, {}), "TRL": (selected, {})}
+MEASURES: dict[str, Measure] = {
+    "log-probability": Measure(one_id, False, 1.05, peers=GATHER),
+    "log-probability, step": Measure(one_id, True, 0, 1.05, GATHER),
+    "64 log-probabilities": Measure(many_ids, False, 1.05),
+    "64 log-probabilities, step": Measure(many_ids, True, 0, 1.05),
+    "a temperature each": Measure(with_temperatures, False, 1.05),
+    "with entropy": Measure(with_entropy, False, 1.3),
+    "with entropy, step": Measure(with_entropy, True, 0.4, 1, ENTROPIES),
+    "forward KL, step": Measure(divergence("forward_kl"), True, 4, peers={
+        "kl_div": (kl_div, {"fp32": 5.0}), "MiniMind": (minimind_distillation, {"fp32": 8.0}),
+    }),
+    "reverse KL, step": Measure(divergence("reverse_kl"), True, 10),
+    "JSD, step": Measure(divergence("jsd"), True, 10, peers=GKD),
+    "skew KL, step": Measure(divergence("skew_forward_kl"), True, 10),
+    "skew reverse KL, step": Measure(divergence("skew_reverse_kl"), True, 10),
+}  # fmt: skip
+FORWARD, STEP = "C", "cross entropy, step"
+
+
+def call_of(loss: Callable[[Inputs], Any], x: Inputs, backward: bool) -> Callable[[], Any]:
+    def forward() -> Any:
+        with torch.no_grad():
+            return loss(x)
+
+    def step() -> Any:
+        results = loss(x)
+        results = results if isinstance(results, tuple) else (results,)
+        return torch.autograd.grad(results, x.logits, [torch.ones_like(r) for r in results])
+
+    return step if backward else forward
+
+
+# What is measured
+
+
+def verify(case: Case) -> None:
+    """Ours no further from fp64 than the specification in fp32, and one rounding."""
+    x = make(case._replace(rows=min(case.rows, 32)))
+    specification = {
+        with_entropy: lambda x: reference.token_log_probs(x.logits, x.target, return_entropy=True),
+        many_ids: lambda x: reference.token_log_probs(x.logits, x.ids),
+        **{
+            divergence(kind): lambda x, kind=kind: reference.masked_divergence(
+                x.logits, x.teacher, kind=kind
+            )
+            for kind in reference.DIVERGENCES
+        },
+    }
+    for ours, theirs in specification.items():
+        found = []
+        for loss, dtype in ((ours, None), (theirs, torch.float32), (theirs, torch.float64)):
+            logits = (x.logits if dtype is None else x.logits.to(dtype)).detach().requires_grad_()
+            teacher = x.teacher if dtype is None else x.teacher.to(dtype)
+            own = x._replace(logits=logits, teacher=teacher)
+            results = loss(own)
+            results = results if isinstance(results, tuple) else (results,)
+            gradients = call_of(loss, own, backward=True)()
+            found.append([*(r.detach() for r in results), *gradients])
+        for mine, eager, truth in zip(*found, strict=True):
+            error, baseline = ((t.double() - truth).abs().max() for t in (mine, eager))
+            slack = torch.finfo(mine.dtype).eps * truth.abs().max()
+            assert error <= baseline + slack, (case.name, error.item(), baseline.item())
+
+
+def measure_times(cases: list[Case], rounds: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    found = {}
+    for case in cases:
+        verify(case)
+        x = make(case)
+        calls = {
+            FORWARD: call_of(cross_entropy, x, False),
+            STEP: call_of(cross_entropy, x, True),
+        }
+        for name, measure in MEASURES.items():
+            calls[name] = call_of(measure.loss, x, measure.backward)
+            for peer, (loss, _) in measure.peers.items():
+                calls[f"{name}: {peer}"] = call_of(loss, x, measure.backward)
+        found[case.name] = interleave(
+            calls, rounds=rounds, warmup=1, before=timing.evict, clock=timing.processor
+        )
+    return found
+
+
+def peak(name: str, peer: str, case: list[Any]) -> int:
+    """Bytes that a step adds at its peak, gradient included, in a process of its own."""
+    measure = MEASURES[name]
+    loss = measure.peers[peer][0] if peer else measure.loss
+    call_of(loss, make(Case(64, 64, case[2])), measure.backward)()
+    return timing.peak_growth(call_of(loss, make(Case(*case)), measure.backward))
+
+
+def measure_memory(cases: list[Case]) -> dict[str, Any]:
+    names = ("log-probability, step", "with entropy, step", "forward KL, step", "JSD, step")
+    return {
+        case.name: {
+            f"{name}: {peer or 'ours'}": in_process(peak, name, peer, list(case))
+            for name in names
+            for peer in ("", *MEASURES[name].peers)
+        }
+        for case in cases
+    }
+
+
+def linear_calls(case: LinearCase) -> dict[str, Callable[[], Any]]:
+    """Steps from hidden states, and the products that they are made of, into memory at hand."""
+    random, dtype = torch.Generator().manual_seed(0), DTYPES[case.dtype]
+
+    def normal(rows: int, width: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(rows, width, generator=random).mul_(scale).to(dtype)
+
+    student = [normal(case.rows, case.width), normal(case.cols, case.width, case.width**-0.5)]
+    teacher = [
+        normal(case.rows, case.teacher_width),
+        normal(case.cols, case.teacher_width, case.teacher_width**-0.5),
+    ]
+    target = torch.randint(case.cols, (case.rows,), generator=random)
+    logits, gradients = (
+        torch.ones(case.rows, case.cols, dtype=dtype),
+        [*map(torch.ones_like, student)],
+    )
+
+    def products(*heads: list[Tensor]) -> None:
+        with torch.no_grad():
+            for hidden, weight in heads:
+                torch.mm(hidden, weight.t(), out=logits)
+            torch.mm(logits, student[1], out=gradients[0])
+            torch.mm(logits.t(), student[0], out=gradients[1])
+
+    def step(loss: Callable[[], Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(loss().sum(), student)
+
+    for leaf in student:
+        leaf.requires_grad_()
+    return {
+        "products": lambda: products(student, student),
+        "products of two": lambda: products(student, teacher),
+        "log-probability": step(lambda: linear_token_log_probs(*student, target)),
+        "forward KL": step(lambda: linear_divergence(*student, *teacher)),
+        "JSD": step(lambda: linear_divergence(*student, *teacher, kind="jsd")),
+    }
+
+
+def measure_linear(cases: list[LinearCase], rounds: int) -> dict[str, Any]:
+    return {c.name: interleave(linear_calls(c), rounds=rounds, warmup=1) for c in cases}
+
+
+# The report
+
+
+def judged(text: str, reached: bool) -> str:
+    """Bold where it falls short."""
+    return text if reached else f"**{text}**"
+
+
+def rows_of(case: str, seconds: dict[str, list[float]]) -> list[list[str]]:
+    times = {name: Times(values) for name, values in seconds.items()}
+    unit, step = times[FORWARD], times[STEP]
+    rows = [[case, "cross entropy forward: C", milliseconds(unit.median), "1", "", ""]]
+    rows.append([case, STEP, milliseconds(step.median), f"{1 / step.ratio(unit):.2f}", "", ""])
+    for name, measure in MEASURES.items():
+        limit = Times(
+            measure.forwards * c + measure.steps * s for c, s in zip(unit, step, strict=True)
+        )
+        in_units = 1 / times[name].ratio(unit)
+        allowed = in_units * times[name].ratio(limit)
+        row = [case, name, milliseconds(times[name].median)]
+        row += [judged(f"{in_units:.2f}", in_units <= allowed), f"{allowed:.2f}"]
+        peers = []
+        for peer, (_, aims) in measure.peers.items():
+            ratio = times[name].ratio(times[f"{name}: {peer}"])
+            aim = aims.get(case.split()[-1])
+            text = judged(f"{ratio:.1f}", aim is None or ratio >= aim)
+            peers.append(f"{peer} {text}" + (f" ({aim:g})" if aim else ""))
+        rows.append([*row, ", ".join(peers)])
+    return rows
+
+
+def linear_rows(case: str, seconds: dict[str, list[float]]) -> list[list[str]]:
+    times = {name: Times(values) for name, values in seconds.items()}
+    rows = []
+    for name, floor in (
+        ("log-probability", "products"), ("forward KL", "products of two"),
+        ("JSD", "products of two"),
+    ):  # fmt: skip
+        ratio = 1 / times[name].ratio(times[floor])
+        row = [case, name, milliseconds(times[floor].median), milliseconds(times[name].median)]
+        rows.append([*row, judged(f"{ratio:.2f}", ratio <= 1.2)])
+    return rows
+
+
+def report(results: dict[str, Any]) -> str:
+    text = [
+        "# Log-probabilities, entropy and divergences on the CPU",
+        "`python benchmarks/losses.py`. "
+        + ", ".join(f"{key}: {value}" for key, value in results["environment"].items() if value),
+    ]
+    if "times" in results:
+        header = ("case", "what", "ours", "in C", "at most", "times as fast as (at least)")
+        rows = [row for case in results["times"].items() for row in rows_of(*case)]
+        text += [
+            "## Time",
+            "Processor time on one thread, nothing masked, caches cold. C is our cross entropy "
+            'forward, `reduction="none"`; a step is forward and backward. Bold falls short.',
+            markdown(header, rows),
+        ]
+    if "memory" in results:
+        text += ["## Peak memory of a step", "MiB beyond the inputs, the gradient included."]
+        for case, peaks in results["memory"].items():
+            rows, cols, dtype = case.replace(" x", "").split()
+            size = int(rows) * int(cols) * DTYPES[dtype].itemsize
+            text.append(f"{case}: the logits have {size / 2**20:.1f}.")
+            lines = [[name, f"{peak / 2**20:.1f}"] for name, peak in peaks.items()]
+            text.append(markdown(("what", "MiB"), lines))
+    if "linear" in results:
+        rows = [row for case in results["linear"].items() for row in linear_rows(*case)]
+        text += [
+            "## From hidden states",
+            "A step, all threads, against its four products (of the divergence: student's and "
+            "teacher's logits, and two gradients); at most 1.2.",
+            markdown(("case", "what", "products", "ours", "ours / products"), rows),
+        ]
+    return "\n\n".join(text) + "\n"
+
+
+def plot(times: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
+    figure, axes = plt.subplots(1, len(times), figsize=(12, 4.2), layout="constrained", sharey=True)
+    figure.suptitle("Steps: how many times as long as our cross entropy forward")
+    shown = [name for name, measure in MEASURES.items() if measure.backward and measure.peers]
+    colours = ["#8a8f98", "#3b6ea5"]
+    for axis, (case, seconds) in zip(axes, times.items(), strict=True):
+        unit = Times(seconds[FORWARD])
+        for i, name in enumerate(shown):
+            candidates = {"ours": name, **{p: f"{name}: {p}" for p in MEASURES[name].peers}}
+            for j, (who, key) in enumerate(candidates.items()):
+                height = 1 / Times(seconds[key]).ratio(unit)
+                place = i + 0.28 * (j - (len(candidates) - 1) / 2)
+                colour = "#b3412a" if who == "ours" else colours[j - 1]
+                bar = axis.bar([place], [height], 0.26, color=colour)
+                axis.bar_label(bar, [f"{height:.1f}\n{who}"], fontsize=6)
+        axis.set_title(case, fontsize=9)
+        axis.set_yscale("log")
+        labels = [name.removesuffix(", step") for name in shown]
+        axis.set_xticks(range(len(shown)), labels, fontsize=8)
+    figure.savefig(timing.RESULTS / "losses_cpu.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", nargs="*", default=["times", "memory", "linear"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    cases, linear = (QUICK, QUICK_LINEAR) if args.quick else (CASES, LINEAR)
+    rounds = 2 if args.quick else args.rounds
+    threads = torch.get_num_threads()
+    results: dict[str, Any] = {"environment": timing.environment()}
+    for part in args.part:
+        torch.set_num_threads(threads)
+        results[part] = {
+            "times": lambda: measure_times(cases, rounds),
+            "memory": lambda: measure_memory(cases),
+            "linear": lambda: measure_linear(linear, rounds),
+        }[part]()
+    if args.quick:
+        print(report(results))
+        return
+    path = timing.save("losses_cpu", results)
+    results = json.loads(path.read_text())
+    if "times" in args.part:
+        plot(results["times"])
+    path.with_suffix(".md").write_text(report(results))
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()
