@@ -8,7 +8,7 @@ VENV ?= .venv
 TORCH ?= 2.13.0
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
-# What cuda-check compiles for, such as "sm_90 sm_100"; empty: all that a release serves, 20 minutes.
+# What cuda-check compiles for, such as "sm_90 sm_100"; empty: all that a release serves.
 CUDA_CHECK ?= sm_90
 
 python := $(VENV)/bin/python
