@@ -5,22 +5,31 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import masked_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # A Chinese page, and the English ones whose code it may show.
 PAGES = {
+    "README.zh-CN.md": ["README.md"],
     "docs/zh/bug.md": ["docs/reductions.md"],
+    "docs/zh/reduction.md": ["docs/reductions.md"],
+    "docs/zh/minimind.md": ["examples/minimind/README.md", "docs/recipes.md"],
 }
 
 
-def code_of(name: str) -> list[str]:
+def code_of(name: str, language: str = r"\w+") -> list[str]:
     """The code blocks of a page, without comments: those are translated."""
-    blocks = re.findall(r"^```\w+\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+    pattern = rf"^```{language}\n(.*?)^```"
+    blocks = re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
     return [re.sub(r" *# .*", "", block).strip() for block in blocks]
 
 
@@ -37,8 +46,50 @@ def test_the_code_is_that_of_the_english_pages(page: str) -> None:
     assert [block for block in shown if block not in known] == []
 
 
-def test_the_story_of_the_bug_runs() -> None:
-    torch.manual_seed(0)
-    namespace: dict[str, Any] = {}
-    for block in code_of("docs/zh/bug.md"):
-        exec(compile(block, "docs/zh/bug.md", "exec"), namespace)
+class CausalLM(nn.Module):
+    """As models of transformers are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lm_head = nn.Embedding(11, 8), nn.Linear(8, 11)
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        logits, loss = self.lm_head(self.embed(ids)), None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def names() -> dict[str, Any]:
+    """What the pages take for given."""
+    ids, mask = torch.randint(11, (8, 7)), torch.arange(7) < torch.arange(8)[:, None]
+    model = CausalLM()
+    return {
+        **{"torch": torch, "F": F, "masked_loss": masked_loss},
+        **{"V": 11, "logits": torch.randn(8, 7, 11), "target": ids, "mask": mask},
+        **{"ids": ids, "input_ids": ids, "labels": ids.masked_fill(~mask, -100)},
+        **{
+            "model": model,
+            "teacher_model": CausalLM().requires_grad_(False),
+            "rewards": torch.randn(8),
+        },
+        **{"old": -torch.rand(8, 7) * mask, "reference": -torch.rand(8, 7) * mask},
+        **{"loader": iter([{"input_ids": ids, "labels": ids}] * 2), "steps": 2},
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_runs(page: str) -> None:
+    """A page from its top to its bottom. test_documentation.py has the examples with >>>."""
+    namespace = names()
+    blocks = [block for block in code_of(page, "python") if not block.startswith(">>>")]
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), namespace)
+    if page == "README.zh-CN.md":  # the last of them is the cure
+        losses = F.cross_entropy(namespace["logits"].mT, namespace["target"], reduction="none")
+        mask = namespace["mask"]
+        torch.testing.assert_close(namespace["loss"], (losses * mask).sum() / mask.sum())
+    else:
+        assert namespace["loss"].isfinite()
