@@ -26,6 +26,7 @@ from masked_loss.modules import (
     MaskedDivergenceLoss,
 )
 from masked_loss.moments import masked_moments, masked_whiten
+from masked_loss.packing import cu_seqlens
 from masked_loss.reduce import masked_mean, masked_reduce
 from masked_loss.stats import DivergenceStats, LossStats
 from masked_loss.topk import topk_divergence
@@ -41,6 +42,7 @@ __all__ = [
     "MaskedDivergenceLoss",
     "ReducedLossError",
     "cross_entropy",
+    "cu_seqlens",
     "detect_reduced_loss",
     "empty_cache",
     "fuse_linear_loss",
