@@ -1069,7 +1069,7 @@ PEAKS = {
     "float32": ("float32", (1024, 512, 32_000), CHUNK),
     "float32, many classes": ("float32", (2000, 16, 100_000), CHUNK),
     "float32, many tokens": ("float32", (20_000, 16, 10_000), CHUNK),
-    "bfloat16, one chunk": ("bfloat16", (512, 1024, 65_536), CHUNK + 4),
+    "bfloat16, one chunk": ("bfloat16", (512, 64, 65_536), CHUNK + 4),
     "bfloat16": ("bfloat16", (2048, 64, 32_000), CHUNK + SUMS + 16),
     "float16": ("float16", (1040, 64, 32_000), CHUNK + SUMS + 16),
 }
