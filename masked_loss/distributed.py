@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from masked_loss._op import jagged
+from masked_loss.reduce import reduced
+
 __all__ = ["global_normalizer"]
 
 _WHO = "global_normalizer"
@@ -20,6 +23,7 @@ def global_normalizer(
     *,
     ignore_index: int = -100,
     shift: bool = False,
+    cu_seqlens: Tensor | Sequence[Tensor | None] | None = None,
     count: str = "tokens",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -49,7 +53,9 @@ def global_normalizer(
             is one. None stands for 1.
         ignore_index: a target with this value has weight 0.
         shift: what the loss is given: the first token of every sequence takes no part.
-        count: ``"tokens"``, or ``"sequences"``: the last dimension of target is time.
+        cu_seqlens: the bounds of packed sequences, as the loss is given them; a sequence if target
+            is one. None: the last dimension of target is one sequence.
+        count: ``"tokens"``, or ``"sequences"``.
         group: the ranks whose gradients are averaged together; None: all.
 
     Returns:
@@ -73,15 +79,15 @@ def global_normalizer(
     if count not in ("tokens", "sequences"):
         raise ValueError(f'{_WHO}: count must be "tokens" or "sequences", got {count!r}')
     targets = [target] if isinstance(target, Tensor) else list(target)
-    masks = [mask] if mask is None or isinstance(mask, Tensor) else list(mask)
-    if mask is None:
-        masks = [None] * len(targets)
-    if len(masks) != len(targets) or not targets:
-        raise ValueError(
-            f"{_WHO}: target and mask must be sequences of one length, at least 1, "
-            f"got {len(targets)} and {len(masks)}"
-        )
-    counts = [_count(t, m, ignore_index, shift, count) for t, m in zip(targets, masks, strict=True)]
+    masks, bounds = (
+        _each(what, x, targets) for what, x in (("mask", mask), ("cu_seqlens", cu_seqlens))
+    )
+    if not targets:
+        raise ValueError(f"{_WHO}: target must have at least one micro-batch, got none")
+    counts = [
+        _count(*batch, ignore_index, shift, count)
+        for batch in zip(targets, masks, bounds, strict=True)
+    ]
     total = torch.stack(counts).sum() if len(counts) > 1 else counts[0]
     if dist.is_available() and dist.is_initialized():
         ranks = dist.get_world_size(group)
@@ -94,11 +100,33 @@ def global_normalizer(
     return total
 
 
+def _each(
+    what: str, x: Tensor | Sequence[Tensor | None] | None, targets: list[Tensor]
+) -> list[Tensor | None]:
+    """One for each micro-batch."""
+    if x is None:
+        return [None] * len(targets)
+    each: list[Tensor | None] = [x] if isinstance(x, Tensor) else list(x)
+    if len(each) != len(targets):
+        raise ValueError(
+            f"{_WHO}: target and {what} must be sequences of one length, "
+            f"got {len(targets)} and {len(each)}"
+        )
+    return each
+
+
 @torch.no_grad()
 def _count(
-    target: Tensor, mask: Tensor | None, ignore_index: int, shift: bool, count: str
+    target: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    shift: bool,
+    count: str,
 ) -> Tensor:
-    for what, x in (("target", target), ("mask", mask)):
+    if jagged.is_jagged(target) or jagged.is_jagged(mask):
+        return jagged.call(_count, locals(), _WHO)
+    for what, x in (("target", target), ("mask", mask), ("cu_seqlens", cu_seqlens)):
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{_WHO}: {what} must be a tensor, got {type(x).__name__}")
     if mask is not None and mask.shape != target.shape:
@@ -108,13 +136,21 @@ def _count(
     if target.dim() == 0 and (shift or count == "sequences"):
         what = "shift" if shift else 'count="sequences"'
         raise ValueError(f"{_WHO}: {what} needs a target with a dimension for time, got []")
-    if shift:
-        target, mask = target[..., 1:], None if mask is None else mask[..., 1:]
     active = target != ignore_index
-    if count == "sequences":
-        active = active if mask is None else active & (mask != 0)
-        return active.any(dim=-1).sum().double()
-    if mask is None:
-        return active.sum().double()
     # where, not a product: the mask of an ignored token may be anything
-    return torch.where(active, mask, 0).sum(dtype=torch.float64)
+    weight = active.double() if mask is None else torch.where(active, mask, 0).double()
+    if cu_seqlens is not None:  # behind the last sequence there is no weight
+        weight = reduced(_WHO, weight, None, "none", None, None, cu_seqlens)
+    if shift:
+        weight[..., :1] = 0
+    if shift and cu_seqlens is not None:  # one place more, for sequences that are empty at the end
+        begins = torch.zeros(weight.numel() + 1, dtype=torch.bool, device=weight.device)
+        begins[cu_seqlens.long()] = True
+        weight = weight.masked_fill(begins[:-1].view(weight.shape), 0)
+    if count == "tokens":
+        return weight.sum()
+    active = weight != 0
+    if cu_seqlens is None:
+        return active.any(dim=-1).sum().double()
+    each = reduced(_WHO, active.double(), None, "sum", None, -1, cu_seqlens)
+    return (each > 0).sum().double()

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from masked_loss import reference
 from masked_loss._op.arguments import (
@@ -21,7 +19,7 @@ from masked_loss._op.arguments import (
 )
 from masked_loss._op.divergence import masked_divergence as _plain
 from masked_loss._op.divergence import masked_divergence_stats as _with_stats
-from masked_loss._op.overrides import override
+from masked_loss._op.overrides import is_overridden, override
 from masked_loss.options import Meaning
 from masked_loss.stats import DivergenceStats
 
@@ -41,6 +39,7 @@ def masked_divergence(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: Literal[False] = False,
 ) -> Tensor: ...
@@ -61,6 +60,7 @@ def masked_divergence(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: Literal[True],
 ) -> tuple[Tensor, DivergenceStats]: ...
@@ -80,6 +80,7 @@ def masked_divergence(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     inplace_backward: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, DivergenceStats]:
@@ -123,6 +124,10 @@ def masked_divergence(
         shift: for causal language models: the rows t are those of token t + 1, whose weight is
             ``mask[..., t + 1]``. The result of ``"none"`` and tensors of temperatures are aligned
             with mask; the last row is not read.
+        cu_seqlens: int32 or int64 [S + 1], the bounds of sequences packed one after the other in
+            the flattened tokens, see :func:`masked_loss.cu_seqlens`: ``shift`` does not cross
+            them, the means of ``"sequence_mean"`` are theirs, and tokens behind the last have
+            weight 0. None: the last dimension is one sequence.
         inplace_backward: backward overwrites the student's logits with their gradient, instead of
             allocating it. The logits must not be used afterwards. No effect under torch.compile.
         return_stats: returns ``(loss, DivergenceStats)``.
@@ -155,14 +160,13 @@ def masked_divergence(
     (0.327..., tensor([[-0.3808,  0.3808],
             [ 0.0000,  0.0000]]))
     """
-    tensors = (logits, teacher_logits, mask)
-    if has_torch_function(tensors) and not torch.compiler.is_compiling():
-        del tensors
+    if is_overridden(logits, teacher_logits, mask):
         return override(masked_divergence, locals())
     who = "masked_divergence"
     require_floating(who, "logits", logits)
     require_floating(who, "teacher_logits", teacher_logits)
     require_constant(who, "teacher_logits", teacher_logits)
+    require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, inplace_backward=inplace_backward, return_stats=return_stats)
     if teacher_logits.shape != logits.shape:
         raise ValueError(
@@ -181,7 +185,7 @@ def masked_divergence(
     divisor = divisor_of(who, normalizer, logits)
     operator = _with_stats if return_stats else _plain
     loss, *more = operator(
-        who, (logits, teacher_logits, mask, divisor, own_each, others_each),
+        who, (logits, teacher_logits, mask, divisor, cu_seqlens, own_each, others_each),
         Meaning(reduction, softcap=softcap, shift=shift), {}, temperature=own,
         teacher_temperature=others, kind=kind, beta=beta, teacher_softcap=teacher_softcap,
         inplace_backward=inplace_backward,

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 from torch.nn import _reduction
-from torch.overrides import has_torch_function
 
 from masked_loss import reference
 from masked_loss._op.arguments import divisor_of, require_bool, require_constant, require_tensors
 from masked_loss._op.cross_entropy import cross_entropy as _plain
 from masked_loss._op.cross_entropy import cross_entropy_stats as _with_stats
-from masked_loss._op.overrides import override
+from masked_loss._op.overrides import is_overridden, override
 from masked_loss.options import Meaning
 from masked_loss.stats import LossStats
 
@@ -127,7 +126,7 @@ def masked_cross_entropy(
     >>> loss, logits.grad[2]
     (tensor(0.7201, grad_fn=<CrossEntropyBackward>), tensor([0., 0.]))
     """
-    if has_torch_function((logits, target, mask)) and not torch.compiler.is_compiling():
+    if is_overridden(logits, target, mask):
         return override(masked_cross_entropy, locals())
     who = "masked_cross_entropy"
     require_tensors(who, {"logits": logits, "target": target}, {"mask": mask})
@@ -195,7 +194,7 @@ def cross_entropy(
     >>> masked_loss.cross_entropy(input, target, mask=torch.zeros(2, 4, dtype=torch.bool))
     tensor(0.)
     """
-    if has_torch_function((input, target, mask)) and not torch.compiler.is_compiling():
+    if is_overridden(input, target, mask):
         return override(cross_entropy, locals())
     who = "cross_entropy"
     if size_average is not None or reduce is not None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from masked_loss._op.arguments import (
     divisor_of,
@@ -18,7 +17,7 @@ from masked_loss._op.arguments import (
 )
 from masked_loss._op.linear import linear_cross_entropy as _plain
 from masked_loss._op.linear import linear_cross_entropy_stats as _with_stats
-from masked_loss._op.overrides import override
+from masked_loss._op.overrides import is_overridden, override
 from masked_loss.options import Chunking, Meaning
 from masked_loss.stats import LossStats
 
@@ -142,8 +141,7 @@ def linear_cross_entropy(
     >>> loss, hidden.grad[2]
     (tensor(0.7201, grad_fn=<LinearCrossEntropyBackward>), tensor([0., 0.]))
     """
-    tensors = (hidden, weight, target, mask, bias)
-    if has_torch_function(tensors) and not torch.compiler.is_compiling():
+    if is_overridden(hidden, weight, target, mask, bias):
         return override(linear_cross_entropy, locals())
     who = "linear_cross_entropy"
     required = {"hidden": hidden, "weight": weight, "target": target}

@@ -7,7 +7,6 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from masked_loss._op import linear_divergence as operators
 from masked_loss._op.arguments import (
@@ -20,7 +19,7 @@ from masked_loss._op.arguments import (
     require_tensors,
     temperatures_of,
 )
-from masked_loss._op.overrides import override
+from masked_loss._op.overrides import is_overridden, override
 from masked_loss.divergence import require_kind
 from masked_loss.options import Meaning
 from masked_loss.stats import DivergenceStats
@@ -45,6 +44,7 @@ def linear_divergence(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     return_stats: Literal[False] = False,
     chunk_tokens: int | None = None,
     accumulation_dtype: torch.dtype | None = None,
@@ -70,6 +70,7 @@ def linear_divergence(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     return_stats: Literal[True],
     chunk_tokens: int | None = None,
     accumulation_dtype: torch.dtype | None = None,
@@ -94,6 +95,7 @@ def linear_divergence(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     return_stats: bool = False,
     chunk_tokens: int | None = None,
     accumulation_dtype: torch.dtype | None = None,
@@ -126,6 +128,10 @@ def linear_divergence(
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"sequence_mean"``.
         normalizer: what the sum is divided by.
         shift: for causal language models: the rows t have the weight ``mask[..., t + 1]``.
+        cu_seqlens: int32 or int64 [S + 1], the bounds of sequences packed one after the other in
+            the flattened tokens, see :func:`masked_loss.cu_seqlens`: ``shift`` does not cross
+            them, the means of ``"sequence_mean"`` are theirs, and tokens behind the last have
+            weight 0. None: the last dimension is one sequence.
         return_stats: returns ``(loss, DivergenceStats)``.
         chunk_tokens: how many tokens' logits exist at a time. None: as many as 64 MiB hold (512
             on CUDA).
@@ -149,9 +155,7 @@ def linear_divergence(
     >>> masked_loss.linear_divergence(hidden, head, teacher_hidden, teacher_head)
     tensor(0.3278)
     """
-    tensors = (hidden, weight, teacher_hidden, teacher_weight, mask, bias, teacher_bias)
-    if has_torch_function(tensors) and not torch.compiler.is_compiling():
-        del tensors
+    if is_overridden(hidden, weight, teacher_hidden, teacher_weight, mask, bias, teacher_bias):
         return override(linear_divergence, locals())
     who = "linear_divergence"
     teacher = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
@@ -159,6 +163,7 @@ def linear_divergence(
     require_tensors(who, {"hidden": hidden, "weight": weight, **teacher}, optional)
     for name, x in (*teacher.items(), ("teacher_bias", teacher_bias)):
         require_constant(who, name, x)
+    require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, return_stats=return_stats)
     require_dtype(who, "accumulation_dtype", accumulation_dtype)
     require_kind(who, kind, beta)
@@ -174,7 +179,7 @@ def linear_divergence(
     loss, *more = operator(
         who, (
             hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask,
-            divisor_of(who, normalizer, hidden), own_each, others_each,
+            divisor_of(who, normalizer, hidden), cu_seqlens, own_each, others_each,
         ),
         Meaning(reduction, softcap=softcap, shift=shift), {}, temperature=own,
         teacher_temperature=others, kind=kind, beta=beta, teacher_softcap=teacher_softcap,

@@ -7,17 +7,17 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from masked_loss._op import linear_log_probs as operators
 from masked_loss._op.arguments import (
     require_bool,
+    require_constant,
     require_dtype,
     require_temperature,
     require_tensors,
     temperatures_of,
 )
-from masked_loss._op.overrides import override
+from masked_loss._op.overrides import is_overridden, override
 from masked_loss.options import Meaning
 
 
@@ -33,6 +33,7 @@ def linear_token_log_probs(
     ignore_index: int = -100,
     softcap: float | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     return_entropy: Literal[False] = False,
     chunk_tokens: int | None = None,
     accumulation_dtype: torch.dtype | None = None,
@@ -51,6 +52,7 @@ def linear_token_log_probs(
     ignore_index: int = -100,
     softcap: float | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     return_entropy: Literal[True],
     chunk_tokens: int | None = None,
     accumulation_dtype: torch.dtype | None = None,
@@ -68,6 +70,7 @@ def linear_token_log_probs(
     ignore_index: int = -100,
     softcap: float | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     return_entropy: bool = False,
     chunk_tokens: int | None = None,
     accumulation_dtype: torch.dtype | None = None,
@@ -92,6 +95,9 @@ def linear_token_log_probs(
         ignore_index: as in :func:`masked_loss.token_log_probs`.
         softcap: replaces the logits by ``softcap * tanh(logits / softcap)`` first.
         shift: for causal language models: ``hidden[..., t, :]`` scores ``target[..., t + 1]``.
+        cu_seqlens: int32 or int64 [S + 1], the bounds of sequences packed one after the other in
+            the flattened tokens, see :func:`masked_loss.cu_seqlens`: ``shift`` does not cross
+            them, and tokens behind the last are masked. None: the last dimension is a sequence.
         return_entropy: returns ``(log_probs, entropy)``.
         chunk_tokens: how many tokens' logits exist at a time. None: as many as 64 MiB hold (512
             on CUDA).
@@ -116,13 +122,12 @@ def linear_token_log_probs(
     >>> masked_loss.linear_token_log_probs(hidden, head, target, mask).tolist()
     [-0.126..., -1.313..., 0.0]
     """
-    tensors = (hidden, weight, target, mask, bias)
-    if has_torch_function(tensors) and not torch.compiler.is_compiling():
-        del tensors
+    if is_overridden(hidden, weight, target, mask, bias):
         return override(linear_token_log_probs, locals())
     who = "linear_token_log_probs"
     required = {"hidden": hidden, "weight": weight, "target": target}
     require_tensors(who, required, {"mask": mask, "bias": bias})
+    require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, return_entropy=return_entropy)
     require_dtype(who, "accumulation_dtype", accumulation_dtype)
     tokens = hidden.shape[:-1]
@@ -134,8 +139,9 @@ def linear_token_log_probs(
         else operators.linear_token_log_probs
     )
     log_probs, *entropy = operator(
-        who, (hidden, weight, bias, target, mask, each),
-        Meaning(ignore_index=ignore_index, softcap=softcap, shift=shift), {}, temperature=number,
+        who, (hidden, weight, bias, target, mask, cu_seqlens, each),
+        Meaning(ignore_index=ignore_index, softcap=softcap, shift=shift), {"logits": "hidden"},
+        temperature=number,
         chunk_tokens=chunk_tokens, accumulation_dtype=accumulation_dtype,
         pack=not torch.compiler.is_compiling(),
     )  # fmt: skip

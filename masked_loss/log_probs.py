@@ -10,11 +10,13 @@ from torch import Tensor
 from masked_loss._op import log_probs as operators
 from masked_loss._op.arguments import (
     require_bool,
+    require_constant,
     require_floating,
     require_mask,
     require_temperature,
     require_tensor,
 )
+from masked_loss._op.overrides import is_overridden, override
 from masked_loss.options import Meaning
 
 
@@ -28,6 +30,7 @@ def token_log_probs(
     ignore_index: int = -100,
     softcap: float | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     inplace_backward: bool = False,
     return_entropy: Literal[False] = False,
 ) -> Tensor: ...
@@ -43,6 +46,7 @@ def token_log_probs(
     ignore_index: int = -100,
     softcap: float | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     inplace_backward: bool = False,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -57,6 +61,7 @@ def token_log_probs(
     ignore_index: int = -100,
     softcap: float | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     inplace_backward: bool = False,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -88,6 +93,9 @@ def token_log_probs(
         shift: for causal language models: ``logits[..., t, :]`` scores ``target[..., t + 1]``,
             without a copy of the logits. mask, temperature and the results stay aligned with
             target; the first token of a sequence is 0.
+        cu_seqlens: int32 or int64 [S + 1], the bounds of sequences packed one after the other in
+            the flattened tokens, see :func:`masked_loss.cu_seqlens`: ``shift`` does not cross
+            them, and tokens behind the last are masked. None: the last dimension is a sequence.
         inplace_backward: backward overwrites the logits with their gradient, instead of
             allocating it. The logits must not be used afterwards. No effect under torch.compile.
         return_entropy: returns ``(log_probs, entropy)``.
@@ -115,17 +123,20 @@ def token_log_probs(
     >>> log_probs.tolist(), entropy.tolist()
     ([-0.126..., -1.313..., 0.0], [0.365..., 0.582..., 0.0])
     """
+    if is_overridden(logits, target, mask):
+        return override(token_log_probs, locals())
     who = "token_log_probs"
     require_floating(who, "logits", logits)
     require_tensor(who, "target", target)
     require_mask(who, mask, logits.shape[:-1], logits)
     require_temperature(who, "temperature", temperature, logits.shape[:-1])
+    require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, inplace_backward=inplace_backward, return_entropy=return_entropy)
     per_token = temperature.expand(logits.shape[:-1]) if isinstance(temperature, Tensor) else None
     operator = operators.token_log_probs_entropy if return_entropy else operators.token_log_probs
     results = operator(
         who,
-        (logits, target, mask, per_token),
+        (logits, target, mask, cu_seqlens, per_token),
         Meaning(ignore_index=ignore_index, softcap=softcap, shift=shift),
         {"temperatures": "temperature"},
         temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),

@@ -151,7 +151,7 @@ class LinearCrossEntropyLoss(
         return self._loss(hidden, weight, target, mask, **at_call)
 
 
-class MaskedDivergenceLoss(_Loss, function=masked_divergence, at_call=("normalizer",)):
+class MaskedDivergenceLoss(_Loss, function=masked_divergence, at_call=("normalizer", "cu_seqlens")):
     r"""Module form of :func:`masked_loss.masked_divergence`, which has formula and errors.
 
     The arguments are the keywords of the function.
@@ -173,5 +173,7 @@ class MaskedDivergenceLoss(_Loss, function=masked_divergence, at_call=("normaliz
         mask: Tensor | None = None,
         *,
         normalizer: float | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, DivergenceStats]:
-        return self._loss(logits, teacher_logits, mask, normalizer=normalizer)
+        at_call = {"normalizer": normalizer, "cu_seqlens": cu_seqlens}
+        return self._loss(logits, teacher_logits, mask, **at_call)

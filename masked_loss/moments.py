@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from masked_loss._op.arguments import require_constant
-from masked_loss.reduce import rounded, weighed
+from masked_loss._op.overrides import is_overridden, override
+from masked_loss.reduce import reduced, rounded, weighed
 
 
 def masked_moments(
@@ -17,6 +20,7 @@ def masked_moments(
     *,
     dim: int | tuple[int, ...] | None = None,
     correction: float = 0,
+    cu_seqlens: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Mean, variance and count of values, weighted by a mask.
@@ -39,6 +43,8 @@ def masked_moments(
         mask: [...] bool, integer or floating: the weight of each value; None stands for 1.
         dim: the dimensions that are reduced; None: all.
         correction: what is subtracted from the count: 1 for the unbiased variance of a sample.
+        cu_seqlens: the bounds of packed sequences, as in :func:`masked_loss.masked_reduce`:
+            ``dim=-1`` gives [S] moments, and tokens behind the last have weight 0.
         group: the ranks whose values count together, ``torch.distributed.group.WORLD`` for all of
             them. None: this process alone, and no communication.
 
@@ -49,8 +55,9 @@ def masked_moments(
     Raises:
         IndexError: ``dim`` is none of the dimensions.
         TypeError: values or mask is not a tensor, or a dtype that is not offered.
-        ValueError: shapes that do not fit; a negative correction; with ``group``, values or a mask
-            that requires grad, or a group that this rank is not in.
+        ValueError: shapes that do not fit; a negative correction; with ``cu_seqlens``, a dim that
+            is not -1; with ``group``, values or a mask that requires grad, packed sequences one by
+            one, or a group that this rank is not in.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.var_mean.html; the merging is
     Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
@@ -62,12 +69,22 @@ def masked_moments(
     >>> masked_loss.masked_moments(values, mask, dim=-1)
     (tensor([3., 4.]), tensor([4., 8.]), tensor([2., 3.]))
     """
+    if is_overridden(values, mask):
+        return override(masked_moments, locals())
     who = "masked_moments"
     if group is not None:
         require_constant(who, "values over a group", values)
         require_constant(who, "a mask over a group", mask)
-    x, weight = weighed(who, values, mask)
-    mean, var, count = _moments(who, x, weight, dim, correction, group)
+    require_constant(who, "cu_seqlens", cu_seqlens)
+    x, weight = weighed(who, values, mask, cu_seqlens)
+    if dim is None:
+        cu_seqlens = None  # whose tokens without weight are all that it says
+    elif cu_seqlens is not None and (dim != -1 or group is not None):
+        raise ValueError(
+            f"{who}: with cu_seqlens dim must be None, or -1 without a group, whose ranks have "
+            f"sequences of their own; got dim {dim}"
+        )
+    mean, var, count = _moments(who, x, weight, dim, correction, group, cu_seqlens)
     return rounded(mean, values), rounded(var, values), rounded(count, values)
 
 
@@ -78,6 +95,7 @@ def masked_whiten(
     shift_mean: bool = True,
     correction: float = 0,
     eps: float = 1e-8,
+    cu_seqlens: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     r"""Values brought to mean 0 and variance 1, as advantages and rewards are.
@@ -97,6 +115,7 @@ def masked_whiten(
         correction: what is subtracted from the count: 1 for the unbiased variance, as in TRL and
             verl.
         eps: added to the variance.
+        cu_seqlens: the bounds of packed sequences: tokens behind the last are masked.
         group: the ranks whose values are whitened together, see :func:`masked_moments`.
 
     Returns:
@@ -116,8 +135,11 @@ def masked_whiten(
     >>> masked_loss.masked_whiten(values, mask, shift_mean=False)
     tensor([2., 4., 0.])
     """
+    if is_overridden(values, mask):
+        return override(masked_whiten, locals())
     who = "masked_whiten"
-    x, weight = weighed(who, values, mask)
+    require_constant(who, "cu_seqlens", cu_seqlens)
+    x, weight = weighed(who, values, mask, cu_seqlens)
     if not eps >= 0:
         raise ValueError(f"{who}: eps must be at least 0, got {eps}")
     with torch.no_grad():
@@ -134,18 +156,33 @@ def _moments(
     dim: int | tuple[int, ...] | None,
     correction: float,
     group: dist.ProcessGroup | None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not correction >= 0:
         raise ValueError(f"{who}: correction must be at least 0, got {correction}")
-    dims = tuple(range(x.dim())) if dim is None else dim
-    count = weight.sum(dims, keepdim=True)
-    mean = (weight * x).sum(dims, keepdim=True) / _or_one(count)
-    squares = (weight * (x - mean) ** 2).sum(dims)
-    mean, count = mean.view_as(squares), count.view_as(squares)
+    if cu_seqlens is None:
+        dims = tuple(range(x.dim())) if dim is None else dim
+        count = weight.sum(dims, keepdim=True)
+        mean = (weight * x).sum(dims, keepdim=True) / _or_one(count)
+        squares = (weight * (x - mean) ** 2).sum(dims)
+        mean, count = mean.view_as(squares), count.view_as(squares)
+    else:
+        count = reduced(who, weight, None, "sum", None, -1, cu_seqlens)
+        mean = reduced(who, x, weight, "sum", None, -1, cu_seqlens) / _or_one(count)
+        away = x - _of_tokens(mean, cu_seqlens, x.shape)
+        squares = reduced(who, away**2, weight, "sum", None, -1, cu_seqlens)
     if group is not None:
         count, mean, squares = _over_ranks(who, torch.stack([count, mean, squares]), group)
     var = squares / _or_one((count - correction).clamp(min=0))
     return mean, var.where(count > correction, 0), count
+
+
+def _of_tokens(each: Tensor, cu_seqlens: Tensor, shape: torch.Size) -> Tensor:
+    """To every token what its sequence has; 0 behind the last."""
+    tokens = math.prod(shape)
+    ends = torch.cat([cu_seqlens[1:], cu_seqlens.new_full((1,), tokens)])
+    each = torch.cat([each, each.new_zeros(1)])
+    return each.repeat_interleave(ends - cu_seqlens, output_size=tokens).view(shape)
 
 
 def _or_one(x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from masked_loss._op.arguments import (
     divisor_of,
@@ -14,7 +13,7 @@ from masked_loss._op.arguments import (
     require_mask,
     require_tensors,
 )
-from masked_loss._op.overrides import override
+from masked_loss._op.overrides import is_overridden, override
 from masked_loss._op.reduce import masked_reduce as _masked_reduce
 from masked_loss.errors import ReducedLossError
 from masked_loss.options import Meaning
@@ -73,7 +72,7 @@ def masked_reduce(
     >>> masked_loss.masked_reduce(log_probs, mask, reduction="sum", dim=-1)
     tensor([-3., -3.])
     """
-    if has_torch_function((values, mask)) and not torch.compiler.is_compiling():
+    if is_overridden(values, mask):
         return override(masked_reduce, locals())
     return reduced("masked_reduce", values, mask, reduction, normalizer, dim, cu_seqlens)
 
@@ -87,7 +86,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> masked_loss.masked_mean(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([1, 1, 0]))
     tensor(2.)
     """
-    if has_torch_function((values, mask)) and not torch.compiler.is_compiling():
+    if is_overridden(values, mask):
         return masked_reduce(values, mask)
     return reduced("masked_mean", values, mask, "mean", None)
 
@@ -139,14 +138,19 @@ def _along(
     return rounded(loss, values)
 
 
-def weighed(who: str, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def weighed(
+    who: str, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """values and mask in float64, both 0 where the mask is: what is masked is never read."""
     require_floating(who, "values", values)
     require_mask(who, mask, values.shape, values)
     if mask is None:
-        return values.double(), torch.ones_like(values, dtype=torch.float64)
-    active = mask != 0
-    return values.double().where(active, 0), mask.double().where(active, 0)
+        weight = torch.ones_like(values, dtype=torch.float64)
+    else:
+        weight = mask.double().where(mask != 0, 0)
+    if cu_seqlens is not None:  # behind the last sequence there is no weight
+        weight = reduced(who, weight, None, "none", None, None, cu_seqlens)
+    return values.double().where(weight != 0, 0), weight
 
 
 def rounded(x: Tensor, values: Tensor) -> Tensor:

@@ -71,9 +71,7 @@ def masked_cross_entropy(
     """
     sequence = None
     if cu_seqlens is not None:
-        sequence, begins = _sequences(cu_seqlens, target)
-        mask = _weight(mask, target.shape, logits)
-        mask = mask.where((sequence < len(cu_seqlens) - 1) & ~(begins & shift), 0)
+        sequence, mask = _packed(cu_seqlens, _weight(mask, target.shape, logits), shift)
     if shift:
         sequence = None if sequence is None else sequence[..., 1:]
         first = logits.new_zeros(target[..., :1].shape)  # Nothing scores the first token.
@@ -182,6 +180,7 @@ def token_log_probs(
     ignore_index: int = -100,
     softcap: float | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The log-probabilities of ``target`` [...] or [..., K], and the entropy [...] of each row.
@@ -194,6 +193,8 @@ def token_log_probs(
     """
     several = target.dim() == logits.dim()
     ids = target if several else target[..., None]
+    if cu_seqlens is not None:
+        _, mask = _packed(cu_seqlens, _weight(mask, ids.shape[:-1], logits), shift)
     if shift:
         first = [logits.new_zeros(x[..., :1, :].shape) for x in (ids, ids[..., :1])]
         logits, ids = logits[..., :-1, :], ids[..., 1:, :]
@@ -243,6 +244,7 @@ def masked_divergence(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     shift: bool = False,
+    cu_seqlens: Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
     """The divergence of q, the softmax of ``logits``, from p, that of ``teacher_logits``.
@@ -256,7 +258,11 @@ def masked_divergence(
     """
     if teacher_temperature is None:
         teacher_temperature = temperature
+    sequence = None
+    if cu_seqlens is not None:
+        sequence, mask = _packed(cu_seqlens, _weight(mask, logits.shape[:-1], logits), shift)
     if shift:
+        sequence = None if sequence is None else sequence[..., 1:]
         first = logits.new_zeros(logits[..., :1, 0].shape)
         logits, teacher_logits = logits[..., :-1, :], teacher_logits[..., :-1, :]
         mask = None if mask is None else mask[..., 1:]
@@ -267,7 +273,7 @@ def masked_divergence(
     teacher_logits = teacher_logits.to(logits.dtype)
     log_p = _log_softmax(teacher_logits, weight != 0, teacher_softcap, teacher_temperature)
     values = divergence(log_p, log_q, kind, beta)
-    loss = _reduce(values, weight, weight, reduction, normalizer)
+    loss = _reduce(values, weight, weight, reduction, normalizer, sequence)
     if shift and reduction == "none":
         loss = torch.cat([first, loss], dim=-1)
     if not return_stats:
@@ -335,8 +341,7 @@ def masked_reduce(
     """
     weight, sequence = _weight(mask, values.shape, values), None
     if cu_seqlens is not None:
-        sequence, _ = _sequences(cu_seqlens, values)
-        weight = weight.where(sequence < len(cu_seqlens) - 1, 0)
+        sequence, weight = _packed(cu_seqlens, weight, False)
     return _reduce(values.where(weight != 0, 0), weight, weight, reduction, normalizer, sequence)
 
 
@@ -366,11 +371,14 @@ def _weight(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
     return mask.to(like.dtype).where(mask != 0, 0)
 
 
-def _sequences(cu_seqlens: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of each token's sequence, S behind the last, and whether the token begins it."""
-    tokens = torch.arange(target.numel(), device=target.device).view(target.shape)
+def _packed(cu_seqlens: Tensor, weight: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
+    """The number of each token's sequence, S behind the last, and the weights: 0 there and, with
+    ``shift``, of the first token of each."""
+    tokens = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
     bounds = cu_seqlens.to(tokens)
-    return torch.bucketize(tokens, bounds, right=True) - 1, torch.isin(tokens, bounds)
+    sequence = torch.bucketize(tokens, bounds, right=True) - 1
+    takes_part = (sequence < len(bounds) - 1) & ~(torch.isin(tokens, bounds) & shift)
+    return sequence, weight.where(takes_part, 0)
 
 
 def _reduce(

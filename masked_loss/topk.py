@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from masked_loss._op.arguments import require_constant, require_floating, require_mask
+from masked_loss._op.overrides import is_overridden, override
 from masked_loss.divergence import require_kind
 from masked_loss.reduce import reduced, rounded
 from masked_loss.reference import divergence
@@ -27,6 +28,7 @@ def topk_divergence(
     tail: bool = True,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     r"""The divergence of a student from a teacher, from the log-probabilities of K classes each.
 
@@ -55,6 +57,7 @@ def topk_divergence(
             of its mass the student has elsewhere is not seen then. With K = 1 that is always 0.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"sequence_mean"``.
         normalizer: as in :func:`masked_loss.masked_reduce`.
+        cu_seqlens: the bounds of packed sequences, as in :func:`masked_loss.masked_reduce`.
 
     Returns:
         float32 (float64 for float64 log_probs), of the shape of mask for ``"none"``, else 0-dim.
@@ -77,6 +80,8 @@ def topk_divergence(
     >>> masked_loss.topk_divergence(student.gather(-1, top.indices), top.values)
     tensor(0.1212)
     """
+    if is_overridden(log_probs, teacher_log_probs, mask):
+        return override(topk_divergence, locals())
     who = "topk_divergence"
     require_floating(who, "log_probs", log_probs)
     require_floating(who, "teacher_log_probs", teacher_log_probs)
@@ -89,7 +94,7 @@ def topk_divergence(
     require_mask(who, mask, log_probs.shape[:-1], log_probs)
     require_kind(who, kind, beta)
     values = _values(log_probs, teacher_log_probs, mask, kind, beta, tail)
-    loss = reduced(who, values, mask, reduction, normalizer)
+    loss = reduced(who, values, mask, reduction, normalizer, None, cu_seqlens)
     return rounded(loss, log_probs)
 
 

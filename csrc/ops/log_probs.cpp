@@ -17,30 +17,60 @@ struct LogProbOptions {
   bool shift;
 };
 
+// The targets of each token: one, or several in a dimension of their own.
+struct Ids {
+  Shape tokens;
+  Tensor target;
+  DType type;
+  int64_t per_token;
+
+  Ids(const Shape& tokens_, const Tensor& target_, bool shift)
+      : tokens(tokens_),
+        target(as_contiguous(target_)),
+        type(check::class_indices(kLogProbs, target_)) {
+    const Shape got = shape_of(target);
+    Shape without_ids = got;
+    if (got.size() == tokens.size() + 1) without_ids.pop_back();
+    if (without_ids != tokens) {
+      check::fail("ValueError", kLogProbs, ": target must have shape ", check::text(tokens),
+                  ", or one dimension more, got ", check::text(got));
+    }
+    if (shift && tokens.empty()) {
+      check::fail("ValueError", kLogProbs, ": shift needs logits [..., T, V], got [V]");
+    }
+    per_token = several() ? got.back() : 1;
+  }
+
+  bool several() const { return shape_of(target).size() > tokens.size(); }
+};
+
+Shape tokens_of(const Tensor& logits) {
+  Shape shape = shape_of(logits);
+  if (shape.empty()) check::fail("ValueError", kLogProbs, ": logits must have shape [..., V]");
+  shape.pop_back();
+  return shape;
+}
+
 // What forward and backward tell the kernels alike, and what keeps the memory alive meanwhile.
 struct Problem {
-  Shape tokens;
   RowLayout logits;
-  Tensor target;
+  Ids ids;
   OptionalTensor temperatures, scratch;
   RowArgs args{};
   bool wide;
 
   Problem(const Tensor& logits_, const Tensor& target_, const OptionalTensor& temperatures_,
           const LogProbOptions& options)
-      : tokens(shape_of(logits_)),
-        logits(rows_of(checked(logits_))),
-        target(as_contiguous(target_)),
+      : logits(rows_of(checked(logits_))),
+        ids(tokens_of(logits_), target_, options.shift),
         wide(check::floating(kLogProbs, "logits", logits_) == DType::kFloat64) {
-    tokens.pop_back();
-    check_target(options);
     if (!(options.temperature > 0 && std::isfinite(options.temperature))) {
       check::fail("ValueError", kLogProbs, ": temperature must be greater than 0 and finite, got ",
                   options.temperature);
     }
     if (temperatures_) {
       check::floating(kLogProbs, "temperature", *temperatures_);
-      check::has_shape(kLogProbs, "temperature", *temperatures_, tokens);
+      check::has_shape(kLogProbs, "temperature", *temperatures_, ids.tokens);
       temperatures = as_type(temperatures_, accumulation_type(wide));
     }
     args.loss = RowLoss::kLogProbs;
@@ -52,16 +82,14 @@ struct Problem {
     args.batch_stride = logits.batch_stride;
     args.step_stride = logits.step_stride;
     args.shift = options.shift;
-    args.target = target.data_ptr();
-    args.target_type = check::class_indices(kLogProbs, target_);
-    args.ids = shape_of(target).size() == tokens.size() ? 1 : shape_of(target).back();
+    args.target = ids.target.data_ptr();
+    args.target_type = ids.type;
+    args.ids = ids.per_token;
     args.ignore_index = options.ignore_index;
     args.softcap = check::softcap(kLogProbs, options.softcap);
     args.temperature = options.temperature;
     args.temperatures = data(temperatures);
   }
-
-  bool has_ids() const { return shape_of(target).size() > tokens.size(); }
 
   void run(const Device& device) {
     if (const int64_t bytes = device.kernels.cross_entropy_scratch(args)) {
@@ -87,102 +115,109 @@ struct Problem {
     }
     return logits;
   }
-
-  void check_target(const LogProbOptions& options) {
-    check::class_indices(kLogProbs, target);
-    const Shape got = shape_of(target);
-    Shape without_ids = got;
-    if (got.size() == tokens.size() + 1) without_ids.pop_back();
-    if (without_ids != tokens) {
-      check::fail("ValueError", kLogProbs, ": target must have shape ", check::text(tokens),
-                  ", or one dimension more, got ", check::text(got));
-    }
-    if (options.shift && tokens.empty()) {
-      check::fail("ValueError", kLogProbs, ": shift needs logits [..., T, V], got [", logits.cols,
-                  "]");
-    }
-  }
 };
 
-[[noreturn]] void out_of_range(const Problem& p, int64_t token, int64_t ignore_index) {
-  for (int64_t k = token * p.args.ids;; ++k) {
-    const int64_t id = p.args.target_type == DType::kInt64
-                           ? static_cast<const int64_t*>(p.args.target)[k]
-                           : static_cast<const int32_t*>(p.args.target)[k];
-    if (id == ignore_index || (id >= 0 && id < p.args.cols)) continue;
-    check::out_of_range(kLogProbs, k, shape_of(p.target), id, p.args.cols, ignore_index);
+[[noreturn]] void out_of_range(const WeighArgs& args, const Ids& ids, int64_t token) {
+  for (int64_t k = token * args.ids;; ++k) {
+    const int64_t id = ids.type == DType::kInt64 ? static_cast<const int64_t*>(args.target)[k]
+                                                 : static_cast<const int32_t*>(args.target)[k];
+    if (id == args.ignore_index || (id >= 0 && id < args.classes)) continue;
+    check::out_of_range(kLogProbs, k, shape_of(ids.target), id, args.classes, args.ignore_index);
   }
 }
 
-// Which tokens are masked, into the first column of the table.
-void weigh(const Device& device, const Problem& p, const OptionalTensor& mask, bool keep_ignored) {
-  const OptionalTensor flat = mask ? OptionalTensor(as_mask(*mask)) : std::nullopt;
-  const Tensor groups = empty(p.logits.tensor, {1, GroupField::kCount}, aoti_torch_dtype_float64());
+struct Masking {
+  const OptionalTensor &mask, &cu_seqlens;
+  int64_t classes, ignore_index;
+  bool shift, keep_ignored;
+};
+
+// Which tokens are masked, into the row `weight`. They are in no groups: only shift has to know
+// where sequences begin.
+void weigh(const Device& device, const Ids& ids, const Masking& m, const Tensor& like, bool wide,
+           void* weight) {
+  const int64_t tokens = product(ids.tokens);
+  if (m.mask) check::is_mask(kLogProbs, *m.mask, ids.tokens);
+  if (m.cu_seqlens) check::cu_seqlens(kLogProbs, *m.cu_seqlens, tokens);
+  const OptionalTensor flat = m.mask ? OptionalTensor(as_mask(*m.mask)) : std::nullopt;
+  const OptionalTensor bounds = as_type(m.cu_seqlens, ScalarType::Double);
+  const Tensor groups = empty(like, {1, GroupField::kCount}, aoti_torch_dtype_float64());
   WeighArgs args{};
-  args.groups = {p.args.rows, 1, p.args.rows, doubles(groups), GroupField::kCount, nullptr, 0};
-  args.steps = p.args.steps;
-  args.skip_first = p.args.shift;
-  args.target = p.args.target;
-  args.target_type = p.args.target_type;
-  args.ids = p.args.ids;
-  args.keep_ignored = keep_ignored;
-  args.classes = p.args.cols;
-  args.ignore_index = p.args.ignore_index;
+  args.groups = {tokens, 1, tokens, doubles(groups), GroupField::kCount, nullptr, 0};
+  if (bounds) args.sequences = {tokens, bounds->numel(), 0, nullptr, 0, doubles(*bounds), 1};
+  args.steps = ids.tokens.empty() ? 1 : std::max<int64_t>(1, ids.tokens.back());
+  args.skip_first = m.shift;
+  args.target = ids.target.data_ptr();
+  args.target_type = ids.type;
+  args.ids = ids.per_token;
+  args.keep_ignored = m.keep_ignored;
+  args.classes = m.classes;
+  args.ignore_index = m.ignore_index;
   args.mask = data(flat);
   args.mask_type = flat ? *check::dtype_of(*flat) : DType::kBool;
   args.reduction = Reduction::kNone;
-  args.wide = p.wide;
-  args.weight = p.args.table;
+  args.wide = wide;
+  args.weight = weight;
   OptionalTensor scratch;
   if (const int64_t bytes = device.kernels.weigh_scratch(args)) {
-    scratch = empty(p.logits.tensor, {(bytes + 7) / 8}, aoti_torch_dtype_float64());
+    scratch = empty(like, {(bytes + 7) / 8}, aoti_torch_dtype_float64());
     args.scratch = scratch->data_ptr();
   }
   const int64_t bad = device.kernels.weigh(args, device.queue());
-  if (bad >= 0) out_of_range(p, bad, p.args.ignore_index);
+  if (bad >= 0) out_of_range(args, ids, bad);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(Tensor logits, Tensor target,
-                                                           OptionalTensor mask,
-                                                           OptionalTensor temperatures,
-                                                           double temperature, int64_t ignore_index,
-                                                           std::optional<double> softcap,
-                                                           bool shift, bool entropy) {
+Tensor log_probs_weigh(Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
+                       int64_t classes, int64_t ignore_index, bool shift, bool keep_ignored) {
+  const bool wide = check::floating(kLogProbs, "logits", logits) == DType::kFloat64;
+  const Ids ids(tokens_of(logits), target, shift);
+  const Tensor weights = empty(logits, {product(ids.tokens)}, accumulation_id(wide));
+  weigh(Device(logits), ids, {mask, cu_seqlens, classes, ignore_index, shift, keep_ignored}, logits,
+        wide, weights.data_ptr());
+  return weights;
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(
+    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
+    OptionalTensor temperatures, double temperature, int64_t ignore_index,
+    std::optional<double> softcap, bool shift, bool entropy) {
   const Device device(logits);
   Problem p(logits, target, temperatures, {temperature, ignore_index, softcap, shift});
-  if (mask) check::is_mask(kLogProbs, *mask, p.tokens);
   const int32_t number = accumulation_id(p.wide);
   const int64_t columns = entropy ? LogProbField::kCount : LogProbField::kEntropySum;
   const Tensor table = empty(logits, {columns, p.args.rows}, number);
-  const Tensor log_probs = empty(logits, shape_of(p.target), number);
-  const Tensor entropies = empty(logits, entropy ? p.tokens : Shape{0}, number);
+  const Tensor log_probs = empty(logits, shape_of(p.ids.target), number);
+  const Tensor entropies = empty(logits, entropy ? p.ids.tokens : Shape{0}, number);
   p.args.table = table.data_ptr();
   p.args.results[0] = log_probs.data_ptr();
   p.args.results[1] = entropy ? entropies.data_ptr() : nullptr;
   p.args.forward = true;
   // One target that is ignored masks its token; of several, they have to be all, and the entropy is
   // of the token, not of an id.
-  weigh(device, p, mask, entropy && p.has_ids());
+  const bool keep_ignored = entropy && p.ids.several();
+  weigh(device, p.ids, {mask, cu_seqlens, p.args.cols, ignore_index, shift, keep_ignored}, logits,
+        p.wide, p.args.table);
   p.run(device);
   return {log_probs, entropies, table};
 }
 
-Tensor token_log_probs(Tensor logits, Tensor target, OptionalTensor mask,
+Tensor token_log_probs(Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
                        OptionalTensor temperatures, double temperature, int64_t ignore_index,
                        std::optional<double> softcap, bool shift, bool) {
-  return std::get<0>(token_log_probs_forward(logits, target, mask, temperatures, temperature,
-                                             ignore_index, softcap, shift, false));
+  return std::get<0>(token_log_probs_forward(logits, target, mask, cu_seqlens, temperatures,
+                                             temperature, ignore_index, softcap, shift, false));
 }
 
 std::tuple<Tensor, Tensor> token_log_probs_entropy(Tensor logits, Tensor target,
-                                                   OptionalTensor mask, OptionalTensor temperatures,
-                                                   double temperature, int64_t ignore_index,
+                                                   OptionalTensor mask, OptionalTensor cu_seqlens,
+                                                   OptionalTensor temperatures, double temperature,
+                                                   int64_t ignore_index,
                                                    std::optional<double> softcap, bool shift,
                                                    bool) {
-  const auto results = token_log_probs_forward(logits, target, mask, temperatures, temperature,
-                                               ignore_index, softcap, shift, true);
+  const auto results = token_log_probs_forward(logits, target, mask, cu_seqlens, temperatures,
+                                               temperature, ignore_index, softcap, shift, true);
   return {std::get<0>(results), std::get<1>(results)};
 }
 
@@ -200,7 +235,7 @@ void token_log_probs_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTen
                 check::text(shape_of(tokens)));
   }
   check::has_shape(kLogProbs, "dlog_probs", dlog_probs, shape_of(target));
-  if (dentropy) check::has_shape(kLogProbs, "dentropy", *dentropy, p.tokens);
+  if (dentropy) check::has_shape(kLogProbs, "dentropy", *dentropy, p.ids.tokens);
   check::has_shape(kLogProbs, "dlogits", dlogits, shape_of(logits));
   check::same_dtype(kLogProbs, "dlogits", dlogits, "logits", logits);
   const std::optional<RowLayout> rows = rows_in_place(dlogits);

@@ -476,8 +476,8 @@ Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor
 // Divergences
 
 std::tuple<Tensor, Tensor> divergence_weigh(Tensor logits, OptionalTensor mask,
-                                            OptionalTensor normalizer, std::string reduction_name,
-                                            bool shift, bool stats) {
+                                            OptionalTensor normalizer, OptionalTensor cu_seqlens,
+                                            std::string reduction_name, bool shift, bool stats) {
   const DType dtype = check::floating(kDivergence, "logits", logits);
   Shape shape = shape_of(logits);
   if (shape.empty()) {
@@ -495,7 +495,7 @@ std::tuple<Tensor, Tensor> divergence_weigh(Tensor logits, OptionalTensor mask,
   args.wide = dtype == DType::kFloat64;
   const Tables tables = fill_tables(kDivergence, Device(logits), args, logits,
                                     stats ? DivergenceField::kCount : DivergenceField::kSaved,
-                                    {mask, normalizer, std::nullopt, false}, shape);
+                                    {mask, normalizer, cu_seqlens, false}, shape);
   return {tables.tokens, tables.groups};
 }
 

@@ -73,8 +73,8 @@ Tensor masked_reduce_backward(Tensor dloss, Tensor values, Tensor tokens, Tensor
 // What divergences (masked_loss/_op/divergence.py) are made of, before reduce.
 // Weights of all tokens and scales of all groups, where there is no target -> tokens, groups
 std::tuple<Tensor, Tensor> divergence_weigh(Tensor logits, OptionalTensor mask,
-                                            OptionalTensor normalizer, std::string reduction,
-                                            bool shift, bool stats);
+                                            OptionalTensor normalizer, OptionalTensor cu_seqlens,
+                                            std::string reduction, bool shift, bool stats);
 
 // Of every pair of rows its value into the table of tokens (forward), and the gradient of the
 // student's logits into dlogits, which may be these logits. With unless_one, dlogits holds the
@@ -86,23 +86,26 @@ void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor
                      std::optional<double> softcap, std::optional<double> teacher_softcap,
                      bool shift, bool forward, bool unless_one);
 
-Tensor token_log_probs(Tensor logits, Tensor target, OptionalTensor mask,
+Tensor token_log_probs(Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
                        OptionalTensor temperatures, double temperature, int64_t ignore_index,
                        std::optional<double> softcap, bool shift, bool inplace_backward);
 
 std::tuple<Tensor, Tensor> token_log_probs_entropy(Tensor logits, Tensor target,
-                                                   OptionalTensor mask, OptionalTensor temperatures,
-                                                   double temperature, int64_t ignore_index,
+                                                   OptionalTensor mask, OptionalTensor cu_seqlens,
+                                                   OptionalTensor temperatures, double temperature,
+                                                   int64_t ignore_index,
                                                    std::optional<double> softcap, bool shift,
                                                    bool inplace_backward);
 
+// [tokens]: 0 of those that are masked. logits: for shape and type, all but their classes.
+Tensor log_probs_weigh(Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
+                       int64_t classes, int64_t ignore_index, bool shift, bool keep_ignored);
+
 // -> log_probs, entropy (of no token if it is not asked for), tokens: LogProbField
-std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(Tensor logits, Tensor target,
-                                                           OptionalTensor mask,
-                                                           OptionalTensor temperatures,
-                                                           double temperature, int64_t ignore_index,
-                                                           std::optional<double> softcap,
-                                                           bool shift, bool entropy);
+std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(
+    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
+    OptionalTensor temperatures, double temperature, int64_t ignore_index,
+    std::optional<double> softcap, bool shift, bool entropy);
 
 Tensor token_log_probs_backward(Tensor dlog_probs, OptionalTensor dentropy, Tensor logits,
                                 Tensor target, Tensor tokens, OptionalTensor temperatures,

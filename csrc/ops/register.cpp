@@ -24,7 +24,8 @@
   "Tensor logits, Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, "
 
 #define ML_LOG_PROBS_PUBLIC                                                               \
-  "(Tensor logits, Tensor target, Tensor? mask=None, Tensor? temperatures=None, *, "      \
+  "(Tensor logits, Tensor target, Tensor? mask=None, Tensor? cu_seqlens=None, "           \
+  "Tensor? temperatures=None, *, "                                                        \
   "float temperature=1.0, int ignore_index=-100, float? softcap=None, bool shift=False, " \
   "bool inplace_backward=False) -> "
 #define ML_LOG_PROBS \
@@ -63,8 +64,8 @@
   _(masked_reduce_backward,                                                                       \
     "(Tensor dloss, Tensor values, Tensor tokens, Tensor groups, bool per_sequence) -> Tensor")   \
   _(divergence_weigh,                                                                             \
-    "(Tensor logits, Tensor? mask, Tensor? normalizer, str reduction, bool shift, bool stats) "   \
-    "-> (Tensor tokens, Tensor groups)")                                                          \
+    "(Tensor logits, Tensor? mask, Tensor? normalizer, Tensor? cu_seqlens, str reduction, "       \
+    "bool shift, bool stats) -> (Tensor tokens, Tensor groups)")                                  \
   _(divergence_rows,                                                                              \
     "(Tensor(a!) tokens, Tensor logits, Tensor teacher_logits, Tensor groups, Tensor? dloss, "    \
     "Tensor(b!)? dlogits, Tensor? temperatures, Tensor? teacher_temperatures, "                   \
@@ -72,8 +73,11 @@
     "float? teacher_softcap, bool shift, bool forward, bool unless_one) -> ()")                   \
   _(token_log_probs, ML_LOG_PROBS_PUBLIC "Tensor")                                                \
   _(token_log_probs_entropy, ML_LOG_PROBS_PUBLIC "(Tensor log_probs, Tensor entropy)")            \
+  _(log_probs_weigh,                                                                              \
+    "(Tensor logits, Tensor target, Tensor? mask, Tensor? cu_seqlens, int classes, "              \
+    "int ignore_index, bool shift, bool keep_ignored) -> Tensor")                                 \
   _(token_log_probs_forward,                                                                      \
-    "(Tensor logits, Tensor target, Tensor? mask, " ML_LOG_PROBS                                  \
+    "(Tensor logits, Tensor target, Tensor? mask, Tensor? cu_seqlens, " ML_LOG_PROBS              \
     ", bool entropy) -> (Tensor log_probs, Tensor entropy, Tensor tokens)")                       \
   _(token_log_probs_backward, "(" ML_LOG_PROBS_BACKWARD ") -> Tensor")                            \
   _(token_log_probs_backward_out, "(Tensor(a!) dlogits, " ML_LOG_PROBS_BACKWARD ") -> ()")

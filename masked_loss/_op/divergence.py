@@ -40,7 +40,8 @@ from masked_loss.options import Meaning
 
 _WHO = "masked_divergence"
 INPUTS = (
-    "logits", "teacher_logits", "mask", "normalizer", "temperatures", "teacher_temperatures",
+    "logits", "teacher_logits", "mask", "normalizer", "cu_seqlens", "temperatures",
+    "teacher_temperatures",
 )  # fmt: skip
 
 # Rows of the table of tokens, as csrc/kernels/args.h has them (DivergenceField).
@@ -53,17 +54,17 @@ _KIND = (
 )
 _PUBLIC = (
     "(Tensor logits, Tensor teacher_logits, Tensor? mask=None, *, Tensor? normalizer=None, "
-    "Tensor? temperatures=None, Tensor? teacher_temperatures=None, float temperature=1.0, "
-    'float teacher_temperature=1.0, str kind="forward_kl", float beta=0.5, float? softcap=None, '
-    'float? teacher_softcap=None, bool shift=False, str reduction="mean", '
-    "bool inplace_backward=False) -> "
+    "Tensor? cu_seqlens=None, Tensor? temperatures=None, Tensor? teacher_temperatures=None, "
+    'float temperature=1.0, float teacher_temperature=1.0, str kind="forward_kl", '
+    "float beta=0.5, float? softcap=None, float? teacher_softcap=None, bool shift=False, "
+    'str reduction="mean", bool inplace_backward=False) -> '
 )
 library.define(f"masked_divergence{_PUBLIC}Tensor")
 library.define(f"masked_divergence_stats{_PUBLIC}(Tensor loss, Tensor stats)")
 library.define(
     "masked_divergence_forward(Tensor logits, Tensor teacher_logits, Tensor? mask, "
-    "Tensor? normalizer, Tensor? temperatures, Tensor? teacher_temperatures, "
-    f"{_KIND}, str reduction, bool stats) -> "
+    "Tensor? normalizer, Tensor? cu_seqlens, Tensor? temperatures, "
+    f"Tensor? teacher_temperatures, {_KIND}, str reduction, bool stats) -> "
     "(Tensor loss, Tensor stats, Tensor tokens, Tensor groups)"
 )
 library.define(
@@ -122,9 +123,9 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 @kernel
 def _run(inputs: Inputs, how: How, dlogits: Tensor | None = None) -> tuple[Tensor, ...]:
-    logits, teacher, mask, normalizer, *temperatures = inputs
+    logits, teacher, mask, normalizer, cu_seqlens, *temperatures = inputs
     tokens, groups = ops.divergence_weigh.default(
-        logits, mask, normalizer, how.reduction, how.divergence.shift, how.stats
+        logits, mask, normalizer, cu_seqlens, how.reduction, how.divergence.shift, how.stats
     )
     ops.divergence_rows.default(
         tokens, logits, teacher, groups, None, dlogits, *temperatures, *how.divergence, True, False
@@ -147,7 +148,7 @@ def statistics_of(tokens: Tensor, stats: bool) -> Tensor:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    logits, teacher, mask, _, *temperatures = inputs
+    logits, teacher, mask, _, _, *temperatures = inputs
     _, _, *rest = outputs
     return logits, teacher, mask if may_require_grad(mask) else None, *temperatures, *rest
 
@@ -186,7 +187,7 @@ def _backward(
             write(gradient, unless_one=True)
     else:
         gradient = write(logits_pool.empty_like(logits))
-    return gradient, None, dmask, None, None, None
+    return gradient, None, dmask, None, None, None, None
 
 
 _without_stats, _with_stats = (
@@ -226,6 +227,7 @@ def _backward_kernel(*args: Any) -> Tensor:
 def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
     shape = a.logits.shape[:-1]
     checks.reduction(_WHO, a.reduction, len(shape), a.normalizer)
+    checks.cu_seqlens(_WHO, a.cu_seqlens)
     return (
         tables.fake_loss(a.logits, a.reduction, shape),
         a.logits.new_empty((5 if stats else 0,), dtype=tables.loss_dtype(a.logits)),
@@ -237,7 +239,7 @@ def _fake_tables(a: SimpleNamespace, stats: bool) -> tuple[Tensor, Tensor]:
     shape = a.logits.shape[:-1]
     return (
         tables.fake_tokens(a.logits, FIELDS if stats else SAVED, shape),
-        tables.fake_groups(a.logits, a.reduction, shape, None),
+        tables.fake_groups(a.logits, a.reduction, shape, a.cu_seqlens),
     )
 
 

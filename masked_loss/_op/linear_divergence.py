@@ -44,7 +44,7 @@ from masked_loss.options import Chunking, Meaning
 _WHO = "linear_divergence"
 INPUTS = (
     "hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias", "mask",
-    "normalizer", "temperatures", "teacher_temperatures",
+    "normalizer", "cu_seqlens", "temperatures", "teacher_temperatures",
 )  # fmt: skip
 
 _HEADS = (
@@ -59,7 +59,8 @@ _HOW = "int? chunk_tokens, ScalarType? accumulation_dtype, bool pack, bool[3] ne
 _PUBLIC = (
     "(Tensor hidden, Tensor weight, Tensor teacher_hidden, Tensor teacher_weight, "
     "Tensor? mask=None, *, Tensor? bias=None, Tensor? teacher_bias=None, "
-    "Tensor? normalizer=None, Tensor? temperatures=None, Tensor? teacher_temperatures=None, "
+    "Tensor? normalizer=None, Tensor? cu_seqlens=None, Tensor? temperatures=None, "
+    "Tensor? teacher_temperatures=None, "
     'float temperature=1.0, float teacher_temperature=1.0, str kind="forward_kl", '
     "float beta=0.5, float? softcap=None, float? teacher_softcap=None, bool shift=False, "
     'str reduction="mean", int? chunk_tokens=None, ScalarType? accumulation_dtype=None, '
@@ -68,8 +69,9 @@ _PUBLIC = (
 library.define(f"{_WHO}{_PUBLIC}Tensor")
 library.define(f"{_WHO}_stats{_PUBLIC}(Tensor loss, Tensor stats)")
 library.define(
-    f"{_WHO}_forward({_HEADS}, Tensor? mask, Tensor? normalizer, Tensor? temperatures, "
-    f"Tensor? teacher_temperatures, {_KIND}, str reduction, bool stats, {_HOW}) -> "
+    f"{_WHO}_forward({_HEADS}, Tensor? mask, Tensor? normalizer, Tensor? cu_seqlens, "
+    f"Tensor? temperatures, Tensor? teacher_temperatures, {_KIND}, str reduction, "
+    f"bool stats, {_HOW}) -> "
     "(Tensor loss, Tensor stats, Tensor tokens, Tensor groups, Tensor unit, Tensor dhidden, "
     "Tensor dweight, Tensor dbias)"
 )
@@ -114,7 +116,7 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    *heads, mask, _, own, others = inputs
+    *heads, mask, _, _, own, others = inputs
     _, _, *rest = outputs
     return *heads, mask if may_require_grad(mask) else None, own, others, *rest
 
@@ -140,7 +142,7 @@ def _backward(
             for gradient, x, needed in zip(gradients, saved, needs_head, strict=False)
         ]
     dhead = (g if needed else None for g, needed in zip(gradients, needs_head, strict=True))
-    return *dhead, None, None, None, dmask, None, None, None
+    return *dhead, None, None, None, dmask, None, None, None, None
 
 
 _linear_divergence = differentiable(
@@ -153,12 +155,12 @@ _linear_divergence = differentiable(
 
 @kernel
 def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
-    *heads, mask, normalizer, own, others = inputs
+    *heads, mask, normalizer, cu_seqlens, own, others = inputs
     student, teacher = Head(*heads[:3]), Head(*heads[3:])
     _check(student, teacher, how.chunking)
     like = student.hidden[..., :1]
     tokens, groups = ops.divergence_weigh.default(
-        like, mask, normalizer, how.reduction, how.divergence.shift, how.stats
+        like, mask, normalizer, cu_seqlens, how.reduction, how.divergence.shift, how.stats
     )
     tokens[1:].zero_()
     unit = unit_of(student.hidden, tokens, groups, None) if any(how.needs) else None
@@ -196,7 +198,7 @@ def _run(
             numbers = at
             if isinstance(at, slice):
                 numbers = torch.arange(at.start, at.stop, device=y.device)
-            groups_at = groups.index_select(0, numbers // (count // groups.shape[0]))
+            groups_at = tables.groups_at(groups, numbers, count)
         ops.divergence_rows.default(
             table, y, z, groups_at, at_tokens(dloss, at), y if gradient else None,
             at_tokens(own, at), at_tokens(others, at), *divergence, forward, False,
@@ -263,12 +265,13 @@ def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, .
     _check(student, Head(a.teacher_hidden, a.teacher_weight, a.teacher_bias), chunking)
     shape, wide = a.hidden.shape[:-1], tables.loss_dtype(a.hidden)
     checks.reduction(_WHO, a.reduction, len(shape), a.normalizer)
+    checks.cu_seqlens(_WHO, a.cu_seqlens)
     tokens = tables.fake_tokens(a.hidden, FIELDS if stats else SAVED, shape)
     return (
         tables.fake_loss(a.hidden, a.reduction, shape),
         a.hidden.new_empty((5 if stats else 0,), dtype=wide),
         tokens,
-        tables.fake_groups(a.hidden, a.reduction, shape, None),
+        tables.fake_groups(a.hidden, a.reduction, shape, a.cu_seqlens),
         tokens.new_empty(()),
         *_fake_gradients(a, needs, dweight_dtype(a.weight, tokens.shape[1], chunking), wide),
     )

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from masked_loss._op import tables
 from masked_loss._op.autograd import Formulas, Inputs, differentiable, is_differentiated
 from masked_loss._op.checks import checked
 from masked_loss._op.factory import (
@@ -28,25 +27,26 @@ from masked_loss._op.factory import (
 from masked_loss._op.linear import _autocast
 from masked_loss._op.linear_chunks import Head, scaled_by
 from masked_loss._op.linear_rows import Source, check_head, run_rows, take, unit_for
+from masked_loss._op.log_probs import fake_weights
 from masked_loss._op.tables import ops
 from masked_loss.options import Chunking, Meaning
 
 _WHO = "linear_token_log_probs"
-INPUTS = ("hidden", "weight", "bias", "target", "mask", "temperatures")
+INPUTS = ("hidden", "weight", "bias", "target", "mask", "cu_seqlens", "temperatures")
 
 _OPTIONS = "float temperature, int ignore_index, float? softcap, bool shift, bool entropy"
 _CHUNKING = "int? chunk_tokens, ScalarType? accumulation_dtype, bool pack"
 _PUBLIC = (
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? mask=None, *, Tensor? bias=None, "
-    "Tensor? temperatures=None, float temperature=1.0, int ignore_index=-100, "
-    "float? softcap=None, bool shift=False, int? chunk_tokens=None, "
+    "Tensor? cu_seqlens=None, Tensor? temperatures=None, float temperature=1.0, "
+    "int ignore_index=-100, float? softcap=None, bool shift=False, int? chunk_tokens=None, "
     "ScalarType? accumulation_dtype=None, bool pack=True) -> "
 )
 library.define(f"{_WHO}{_PUBLIC}Tensor")
 library.define(f"{_WHO}_entropy{_PUBLIC}(Tensor log_probs, Tensor entropy)")
 library.define(
     f"{_WHO}_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? mask, "
-    f"Tensor? temperatures, {_OPTIONS}, {_CHUNKING}) -> "
+    f"Tensor? cu_seqlens, Tensor? temperatures, {_OPTIONS}, {_CHUNKING}) -> "
     "(Tensor log_probs, Tensor entropy, Tensor tokens, Tensor weights)"
 )
 library.define(
@@ -95,7 +95,7 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    hidden, weight, bias, target, _, temperatures = inputs
+    hidden, weight, bias, target, _, _, temperatures = inputs
     return hidden, weight, bias, target, temperatures, *outputs[-2:]
 
 
@@ -111,7 +111,7 @@ def _backward(
         dlog_probs, *(dentropy or [None]), *saved, *how.options, *how.chunking, needs_head
     )
     results = (g if need else None for g, need in zip(gradients, needs_head, strict=True))
-    return *results, None, None, None
+    return *results, None, None, None, None
 
 
 _without_entropy, _with_entropy = (
@@ -123,31 +123,17 @@ _without_entropy, _with_entropy = (
 # The operators' kernels
 
 
-def _weights(target: Tensor, mask: Tensor | None, options: Options, like: Tensor) -> Tensor:
-    """[tokens]: 1 for those that are computed."""
-    several = target.dim() == like.dim()
-    scored = target != options.ignore_index
-    if several:
-        active = torch.ones_like(scored[..., 0]) if options.entropy else scored.any(dim=-1)
-    else:
-        active = scored
-    if mask is not None:
-        active = active & (mask != 0)
-    if options.shift and active.dim():
-        active = active.clone()
-        active[..., 0] = False
-    return active.reshape(-1).to(tables.loss_dtype(like))
-
-
 @kernel
 def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
-    hidden, weight, bias, target, mask, temperatures = inputs
+    hidden, weight, bias, target, mask, cu_seqlens, temperatures = inputs
     options, chunking = how
     head = Head(hidden, weight, bias)
     check_head(_WHO, head, chunking)
-    _check_target(head, target, mask, options)
-    weights = _weights(target, mask, options, hidden)
-    _check_range(target, weights, weight.shape[0], options, hidden.dim() - 1)
+    keep_ignored = options.entropy and target.dim() == hidden.dim()
+    weights = ops.log_probs_weigh.default(
+        hidden[..., :1], target, mask, cu_seqlens, weight.shape[0], options.ignore_index,
+        options.shift, keep_ignored,
+    )  # fmt: skip
     count = weights.numel()
     ids = target.reshape(count, *target.shape[hidden.dim() - 1 :])
     each = None if temperatures is None else temperatures.reshape(-1)
@@ -158,7 +144,7 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     def rows(y: Tensor, at: Any, _: slice) -> Tensor:
         given = None if each is None else take(each, at)
         values, spread, table = ops.token_log_probs_forward.default(
-            y, take(ids, at), take(weights, at), given, *options.of_rows, options.entropy
+            y, take(ids, at), take(weights, at), None, given, *options.of_rows, options.entropy
         )
         log_probs[at], tokens[:, at] = values, table
         if options.entropy:
@@ -174,40 +160,6 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
         tokens,
         weights,
     )
-
-
-def _check_target(head: Head, target: Tensor, mask: Tensor | None, options: Options) -> None:
-    shape = head.hidden.shape[:-1]
-    error = None
-    if target.dtype not in (torch.int64, torch.int32):
-        kind = str(target.dtype).removeprefix("torch.")
-        error = f"TypeError: {_WHO}: target must be int64 or int32 class indices, got {kind}"
-    elif target.shape[: len(shape)] != shape or target.dim() > len(shape) + 1:
-        wanted = f"{list(shape)}, or one dimension more"
-        error = f"ValueError: {_WHO}: target must have shape {wanted}, got {list(target.shape)}"
-    elif mask is not None and mask.shape != shape:
-        error = f"ValueError: {_WHO}: mask must have shape {list(shape)}, got {list(mask.shape)}"
-    elif options.shift and not shape:
-        error = f"ValueError: {_WHO}: shift needs hidden [..., T, D], got {list(head.hidden.shape)}"
-    if error is not None:
-        raise RuntimeError(error)
-
-
-def _check_range(
-    target: Tensor, weights: Tensor, classes: int, options: Options, dims: int
-) -> None:
-    """Here, for a chunk does not know its tokens' positions; CUDA asserts on the device."""
-    if not target.is_cpu:
-        return
-    bad = ((target < 0) | (target >= classes)) & (target != options.ignore_index)
-    active = (weights != 0).view(*target.shape[:dims], *[1] * (target.dim() - dims))
-    bad = bad & active
-    if bad.any():
-        position = bad.nonzero()[0].tolist()
-        raise RuntimeError(
-            f"IndexError: {_WHO}: target{position} is {target[tuple(position)].item()}, "
-            f"expected 0 <= target < {classes} (or ignore_index {options.ignore_index})"
-        )
 
 
 @kernel
@@ -255,16 +207,15 @@ def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake(a: SimpleNamespace, entropy: bool) -> tuple[Tensor, ...]:
-    head, options = Head(a.hidden, a.weight, a.bias), Options(1.0, 0, None, a.shift, entropy)
-    check_head(_WHO, head, record(Chunking, a))
-    _check_target(head, a.target, a.mask, options)
-    shape, dtype = a.hidden.shape[:-1], tables.loss_dtype(a.hidden)
-    table = tables.fake_tokens(a.hidden, ("",) * (3 if entropy else 2), shape)
+    check_head(_WHO, Head(a.hidden, a.weight, a.bias), record(Chunking, a))
+    a.logits = a.hidden
+    weights = fake_weights(a)
+    shape, dtype = a.hidden.shape[:-1], weights.dtype
     return (
         a.hidden.new_empty(a.target.shape, dtype=dtype),
         a.hidden.new_empty(shape if entropy else (0,), dtype=dtype),
-        table,
-        a.hidden.new_empty(table.shape[1:], dtype=dtype),
+        a.hidden.new_empty((3 if entropy else 2, *weights.shape), dtype=dtype),
+        weights,
     )
 
 

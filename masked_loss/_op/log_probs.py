@@ -26,7 +26,7 @@ from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import loss_dtype, ops
 from masked_loss.options import Meaning
 
-INPUTS = ("logits", "target", "mask", "temperatures")
+INPUTS = ("logits", "target", "mask", "cu_seqlens", "temperatures")
 WHO = "token_log_probs"
 
 
@@ -66,7 +66,7 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    logits, target, _, temperatures = inputs
+    logits, target, _, _, temperatures = inputs
     return logits, target, outputs[-1], temperatures
 
 
@@ -88,7 +88,7 @@ def _backward(
     else:
         gradient = logits_pool.empty_like(logits)
         ops.token_log_probs_backward_out.default(gradient, *args)
-    return gradient, None, None, None
+    return gradient, None, None, None, None
 
 
 _without_entropy, _with_entropy = (
@@ -98,10 +98,25 @@ _without_entropy, _with_entropy = (
 
 
 def _fake(a: SimpleNamespace, entropy: bool) -> tuple[Tensor, ...]:
+    tokens, dtype = fake_weights(a), loss_dtype(a.logits)
+    checks.formula(WHO, 0.0, 0.0, a.softcap)
+    return (
+        a.logits.new_empty(a.target.shape, dtype=dtype),
+        a.logits.new_empty(a.logits.shape[:-1] if entropy else (0,), dtype=dtype),
+        a.logits.new_empty((3 if entropy else 2, *tokens.shape), dtype=dtype),
+    )
+
+
+@fake("log_probs_weigh")
+def _fake_weigh(a: SimpleNamespace) -> tuple[Tensor]:
+    return (fake_weights(a),)
+
+
+def fake_weights(a: SimpleNamespace) -> Tensor:
     checks.floating(WHO, "logits", a.logits)
     if a.logits.dim() == 0:
         checks.fail(ValueError, WHO, "logits must have shape [..., V], got []")
-    tokens, dtype = a.logits.shape[:-1], loss_dtype(a.logits)
+    tokens = a.logits.shape[:-1]
     checks.class_indices(WHO, a.target)
     if a.target.dim() not in (len(tokens), len(tokens) + 1) or (
         a.target.shape[: len(tokens)] != tokens
@@ -111,14 +126,10 @@ def _fake(a: SimpleNamespace, entropy: bool) -> tuple[Tensor, ...]:
     if a.shift and len(tokens) == 0:
         text = f"shift needs logits [..., T, V], got {list(a.logits.shape)}"
         checks.fail(ValueError, WHO, text)
-    checks.formula(WHO, 0.0, 0.0, a.softcap)
     if a.mask is not None:
         checks.mask_of(WHO, a.mask, tokens)
-    return (
-        a.logits.new_empty(a.target.shape, dtype=dtype),
-        a.logits.new_empty(tokens if entropy else (0,), dtype=dtype),
-        a.logits.new_empty((3 if entropy else 2, math.prod(tokens)), dtype=dtype),
-    )
+    checks.cu_seqlens(WHO, a.cu_seqlens)
+    return a.logits.new_empty((math.prod(tokens),), dtype=loss_dtype(a.logits))
 
 
 fake("token_log_probs")(lambda a: _fake(a, False))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How a public function lets a tensor subclass or a mode answer instead of it."""
+"""How a public function lets a tensor subclass or a mode answer, or takes jagged tensors apart."""
 
 from __future__ import annotations
 
@@ -7,15 +7,29 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
+
+from masked_loss._op import jagged
+
+
+def is_overridden(*tensors: Any) -> bool:
+    """Whether :func:`override` gives the results of a call with these arguments."""
+    if not torch.compiler.is_compiling() and has_torch_function(tensors):
+        return True
+    return any(map(jagged.is_jagged, tensors))
 
 
 def override(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """What ``__torch_function__`` gives for a call of ``function`` with these arguments by name.
+    """What ``function`` gives for these arguments by name, where they are more than plain tensors.
 
-    The arguments that its signature takes by position are handed on by position.
+    Those that its signature takes by position are handed on to ``__torch_function__`` by position.
     """
+    with torch._C.DisableTorchFunctionSubclass():  # lazy logits are not to be asked
+        nested = any(map(jagged.is_jagged, arguments.values()))
+    if nested:
+        return jagged.call(function, arguments)
     parameters = inspect.signature(function).parameters.values()
     args = [arguments[p.name] for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     kwargs = {p.name: arguments[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -525,7 +525,7 @@ def losses(rows, classes):
 def divergence(rows, classes):
     logits, teacher = torch.randn(
         2, rows, classes, generator=torch.Generator().manual_seed(1)).unbind()
-    tokens, groups = ops.divergence_weigh(logits, None, None, "sum", False, True)
+    tokens, groups = ops.divergence_weigh(logits, None, None, None, "sum", False, True)
     gradient = torch.empty(rows, classes)
     numbers = 1.0, 1.0, "jsd", 0.5, None, None, False, True, False
     ops.divergence_rows(tokens, logits, teacher, groups, None, gradient, None, None, *numbers)

@@ -73,11 +73,15 @@ def arguments(name: str) -> dict[str, Any]:
         mean = ("mean", -100, 0.1, 0.01, 5.0, False)
         _, _, tokens, groups = forward(logits, target, None, None, None, None, False, *mean)
     if {"teacher_logits", "teacher_hidden"} & set(names):
-        tokens, groups = OPS.divergence_weigh(TENSORS["logits"], None, None, "mean", False, False)
+        tokens, groups = OPS.divergence_weigh(
+            TENSORS["logits"], None, None, None, "mean", False, False
+        )
         tokens[1:].zero_()
     if "dlog_probs" in names:
         forward = OPS.token_log_probs_forward
-        *_, tokens = forward(TENSORS["logits"], target, None, None, 1.0, -100, 5.0, False, True)
+        *_, tokens = forward(
+            TENSORS["logits"], target, None, None, None, 1.0, -100, 5.0, False, True
+        )
     call: dict[str, Any] = {}
     for argument in schema.arguments:
         kind = str(argument.type)

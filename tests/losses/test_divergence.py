@@ -318,11 +318,13 @@ def test_compiled(reduction: str, stats: bool) -> None:
 def test_opcheck(reduction: str) -> None:
     ops = torch.ops.masked_loss
     student, teacher, mask, _ = problem(torch.float32, 9)
+    bounds = torch.tensor([0, 4, 5, 11])
     more = {"reduction": reduction, "kind": "jsd", "shift": True, "temperatures": torch.ones(3, 4)}
+    more["cu_seqlens"] = bounds
     for name in ("masked_divergence", "masked_divergence_stats"):
         torch.library.opcheck(getattr(ops, name).default, (student, teacher, mask), more)
     y, w, kind = student.detach(), mask.detach(), (1.0, 2.0, "jsd", 0.3, None, 9.0, True)
-    forward = (y, teacher, w, None, None, None, *kind, reduction, True)
+    forward = (y, teacher, w, None, bounds, None, None, *kind, reduction, True)
     loss, _, tokens, groups = ops.masked_divergence_forward(*forward)
     rows = (tokens, y, teacher, groups, None, torch.empty_like(y), None, None, *kind, True, False)
     for name, args in {
@@ -330,7 +332,7 @@ def test_opcheck(reduction: str) -> None:
         "masked_divergence_backward": (
             torch.ones_like(loss), y, teacher, tokens, groups, None, None, *kind,
         ),
-        "divergence_weigh": (y, w, None, reduction, True, True),
+        "divergence_weigh": (y, w, None, bounds, reduction, True, True),
         "divergence_rows": rows,
     }.items():  # fmt: skip
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")

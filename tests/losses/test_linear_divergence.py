@@ -168,12 +168,14 @@ def test_opcheck(reduction: str) -> None:
     ops = torch.ops.masked_loss
     heads, mask, _ = problem(torch.float32)
     leaves = [x.clone().requires_grad_() for x in heads[:2]]
+    bounds = torch.tensor([0, 1, 4])
     more = {"reduction": reduction, "kind": "jsd", "chunk_tokens": 4, "pack": False}
+    more["cu_seqlens"] = bounds
     for name in ("linear_divergence", "linear_divergence_stats"):
         torch.library.opcheck(getattr(ops, name).default, (*leaves, *heads[2:], mask), more)
     both = (heads[0], heads[1], None, heads[2], heads[3], None)
     kind, how = (1.0, 2.0, "jsd", 0.3, None, 9.0, True), (4, None, False, [True, True, False])
-    forward = (*both, mask, None, None, None, *kind, reduction, True, *how)
+    forward = (*both, mask, None, bounds, None, None, *kind, reduction, True, *how)
     loss, _, tokens, groups, *_ = ops.linear_divergence_forward(*forward)
     backward = (torch.ones_like(loss), *both, tokens, groups, None, None, *kind, *how)
     for name, args in {

@@ -122,12 +122,13 @@ def test_errors() -> None:
 def test_opcheck(several: bool) -> None:
     ops = torch.ops.masked_loss
     hidden, weight, target, mask, _ = problem(torch.float32, several, "plain")
-    more = {"chunk_tokens": 4, "temperature": 2.0, "pack": False}
+    bounds = torch.tensor([0, 1, 4])
+    more = {"chunk_tokens": 4, "temperature": 2.0, "pack": False, "cu_seqlens": bounds}
     for name in ("linear_token_log_probs", "linear_token_log_probs_entropy"):
         torch.library.opcheck(getattr(ops, name).default, (hidden, weight, target, mask), more)
     head = (hidden.detach(), weight.detach(), None)
     how = (2.0, -100, None, True, True, 4, None, False)
-    forward = (*head, target, mask, None, *how)
+    forward = (*head, target, mask, bounds, None, *how)
     values, entropy, tokens, weights = ops.linear_token_log_probs_forward(*forward)
     upstream = (torch.ones_like(values), torch.ones_like(entropy))
     backward = (*upstream, *head, target, None, tokens, weights, *how, [True, True, False])

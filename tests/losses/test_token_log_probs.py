@@ -143,12 +143,14 @@ def test_opcheck(ids: int | None, shift: bool) -> None:
     temperatures = 0.5 + torch.rand(2, 4)
     ops, opcheck = torch.ops.masked_loss, torch.library.opcheck
     leaf = s.logits.clone().requires_grad_()
-    public = (leaf, s.target, s.mask, temperatures)
+    bounds = torch.tensor([0, 2, 2, 7])
+    public = (leaf, s.target, s.mask, bounds, temperatures)
     more = {"softcap": 4.0, "shift": shift}
     opcheck(ops.token_log_probs.default, public, more)
     opcheck(ops.token_log_probs_entropy.default, public, more)
     options = (1.0, -100, 4.0, shift)
-    inputs = (s.logits, s.target, s.mask, temperatures, *options)
+    opcheck(ops.log_probs_weigh.default, (s.logits, s.target, s.mask, bounds, 9, -100, shift, True))
+    inputs = (s.logits, s.target, s.mask, bounds, temperatures, *options)
     opcheck(ops.token_log_probs_forward.default, (*inputs, True))
     opcheck(ops.token_log_probs_forward.default, (*inputs, False))
     log_probs, entropy, tokens = ops.token_log_probs_forward(*inputs, True)
