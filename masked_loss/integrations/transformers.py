@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from masked_loss.functional import masked_cross_entropy
+from masked_loss.packing import cu_seqlens
 
 __all__ = ["FROM_MODELS", "causal_lm_loss"]
 
@@ -25,7 +26,8 @@ FROM_MODELS = frozenset((
     "length", "offset_mapping", "overflow_to_sample_mapping", "special_tokens_mask",
     "token_type_ids",
 ))  # fmt: skip
-"""Keywords that models hand to their loss function by themselves. They say nothing about a loss."""
+"""Keywords that models hand to their loss function by themselves. They say nothing about a loss,
+but for the bounds of packed documents: see :func:`causal_lm_loss`."""
 
 _RENAMED = {"weight": "class_weight"}  # torch.nn.functional.cross_entropy's name
 _OPTIONS = frozenset(
@@ -58,6 +60,13 @@ def causal_lm_loss(
     A batch without any label has loss 0 (transformers: NaN) if ``num_items_in_batch`` is not given.
     With :func:`masked_loss.fuse_linear_loss` besides, there are no logits either.
 
+    Where the model hands over the bounds of documents that are packed in a row, none predicts the
+    first token of the next, and ``reduction="sequence_mean"`` is over documents. They are
+    ``cu_seq_lens_q``, which ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)`` and TRL's
+    padding-free collator give, or else ``position_ids`` of the shape of the labels, where they
+    start again; ``cu_seqlens=`` takes their place. With ``shift_labels`` only ``"sequence_mean"``
+    looks at them.
+
     Args:
         logits: [..., T, V] floating.
         labels: [..., T] class indices; label t + 1 is the target of logits t. Not used if
@@ -70,8 +79,8 @@ def causal_lm_loss(
         kwargs: ``mask`` ([..., T], aligned with the labels), and every keyword of
             :func:`masked_loss.masked_cross_entropy` but ``return_stats``; ``weight`` is
             ``class_weight``. ``normalizer`` takes the place of ``num_items_in_batch``, and
-            ``shift=False`` that of ``shift_labels``. What models hand over by themselves, the names
-            in ``FROM_MODELS``, is ignored; every other keyword is an error.
+            ``shift=False`` that of ``shift_labels``. What else models hand over by themselves, the
+            names in ``FROM_MODELS``, is ignored; every other keyword is an error.
 
     Returns:
         The loss, a 0-dim float32 tensor (float64 for float64 logits); [..., T] with
@@ -105,6 +114,8 @@ def causal_lm_loss(
         )
     normalizer = _normalizer_of(num_items_in_batch, options, logits.device)
     target = target.to(logits.device)
+    if "cu_seqlens" not in options and (shift or options.get("reduction") == "sequence_mean"):
+        options["cu_seqlens"] = _documents(target, kwargs)
     if not shift and logits.shape[:-1] != target.shape:
         logits, target = logits.reshape(-1, vocab_size), target.reshape(-1)
         mask = None if mask is None else mask.reshape(-1)
@@ -138,6 +149,23 @@ def _options_of(kwargs: dict[str, Any]) -> dict[str, Any]:
         if value is not None:
             options[known] = value
     return options
+
+
+def _documents(target: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The bounds of packed documents, if the model has handed them over."""
+    bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if bounds is not None:
+        return bounds.to(target.device)
+    # Positions of other shapes are not those of text in a row: images have several for each token.
+    if positions is None or positions.shape not in (
+        target.shape,
+        target[:1].shape,
+        target.shape[-1:],
+    ):
+        return None
+    positions = positions.to(target.device).expand(target.shape)
+    # No more documents than tokens: so nobody waits to hear how many there are.
+    return cu_seqlens(position_ids=positions, max_sequences=target.numel())
 
 
 def _normalizer_of(
