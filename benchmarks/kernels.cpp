@@ -3,8 +3,10 @@
 // instructions, which are the same in every run. benchmarks/instructions.py runs it twice under
 // valgrind; what more rows cost more is the kernel's.
 //
-//   kernels KERNEL fp64|fp32|bf16|fp16 ROWS COLS
+//   kernels KERNEL fp64|fp32|bf16|fp16 ROWS COLS [LENGTH]
 //   KERNEL: forward, step (forward and gradient), backward, masked, weigh, reduce, nothing
+//   LENGTH: the rows are packed sequences of so many, with a mean of each; 0, which is without it:
+//           one mean of all
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -35,13 +37,23 @@ double draw() {
 }
 
 template <class T, class A>
-void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
+void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols, int64_t length) {
   const cpu::Threads alone{1, [](const std::function<void()>& worker) { worker(); }};
   std::vector<T> logits(rows * cols), gradient(rows * cols);
   for (T& x : logits) set(draw(), &x);
   std::vector<int64_t> target(rows, cols / 2);
   std::vector<A> tokens(TokenField::kCount * rows, A(0));
-  std::vector<double> groups(GroupField::kCount, 1);
+  const int64_t bounds = length ? rows / length + 1 : 0;
+  std::vector<double> table((bounds + 1) * (Groups::kBound + 1), 1);
+  for (int64_t i = 0; i < bounds; ++i) {
+    table[i * (Groups::kBound + 1) + Groups::kBound] = static_cast<double>(i * length);
+  }
+  Groups groups{rows, 1, rows, table.data(), GroupField::kCount, nullptr, 0};
+  if (length) {
+    const int64_t columns = Groups::kBound + 1;
+    groups = {rows, bounds, 0, table.data(), columns, table.data() + Groups::kBound, columns};
+  }
+  const Reduction reduction = length ? Reduction::kSequenceMean : Reduction::kMean;
   for (int64_t row = 0; row < rows; ++row) {
     tokens[TokenField::kWeight * rows + row] = kernel == "masked" ? A(0) : A(1);
     tokens[TokenField::kTop * rows + row] = A(10);
@@ -51,21 +63,23 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
 
   if (kernel == "weigh") {
     WeighArgs args{};
-    args.groups = {rows, 1, rows, groups.data(), GroupField::kCount, nullptr, 0};
+    args.groups = groups;
+    if (length) args.sequences = groups;
+    args.skip_first = length;
     args.steps = rows;
     args.target = target.data();
     args.target_type = DType::kInt64;
     args.classes = cols;
     args.ignore_index = -100;
-    args.reduction = Reduction::kMean;
+    args.reduction = reduction;
     args.wide = sizeof(A) == sizeof(double);
     args.weight = tokens.data();
     cpu::weigh(args, alone);
   } else if (kernel == "reduce") {
     A loss;
     ReduceArgs args{};
-    args.groups = {rows, 1, rows, groups.data(), GroupField::kCount, nullptr, 0};
-    args.reduction = Reduction::kMean;
+    args.groups = groups;
+    args.reduction = reduction;
     args.table = tokens.data();
     args.wide = sizeof(A) == sizeof(double);
     args.loss = &loss;
@@ -82,7 +96,7 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
     args.forward = kernel != "backward";
     args.dlogits = kernel == "forward" ? nullptr : gradient.data();
     args.stream = true;
-    args.groups = {rows, 1, rows, groups.data(), GroupField::kCount, nullptr, 0};
+    args.groups = groups;
     cpu::kernels().rows[static_cast<int>(dtype)].run(args, 0, rows);
   }
 }
@@ -90,15 +104,16 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 5) {
-    std::fprintf(stderr, "usage: kernels KERNEL DTYPE ROWS COLS\n");
+  if (argc != 5 && argc != 6) {
+    std::fprintf(stderr, "usage: kernels KERNEL DTYPE ROWS COLS [LENGTH]\n");
     return 2;
   }
   const std::string kernel = argv[1], type = argv[2];
   const int64_t rows = std::atoll(argv[3]), cols = std::atoll(argv[4]);
-  if (type == "fp64") run<double, double>(kernel, DType::kFloat64, rows, cols);
-  if (type == "fp32") run<float, float>(kernel, DType::kFloat32, rows, cols);
-  if (type == "bf16") run<BFloat16, float>(kernel, DType::kBFloat16, rows, cols);
-  if (type == "fp16") run<Float16, float>(kernel, DType::kFloat16, rows, cols);
+  const int64_t length = argc > 5 ? std::atoll(argv[5]) : 0;
+  if (type == "fp64") run<double, double>(kernel, DType::kFloat64, rows, cols, length);
+  if (type == "fp32") run<float, float>(kernel, DType::kFloat32, rows, cols, length);
+  if (type == "bf16") run<BFloat16, float>(kernel, DType::kBFloat16, rows, cols, length);
+  if (type == "fp16") run<Float16, float>(kernel, DType::kFloat16, rows, cols, length);
   std::printf("%s\n", cpu::kernels().name);
 }
