@@ -107,9 +107,16 @@ struct WeighArgs {
   void* scratch;             // what Backend::weigh_scratch wants
 };
 
+// What a token's loss is, but for its target: the options that the formulas of math.inl.h take.
+struct Formula {
+  double label_smoothing = 0, z_loss = 0;
+  double softcap = 0;      // 0: none
+  double temperature = 1;  // what capped logits are divided by
+};
+
 enum class RowLoss : int8_t { kCrossEntropy, kLogProbs };
 
-struct RowArgs {
+struct RowArgs : Formula {
   RowLoss loss;
   // logits [rows, cols]: row r begins at (r / steps) * batch_stride + (r % steps) * step_stride.
   // Offsets are 64-bit: a vocabulary times a batch passes 2^31 easily.
@@ -124,9 +131,7 @@ struct RowArgs {
   int64_t ids = 1, ignore_index;  // of log-probabilities: such an id has none
   const void* probs;              // [rows, cols] class probabilities of the logits' type, or null
   const void* class_weight;       // [classes] of the accumulation type, or null
-  double label_smoothing, z_loss, softcap;  // softcap 0: none
-  double temperature = 1;                   // what capped logits are divided by
-  const void* temperatures;  // or one for each token, [rows] of the accumulation type; else null
+  const void* temperatures;       // one for each token, [rows] of the accumulation type, or null
   void* table;   // TokenField table [.., rows]; weight in, the rest out (in, for backward)
   bool stats;    // fill kEntropy and kCorrect too
   bool forward;  // compute the rows' losses

@@ -276,8 +276,8 @@ inline double softcap(const char* who, const std::optional<double>& softcap) {
   return softcap.value_or(0);
 }
 
-// Returns the softcap as the kernels take it.
-inline double formula(const char* who, const Options& options) {
+// As the kernels take it.
+inline Formula formula(const char* who, const Options& options) {
   const double cap = softcap(who, options.softcap);
   const double label_smoothing = options.label_smoothing, z_loss = options.z_loss;
   if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
@@ -286,7 +286,7 @@ inline double formula(const char* who, const Options& options) {
   if (!(z_loss >= 0 && std::isfinite(z_loss))) {
     fail("ValueError", who, ": z_loss must be at least 0 and finite, got ", z_loss);
   }
-  return cap;
+  return {label_smoothing, z_loss, cap};
 }
 
 // The parameters of a divergence. A skew of 0 is none.

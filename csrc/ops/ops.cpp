@@ -191,7 +191,7 @@ struct Problem {
 
 Problem make_problem(const Device& device, const Options& options, const Tensor& logits,
                      const Tensor& target, const OptionalTensor& class_weight) {
-  const double softcap = check::formula(kCrossEntropy, options);
+  const Formula formula = check::formula(kCrossEntropy, options);
   const bool probabilities = check::is_floating(check::dtype_of(target));
   check::cross_entropy(kCrossEntropy, logits, target, probabilities, options.shift);
   Problem p{rows_of(logits), as_contiguous(target), std::nullopt, shape_of(logits), device};
@@ -205,6 +205,7 @@ Problem make_problem(const Device& device, const Options& options, const Tensor&
   if (class_weight) check::class_weight(kCrossEntropy, *class_weight, p.logits.cols);
   p.class_weight = as_type(class_weight, accumulation_type(p.wide));
   RowArgs& a = p.args;
+  static_cast<Formula&>(a) = formula;
   a.logits = p.logits.tensor.data_ptr();
   a.rows = p.logits.rows;
   a.steps = std::max<int64_t>(1, p.logits.steps);
@@ -216,9 +217,6 @@ Problem make_problem(const Device& device, const Options& options, const Tensor&
   a.target_type = probabilities ? DType::kInt64 : *check::dtype_of(target);
   a.probs = probabilities ? p.target.data_ptr() : nullptr;
   a.class_weight = data(p.class_weight);
-  a.label_smoothing = options.label_smoothing;
-  a.z_loss = options.z_loss;
-  a.softcap = softcap;
   return p;
 }
 
@@ -264,8 +262,7 @@ Forward forward(const Options& options, Problem& p, const Weights& weights, bool
   p.args.forward = true;
   if (dlogits) set_gradient(p, *dlogits, logits);
   p.run(p.device.kernels.cross_entropy);
-  const Reduced results =
-      reduced(p.device, tables, reduction, options.z_loss, p.token_shape, stats);
+  const Reduced results = reduced(p.device, tables, reduction, p.args.z_loss, p.token_shape, stats);
   return {results.loss, results.stats, tables.tokens, tables.groups};
 }
 
@@ -569,6 +566,10 @@ void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor
     args.stream = dlogits->numel() * dlogits->element_size() > device.kernels.cache_bytes;
   }
   device.kernels.divergence(args, device.queue());
+}
+
+void check_formula(const Options& options, std::string who) {
+  check::formula(who.c_str(), options);
 }
 
 // What the library is made of

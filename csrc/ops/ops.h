@@ -117,6 +117,9 @@ void token_log_probs_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTen
                                   OptionalTensor temperatures, double temperature,
                                   int64_t ignore_index, std::optional<double> softcap, bool shift);
 
+// The ranges of the options, for operators whose tensors hold nothing: fakes.
+void check_formula(const Options& options, std::string who);
+
 std::string cpu_capability();
 std::string cuda_architectures();  // as cuda::architectures(); empty without CUDA kernels
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The options of the losses, as masked_loss/options.py has them: every schema of a cross entropy
-// ends in ML_OPTIONS, and its function begins with Options.
+// ends in ML_OPTIONS, and its function begins with Options. check::formula has their ranges.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,11 @@ struct Options {
   bool shift;
 };
 
+template <class...>
+struct Types {};
+// Of the fields of Options, which the dispatcher gives one by one.
+using OptionTypes = Types<std::string, int64_t, double, double, std::optional<double>, bool>;
+
 // A function as the dispatcher calls it: with the options one by one, behind the other arguments.
 template <class Result, class... Args>
 struct Plain {
@@ -30,20 +35,19 @@ struct Plain {
     return function(std::move(args)...);
   }
 };
-template <class Result, class... Args>
-struct WithOptions {
+template <class Result, class Args, class Each>
+struct WithOptions;
+template <class Result, class... Args, class... Each>
+struct WithOptions<Result, Types<Args...>, Types<Each...>> {
   template <auto function>
-  static Result call(Args... args, std::string reduction, int64_t ignore_index,
-                     double label_smoothing, double z_loss, std::optional<double> softcap,
-                     bool shift) {
-    return function({std::move(reduction), ignore_index, label_smoothing, z_loss, softcap, shift},
-                    std::move(args)...);
+  static Result call(Args... args, Each... options) {
+    return function(Options{std::move(options)...}, std::move(args)...);
   }
 };
 template <class Result, class... Args>
 Plain<Result, Args...> kind_of(Result (*)(Args...));
 template <class Result, class... Args>
-WithOptions<Result, Args...> kind_of(Result (*)(const Options&, Args...));
+WithOptions<Result, Types<Args...>, OptionTypes> kind_of(Result (*)(const Options&, Args...));
 
 template <auto function>
 constexpr auto flat = &decltype(kind_of(function))::template call<function>;

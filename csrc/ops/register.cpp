@@ -2,8 +2,8 @@
 // The operators of masked_loss: the schema and the function of each.
 //
 // cross_entropy, cross_entropy_stats and masked_reduce are public and differentiable. Of the others
-// their autograd formulas (masked_loss/_op/) are made, and linear_cross_entropy
-// (masked_loss/_op/linear.py), which is defined there.
+// their autograd formulas (masked_loss/_op/) are made, and the kernels of linear_cross_entropy
+// (masked_loss/_op/linear.py).
 #include <torch/csrc/stable/library.h>
 
 #include <type_traits>
@@ -22,6 +22,15 @@
   ") -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups)"
 #define ML_BACKWARD \
   "Tensor logits, Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, "
+
+#define ML_LINEAR "Tensor hidden, Tensor weight, "
+#define ML_LINEAR_PUBLIC                                                                       \
+  "(" ML_LINEAR "Tensor target, Tensor? mask=None, *, Tensor? bias=None, " ML_INPUTS           \
+  ", int? chunk_tokens=None, ScalarType? accumulation_dtype=None, bool pack=True, " ML_OPTIONS \
+  ") -> "
+#define ML_CHUNKING \
+  ", int? chunk_tokens, ScalarType? accumulation_dtype, bool pack, bool[3] needs, "
+#define ML_HEAD_GRADIENTS "Tensor dhidden, Tensor dweight, Tensor dbias)"
 
 #define ML_LOG_PROBS_PUBLIC                                                               \
   "(Tensor logits, Tensor target, Tensor? mask=None, Tensor? cu_seqlens=None, "           \
@@ -82,6 +91,21 @@
   _(token_log_probs_backward, "(" ML_LOG_PROBS_BACKWARD ") -> Tensor")                            \
   _(token_log_probs_backward_out, "(Tensor(a!) dlogits, " ML_LOG_PROBS_BACKWARD ") -> ()")
 
+// Operators whose kernels are in masked_loss/_op/.
+#define ML_PYTHON_OPERATORS(_)                                                    \
+  _(linear_cross_entropy, ML_LINEAR_PUBLIC "Tensor")                              \
+  _(linear_cross_entropy_stats, ML_LINEAR_PUBLIC "(Tensor loss, Tensor stats)")   \
+  _(linear_cross_entropy_forward,                                                 \
+    "(" ML_LINEAR                                                                 \
+    "Tensor? bias, Tensor target, Tensor? mask, Tensor? normalizer, "             \
+    "Tensor? class_weight, Tensor? cu_seqlens, bool stats" ML_CHUNKING ML_OPTIONS \
+    ") -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups, Tensor "      \
+    "unit, " ML_HEAD_GRADIENTS)                                                   \
+  _(linear_cross_entropy_backward,                                                \
+    "(Tensor dloss, " ML_LINEAR                                                   \
+    "Tensor? bias, Tensor target, Tensor tokens, Tensor groups, "                 \
+    "Tensor? class_weight" ML_CHUNKING ML_OPTIONS ") -> (" ML_HEAD_GRADIENTS)
+
 namespace masked_loss {
 namespace {
 
@@ -123,6 +147,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY(masked_loss, m) {
 #define ML_DEFINE(name, signature) m.def(#name signature);
   ML_OPERATORS(ML_DEFINE)
+  ML_PYTHON_OPERATORS(ML_DEFINE)
+  m.def("check_formula(str who, " ML_OPTIONS ") -> ()");
   m.def("cpu_capability() -> str");
   m.def("cuda_architectures() -> str");
   m.def("table_sizes() -> (int saved, int token, int group, int stats)");
@@ -130,6 +156,7 @@ STABLE_TORCH_LIBRARY(masked_loss, m) {
 STABLE_TORCH_LIBRARY_IMPL(masked_loss, CPU, m) { masked_loss::implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(masked_loss, CUDA, m) { masked_loss::implement(m); }
 STABLE_TORCH_LIBRARY_IMPL(masked_loss, CompositeExplicitAutograd, m) {
+  m.impl("check_formula", TORCH_BOX(masked_loss::flat<&masked_loss::check_formula>));
   m.impl("cpu_capability", TORCH_BOX(&masked_loss::cpu_capability));
   m.impl("cuda_architectures", TORCH_BOX(&masked_loss::cuda_architectures));
   m.impl("table_sizes", TORCH_BOX(&masked_loss::table_sizes));

@@ -2,17 +2,21 @@
 """The checks of csrc/ops/check.h for tensors that no kernel sees: fakes, and those on ``meta``.
 
 The same texts in the same order; sizes may be symbolic. tests/losses/test_errors.py holds each to
-the other.
+the other. The options, which are no tensors, are checked by C++ here too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from masked_loss._op.tables import ops
+from masked_loss.options import Meaning
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -105,13 +109,14 @@ def weights(
         shape(who, "class_weight", class_weight, torch.Size([classes]))
 
 
-def formula(who: str, label_smoothing: float, z_loss: float, softcap: float | None) -> None:
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        fail(ValueError, who, f"softcap must be greater than 0 and finite, got {softcap:g}")
-    if not 0 <= label_smoothing <= 1:
-        fail(ValueError, who, f"label_smoothing must be between 0 and 1, got {label_smoothing:g}")
-    if not (z_loss >= 0 and math.isfinite(z_loss)):
-        fail(ValueError, who, f"z_loss must be at least 0 and finite, got {z_loss:g}")
+def formula(who: str, a: SimpleNamespace) -> None:
+    """The options among the arguments, by the check of csrc/ops/check.h itself.
+
+    A number that a symbol stands for counts as what it is in the call that is traced.
+    """
+    given = {name: _hint(getattr(a, name)) for name in Meaning._fields if hasattr(a, name)}
+    with torch._C._DisableTorchDispatch():  # no tensor is among them
+        ops.check_formula.default(who, **given)
 
 
 def reduction(who: str, name: str, dims: int, normalizer: Tensor | None) -> None:
@@ -178,7 +183,11 @@ def shape(who: str, what: str, x: Tensor, expected: torch.Size) -> None:
 def _list(x: Tensor | torch.Size) -> list[int]:
     """Sizes as numbers: those that a symbol stands for in the call that is traced."""
     sizes: Any = x.shape if isinstance(x, Tensor) else x
-    return [n.node.hint if isinstance(n, torch.SymInt) else n for n in sizes]
+    return list(map(_hint, sizes))
+
+
+def _hint(number: Any) -> Any:
+    return number.node.hint if isinstance(number, torch.SymInt | torch.SymFloat) else number
 
 
 def _name(x: Tensor) -> str:

@@ -141,7 +141,7 @@ def require_writable(who: str, logits: Tensor) -> None:
 
 def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
     who, shape = "cross_entropy", a.logits.shape[:-1]
-    checks.formula(who, a.label_smoothing, a.z_loss, a.softcap)
+    checks.formula(who, a)
     checks.cross_entropy(who, a.logits, a.target, a.mask, a.class_weight, a.shift)
     checks.reduction(who, a.reduction, len(shape), a.normalizer)
     checks.cu_seqlens(who, a.cu_seqlens)

@@ -51,32 +51,6 @@ _WHO = "linear_cross_entropy"
 INPUTS = ("hidden", "weight", "bias", "target", "mask", "normalizer", "class_weight", "cu_seqlens")
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-_HOW = "int? chunk_tokens, ScalarType? accumulation_dtype, bool pack, bool[3] needs"
-_OPTIONS = (
-    'str reduction="mean", int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, '
-    "float? softcap=None, bool shift=False"
-)
-_PUBLIC = (
-    "(Tensor hidden, Tensor weight, Tensor target, Tensor? mask=None, *, Tensor? bias=None, "
-    "Tensor? normalizer=None, Tensor? class_weight=None, Tensor? cu_seqlens=None, "
-    "int? chunk_tokens=None, ScalarType? accumulation_dtype=None, bool pack=True, "
-    f"{_OPTIONS}) -> "
-)
-library.define(f"linear_cross_entropy{_PUBLIC}Tensor")
-library.define(f"linear_cross_entropy_stats{_PUBLIC}(Tensor loss, Tensor stats)")
-library.define(
-    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
-    "Tensor? mask, Tensor? normalizer, Tensor? class_weight, Tensor? cu_seqlens, bool stats, "
-    f"{_HOW}, {_OPTIONS}) -> "
-    "(Tensor loss, Tensor stats, Tensor tokens, Tensor groups, Tensor unit, Tensor dhidden, "
-    "Tensor dweight, Tensor dbias)"
-)
-library.define(
-    "linear_cross_entropy_backward(Tensor dloss, Tensor hidden, Tensor weight, Tensor? bias, "
-    f"Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, {_HOW}, {_OPTIONS}) -> "
-    "(Tensor dhidden, Tensor dweight, Tensor dbias)"
-)
-
 
 class How(NamedTuple):
     meaning: Meaning
@@ -277,7 +251,7 @@ def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, .
 def _fake_tables(
     a: SimpleNamespace, classes: int, wide: bool, stats: bool
 ) -> tuple[Tensor, Tensor]:
-    checks.formula(_WHO, a.label_smoothing, a.z_loss, a.softcap)
+    checks.formula(_WHO, a)
     checks.weights(
         _WHO, a.target, a.mask, a.normalizer, a.class_weight, a.reduction, classes, a.shift
     )

@@ -99,7 +99,7 @@ _without_entropy, _with_entropy = (
 
 def _fake(a: SimpleNamespace, entropy: bool) -> tuple[Tensor, ...]:
     tokens, dtype = fake_weights(a), loss_dtype(a.logits)
-    checks.formula(WHO, 0.0, 0.0, a.softcap)
+    checks.formula(WHO, a)
     return (
         a.logits.new_empty(a.target.shape, dtype=dtype),
         a.logits.new_empty(a.logits.shape[:-1] if entropy else (0,), dtype=dtype),
