@@ -20,7 +20,7 @@ from masked_loss._op.arguments import (
 from masked_loss._op.divergence import masked_divergence as _plain
 from masked_loss._op.divergence import masked_divergence_stats as _with_stats
 from masked_loss._op.overrides import is_overridden, override
-from masked_loss.options import Meaning
+from masked_loss.options import Divergence
 from masked_loss.stats import DivergenceStats
 
 
@@ -186,9 +186,8 @@ def masked_divergence(
     operator = _with_stats if return_stats else _plain
     loss, *more = operator(
         who, (logits, teacher_logits, mask, divisor, cu_seqlens, own_each, others_each),
-        Meaning(reduction, softcap=softcap, shift=shift), {}, temperature=own,
-        teacher_temperature=others, kind=kind, beta=beta, teacher_softcap=teacher_softcap,
-        inplace_backward=inplace_backward,
+        Divergence(own, others, kind, beta, softcap, teacher_softcap, shift), {},
+        reduction=reduction, inplace_backward=inplace_backward,
     )  # fmt: skip
     return (loss, DivergenceStats(*more[0].unbind())) if return_stats else loss
 

@@ -21,7 +21,7 @@ from masked_loss._op.arguments import (
 )
 from masked_loss._op.overrides import is_overridden, override
 from masked_loss.divergence import require_kind
-from masked_loss.options import Meaning
+from masked_loss.options import Divergence
 from masked_loss.stats import DivergenceStats
 
 
@@ -181,9 +181,8 @@ def linear_divergence(
             hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask,
             divisor_of(who, normalizer, hidden), cu_seqlens, own_each, others_each,
         ),
-        Meaning(reduction, softcap=softcap, shift=shift), {}, temperature=own,
-        teacher_temperature=others, kind=kind, beta=beta, teacher_softcap=teacher_softcap,
-        chunk_tokens=chunk_tokens, accumulation_dtype=accumulation_dtype,
+        Divergence(own, others, kind, beta, softcap, teacher_softcap, shift), {},
+        reduction=reduction, chunk_tokens=chunk_tokens, accumulation_dtype=accumulation_dtype,
         pack=not torch.compiler.is_compiling(),
     )  # fmt: skip
     return (loss, DivergenceStats(*more[0].unbind())) if return_stats else loss

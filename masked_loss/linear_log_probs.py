@@ -18,7 +18,7 @@ from masked_loss._op.arguments import (
     temperatures_of,
 )
 from masked_loss._op.overrides import is_overridden, override
-from masked_loss.options import Meaning
+from masked_loss.options import Scoring
 
 
 @overload
@@ -140,8 +140,7 @@ def linear_token_log_probs(
     )
     log_probs, *entropy = operator(
         who, (hidden, weight, bias, target, mask, cu_seqlens, each),
-        Meaning(ignore_index=ignore_index, softcap=softcap, shift=shift), {"logits": "hidden"},
-        temperature=number,
+        Scoring(number, ignore_index, softcap, shift), {"logits": "hidden"},
         chunk_tokens=chunk_tokens, accumulation_dtype=accumulation_dtype,
         pack=not torch.compiler.is_compiling(),
     )  # fmt: skip

@@ -15,9 +15,10 @@ from masked_loss._op.arguments import (
     require_mask,
     require_temperature,
     require_tensor,
+    temperatures_of,
 )
 from masked_loss._op.overrides import is_overridden, override
-from masked_loss.options import Meaning
+from masked_loss.options import Scoring
 
 
 @overload
@@ -132,14 +133,13 @@ def token_log_probs(
     require_temperature(who, "temperature", temperature, logits.shape[:-1])
     require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, inplace_backward=inplace_backward, return_entropy=return_entropy)
-    per_token = temperature.expand(logits.shape[:-1]) if isinstance(temperature, Tensor) else None
+    number, per_token = temperatures_of(temperature, logits.shape[:-1], logits)
     operator = operators.token_log_probs_entropy if return_entropy else operators.token_log_probs
     results = operator(
         who,
         (logits, target, mask, cu_seqlens, per_token),
-        Meaning(ignore_index=ignore_index, softcap=softcap, shift=shift),
+        Scoring(number, ignore_index, softcap, shift),
         {"temperatures": "temperature"},
-        temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
         inplace_backward=inplace_backward,
     )
     return (results[0], results[1]) if return_entropy else results[0]

@@ -25,6 +25,27 @@ class Meaning(NamedTuple):
         return self.label_smoothing, self.z_loss, self.softcap
 
 
+class Scoring(NamedTuple):
+    """What the log-probability of a token means, in the operators' order."""
+
+    temperature: float = 1.0
+    ignore_index: int = -100
+    softcap: float | None = None
+    shift: bool = False
+
+
+class Divergence(NamedTuple):
+    """What a divergence compares with what, in the operators' order."""
+
+    temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    kind: str = "forward_kl"
+    beta: float = 0.5
+    softcap: float | None = None
+    teacher_softcap: float | None = None
+    shift: bool = False
+
+
 class Chunking(NamedTuple):
     """How a linear loss is computed; it means the same however that is."""
 

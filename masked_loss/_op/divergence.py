@@ -36,7 +36,7 @@ from masked_loss._op.factory import (
 )
 from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import ops
-from masked_loss.options import Meaning
+from masked_loss.options import Divergence
 
 _WHO = "masked_divergence"
 INPUTS = (
@@ -74,18 +74,6 @@ library.define(
 )
 
 
-class Divergence(NamedTuple):
-    """What is compared with what, in the order in which the operators take it."""
-
-    temperature: float
-    teacher_temperature: float
-    kind: str
-    beta: float
-    softcap: float | None
-    teacher_softcap: float | None
-    shift: bool
-
-
 class How(NamedTuple):
     divergence: Divergence
     reduction: str
@@ -96,19 +84,18 @@ class How(NamedTuple):
 
 
 def _call(
-    stats: bool, inputs: Inputs, meaning: Meaning, *, inplace_backward: bool, **more: Any
+    stats: bool, inputs: Inputs, divergence: Divergence, *, reduction: str, inplace_backward: bool
 ) -> tuple[Tensor, ...]:
     """loss, stats if asked for, perhaps more."""
     logits, _, mask, *_ = inputs
-    divergence = Divergence(softcap=meaning.softcap, shift=meaning.shift, **more)
-    how = How(divergence, meaning.reduction, stats, False, False)
+    how = How(divergence, reduction, stats, False, False)
     if not is_differentiated(logits, mask):
         return _forward(inputs, how)
     plain = are_plain(*inputs)
     inplace = inplace_backward and plain
     if inplace:
         require_writable(_WHO, logits)
-    fused = plain and not inplace and logits.requires_grad and meaning.reduction != "none"
+    fused = plain and not inplace and logits.requires_grad and reduction != "none"
     function = _with_stats if stats else _without_stats
     return function(*inputs, how._replace(fused=fused, inplace=inplace))
 
@@ -200,10 +187,9 @@ _without_stats, _with_stats = (
 
 
 def _public_kernel(
-    stats: bool, inputs: Inputs, meaning: Meaning, *, inplace_backward: bool, **more: Any
+    stats: bool, inputs: Inputs, divergence: Divergence, *, reduction: str, inplace_backward: bool
 ) -> tuple[Tensor, ...]:
-    divergence = Divergence(softcap=meaning.softcap, shift=meaning.shift, **more)
-    return _run(inputs, How(divergence, meaning.reduction, stats, False, False))
+    return _run(inputs, How(divergence, reduction, stats, False, False))
 
 
 def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
@@ -258,6 +244,6 @@ for _name, _kernel in (("forward", _forward_kernel), ("backward", _backward_kern
 batch_by_loop("masked_divergence_forward", "masked_divergence_backward")
 
 masked_divergence, masked_divergence_stats = (
-    Operator(name, INPUTS, partial(_call, stats), partial(_public_kernel, stats))
+    Operator(name, INPUTS, partial(_call, stats), partial(_public_kernel, stats), Divergence)
     for name, stats in (("masked_divergence", False), ("masked_divergence_stats", True))
 )

@@ -115,8 +115,9 @@ class Operator:
     """A public operator and its two ways: a node of a graph that is compiled, or a call.
 
     ``call(inputs, meaning, **more)`` computes the loss with autograd. ``inputs`` names its tensors,
-    in the order in which ``call`` takes them. ``kernel`` takes the same as ``call``, and computes
-    it below autograd; None if C++ has registered one.
+    in the order in which ``call`` takes them; ``options`` is the record that ``meaning`` is.
+    ``kernel`` takes the same as ``call``, and computes it below autograd; None if C++ has
+    registered one.
     """
 
     def __init__(
@@ -125,19 +126,21 @@ class Operator:
         inputs: tuple[str, ...],
         call: Call,
         kernel: Call | None = None,
+        options: type[Any] = Meaning,
     ) -> None:
         self.name = name
         self._signature = signature = Signature(name)
         self._overload = signature.overload
         self._inputs, self._call = inputs, call
-        self._options = tuple(name for name in Meaning._fields if name in signature.names)
+        self._record = options
+        self._options = tuple(name for name in options._fields if name in signature.names)
         library.impl(name, self._autograd, "Autograd")
         if kernel is not None:
             below = checked(signature.overload, self._by_name(kernel))
             library.impl(name, below, "CompositeExplicitAutograd")
 
     def __call__(
-        self, who: str, inputs: Inputs, meaning: Meaning, names: Names, **more: Any
+        self, who: str, inputs: Inputs, meaning: Any, names: Names, **more: Any
     ) -> tuple[Tensor, ...]:
         """The results; or what was wrong, in the words of the function ``who``."""
         if torch.compiler.is_compiling():
@@ -161,7 +164,7 @@ class Operator:
         def kernel(*args: Any, **kwargs: Any) -> Any:
             named = vars(self._signature.bind(args, kwargs))
             inputs = tuple(named.pop(name) for name in self._inputs)
-            meaning = Meaning(**{name: named.pop(name) for name in self._options})
+            meaning = self._record(**{name: named.pop(name) for name in self._options})
             return self._signature.returned(function(inputs, meaning, **named))
 
         return kernel

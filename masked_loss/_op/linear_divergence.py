@@ -25,7 +25,7 @@ from masked_loss._op.autograd import (
     may_require_grad,
 )
 from masked_loss._op.checks import checked
-from masked_loss._op.divergence import FIELDS, SAVED, Divergence, statistics_of
+from masked_loss._op.divergence import FIELDS, SAVED, statistics_of
 from masked_loss._op.factory import (
     Operator,
     Signature,
@@ -39,7 +39,7 @@ from masked_loss._op.linear import _autocast
 from masked_loss._op.linear_chunks import Head, dweight_dtype, scaled_by, unit_of
 from masked_loss._op.linear_rows import Source, check_head, run_rows, take
 from masked_loss._op.tables import ops
-from masked_loss.options import Chunking, Meaning
+from masked_loss.options import Chunking, Divergence
 
 _WHO = "linear_divergence"
 INPUTS = (
@@ -90,23 +90,21 @@ class How(NamedTuple):
     needs: list[bool]  # the gradients that forward computes: of hidden, weight and bias
 
 
-def _call(stats: bool, inputs: Inputs, meaning: Meaning, **more: Any) -> tuple[Tensor, ...]:
+def _call(stats: bool, inputs: Inputs, divergence: Divergence, **more: Any) -> tuple[Tensor, ...]:
     """loss and stats, with autograd and autocast."""
     hidden, *_ = inputs
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         inputs = (*map(_autocast, inputs[:6]), *inputs[6:])
-    how = _how(stats, meaning, **more)
+    how = _how(stats, divergence, **more)
     if not is_differentiated(*inputs[:3], inputs[6]):
         return _forward(inputs, how)[:2]
-    if meaning.reduction != "none":
+    if how.reduction != "none":
         how = how._replace(needs=[may_require_grad(x) for x in inputs[:3]])
     return _linear_divergence(*inputs, how)
 
 
-def _how(stats: bool, meaning: Meaning, **more: Any) -> How:
-    chunking = Chunking(**{name: more.pop(name) for name in Chunking._fields})
-    divergence = Divergence(softcap=meaning.softcap, shift=meaning.shift, **more)
-    return How(divergence, meaning.reduction, stats, chunking, [False] * 3)
+def _how(stats: bool, divergence: Divergence, reduction: str, **chunking: Any) -> How:
+    return How(divergence, reduction, stats, Chunking(**chunking), [False] * 3)
 
 
 def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
@@ -245,9 +243,9 @@ def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _public_kernel(
-    stats: bool, inputs: Inputs, meaning: Meaning, **more: Any
+    stats: bool, inputs: Inputs, divergence: Divergence, **more: Any
 ) -> tuple[Tensor, ...]:
-    return _run_forward(inputs, _how(stats, meaning, **more))
+    return _run_forward(inputs, _how(stats, divergence, **more))
 
 
 def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
@@ -303,6 +301,6 @@ for _name, _kernel in (("forward", _forward_kernel), ("backward", _backward_kern
 batch_by_loop(f"{_WHO}_forward", f"{_WHO}_backward")
 
 linear_divergence, linear_divergence_stats = (
-    Operator(name, INPUTS, partial(_call, stats), partial(_public_kernel, stats))
+    Operator(name, INPUTS, partial(_call, stats), partial(_public_kernel, stats), Divergence)
     for name, stats in ((_WHO, False), (f"{_WHO}_stats", True))
 )

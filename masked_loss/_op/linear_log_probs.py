@@ -29,7 +29,7 @@ from masked_loss._op.linear_chunks import Head, scaled_by
 from masked_loss._op.linear_rows import Source, check_head, run_rows, take, unit_for
 from masked_loss._op.log_probs import fake_weights
 from masked_loss._op.tables import ops
-from masked_loss.options import Chunking, Meaning
+from masked_loss.options import Chunking, Scoring
 
 _WHO = "linear_token_log_probs"
 INPUTS = ("hidden", "weight", "bias", "target", "mask", "cu_seqlens", "temperatures")
@@ -74,13 +74,11 @@ class How(NamedTuple):
     chunking: Chunking
 
 
-def _call(
-    entropy: bool, inputs: Inputs, meaning: Meaning, *, temperature: float, **chunking: Any
-) -> tuple[Tensor, ...]:
+def _call(entropy: bool, inputs: Inputs, scoring: Scoring, **chunking: Any) -> tuple[Tensor, ...]:
     hidden, *_ = inputs
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         inputs = (*map(_autocast, inputs[:3]), *inputs[3:])
-    options = Options(temperature, meaning.ignore_index, meaning.softcap, meaning.shift, entropy)
+    options = Options(*scoring, entropy)
     how = How(options, Chunking(**chunking))
     if not is_differentiated(*inputs[:3]):
         return _forward(inputs, how)[: 1 + entropy]
@@ -191,9 +189,9 @@ def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _public_kernel(
-    entropy: bool, inputs: Inputs, meaning: Meaning, *, temperature: float, **chunking: Any
+    entropy: bool, inputs: Inputs, scoring: Scoring, **chunking: Any
 ) -> tuple[Tensor, ...]:
-    options = Options(temperature, meaning.ignore_index, meaning.softcap, meaning.shift, entropy)
+    options = Options(*scoring, entropy)
     return _run_forward(inputs, How(options, Chunking(**chunking)))
 
 
@@ -242,6 +240,6 @@ for _name, _kernel in (("forward", _forward_kernel), ("backward", _backward_kern
 batch_by_loop(f"{_WHO}_forward", f"{_WHO}_backward")
 
 linear_token_log_probs, linear_token_log_probs_entropy = (
-    Operator(name, INPUTS, partial(_call, entropy), partial(_public_kernel, entropy))
+    Operator(name, INPUTS, partial(_call, entropy), partial(_public_kernel, entropy), Scoring)
     for name, entropy in ((_WHO, False), (f"{_WHO}_entropy", True))
 )

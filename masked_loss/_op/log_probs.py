@@ -24,32 +24,26 @@ from masked_loss._op.cross_entropy import require_writable
 from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like, fake_nothing
 from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import loss_dtype, ops
-from masked_loss.options import Meaning
+from masked_loss.options import Scoring
 
 INPUTS = ("logits", "target", "mask", "cu_seqlens", "temperatures")
 WHO = "token_log_probs"
 
 
 class How(NamedTuple):
-    meaning: Meaning
-    temperature: float
+    scoring: Scoring
     entropy: bool
     inplace: bool
     """Backward writes the gradient over the logits."""
 
-    @property
-    def options(self) -> tuple[float, int, float | None, bool]:
-        meaning = self.meaning
-        return self.temperature, meaning.ignore_index, meaning.softcap, meaning.shift
-
 
 def _call(
-    entropy: bool, inputs: Inputs, meaning: Meaning, *, temperature: float, inplace_backward: bool
+    entropy: bool, inputs: Inputs, scoring: Scoring, *, inplace_backward: bool
 ) -> tuple[Tensor, ...]:
     """log_probs, and the entropy if it is asked for."""
     logits, *_ = inputs
     inplace = inplace_backward and are_plain(logits)
-    how = How(meaning, temperature, entropy, inplace)
+    how = How(scoring, entropy, inplace)
     if not is_differentiated(logits):
         return _forward(inputs, how)[: 1 + entropy]
     if inplace:
@@ -60,7 +54,7 @@ def _call(
 def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     """log_probs, perhaps the entropy, and the table of tokens."""
     log_probs, entropy, tokens = ops.token_log_probs_forward.default(
-        *inputs, *how.options, how.entropy
+        *inputs, *how.scoring, how.entropy
     )
     return (log_probs, entropy, tokens) if how.entropy else (log_probs, tokens)
 
@@ -77,7 +71,7 @@ def _backward(
     dlog_probs, *dentropy = upstream
     if dlog_probs is None:
         dlog_probs = torch.zeros(target.shape, dtype=tokens.dtype, device=tokens.device)
-    args = (dlog_probs, *(dentropy or [None]), logits, target, tokens, temperatures, *how.options)
+    args = (dlog_probs, *(dentropy or [None]), logits, target, tokens, temperatures, *how.scoring)
     if not plain:
         gradient = ops.token_log_probs_backward.default(*args)
     elif how.inplace:
@@ -139,5 +133,7 @@ fake_like("logits", "token_log_probs_backward")
 fake_nothing("token_log_probs_backward_out")
 batch_by_loop("token_log_probs_forward", "token_log_probs_backward")
 
-token_log_probs = Operator("token_log_probs", INPUTS, partial(_call, False))
-token_log_probs_entropy = Operator("token_log_probs_entropy", INPUTS, partial(_call, True))
+token_log_probs, token_log_probs_entropy = (
+    Operator(name, INPUTS, partial(_call, entropy), options=Scoring)
+    for name, entropy in (("token_log_probs", False), ("token_log_probs_entropy", True))
+)
