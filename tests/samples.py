@@ -42,6 +42,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Values that no loss takes, and what it says of them.
+INF, NAN = float("inf"), float("nan")
+BAD_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
+    ("label_smoothing", -0.1, ValueError, "label_smoothing must be between 0 and 1, got -0.1"),
+    ("label_smoothing", 1.5, ValueError, "label_smoothing must be between 0 and 1, got 1.5"),
+    ("label_smoothing", NAN, ValueError, "label_smoothing must be between 0 and 1, got nan"),
+    ("label_smoothing", "0.1", TypeError, "label_smoothing must be float, got str"),
+    ("z_loss", -1.0, ValueError, "z_loss must be at least 0 and finite, got -1"),
+    ("z_loss", INF, ValueError, "z_loss must be at least 0 and finite, got inf"),
+    ("z_loss", "0.1", TypeError, "z_loss must be float, got str"),
+    ("softcap", 0.0, ValueError, "softcap must be greater than 0 and finite, got 0"),
+    ("softcap", -2.0, ValueError, "softcap must be greater than 0 and finite, got -2"),
+    ("softcap", INF, ValueError, "softcap must be greater than 0 and finite, got inf"),
+    ("softcap", "30", TypeError, "softcap must be Optional[float], got str"),
+    ("ignore_index", 0.5, TypeError, "ignore_index must be int, got float"),
+]
+
 MASKS: dict[str, torch.dtype | None] = {
     "none": None,
     "bool": torch.bool,

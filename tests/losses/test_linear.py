@@ -8,6 +8,7 @@ F.linear in its own dtype, then the specification in float32.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -21,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import DRAWS, Errors, accumulation_dtype, compare
-from samples import OPTIONS, REDUCTIONS
+from samples import BAD_OPTIONS, OPTIONS, REDUCTIONS
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -991,13 +992,6 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         'normalizer goes with a reduction, got reduction="none"',
     ),
-    "label_smoothing": (
-        {"label_smoothing": 1.5},
-        ValueError,
-        "label_smoothing must be between 0 and 1, got 1.5",
-    ),
-    "z_loss": ({"z_loss": -1.0}, ValueError, "z_loss must be at least 0 and finite, got -1"),
-    "softcap": ({"softcap": 0.0}, ValueError, "softcap must be greater than 0 and finite, got 0"),
     "class_weight": (
         {"class_weight": torch.ones(8)},
         ValueError,
@@ -1014,6 +1008,10 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "accumulation_dtype must be torch.float32 or that of weight",
     ),
+    **{
+        f"{option} = {value}": ({option: value}, error, re.escape(text))
+        for option, value, error, text in BAD_OPTIONS
+    },
 }
 
 
