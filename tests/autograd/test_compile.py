@@ -209,7 +209,7 @@ def test_opcheck(name: str, case: Case) -> None:
     torch.library.opcheck(operator.default, sample.args, sample.options)
 
 
-def halves(case: Case) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def halves(case: Case) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """Calls of the operators that the public ones are made of, each with what the last one left."""
     ops = torch.ops.masked_loss
     sample = case.sample(torch.float32)
@@ -218,29 +218,32 @@ def halves(case: Case) -> Iterator[tuple[str, tuple[Any, ...]]]:
     weight = torch.rand(logits.shape[-1])
     reduction = sample.options["reduction"]
     bounds = torch.tensor([0, 1, target.numel()])
-    options = (reduction, -100, 0.1, 0.1, 3.0, True)
-    args = (logits, target, mask, None, weight, bounds, True, *options)
-    loss, _, tokens, groups = ops.cross_entropy_forward(*args)
+    options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}
+    options |= {"shift": True}
+    args = (logits, target, mask, None, weight, bounds)
+    forward = {"stats": True, **options}
+    loss, _, tokens, groups = ops.cross_entropy_forward(*args, **forward)
     dloss, out = torch.ones_like(loss), torch.empty(logits.shape)
     backward = (dloss, logits, target, tokens, groups, weight)
-    yield "cross_entropy_forward", args
+    yield "cross_entropy_forward", args, forward
     if reduction != "none":
-        yield "cross_entropy_fused", (out, *args)
-    yield "cross_entropy_backward", (*backward, *options)
-    yield "cross_entropy_backward_out", (out, *backward, False, *options)
-    yield "mask_grad", (dloss, mask, tokens, groups, target, weight, 0.1, False)
+        yield "cross_entropy_fused", (out, *args), forward
+    yield "cross_entropy_backward", backward, options
+    into = {"recompute_unless_one": False, **options}
+    yield "cross_entropy_backward_out", (out, *backward), into
+    yield "mask_grad", (dloss, mask, tokens, groups, target, weight, 0.1, False), {}
     values = torch.rand(target.shape)
     for each in (False, True) if reduction in ("sum", "mean") else (False,):
         args = (values, mask, None, bounds, each, reduction)
         loss, tokens, groups = ops.masked_reduce_forward(*args)
-        yield "masked_reduce_forward", args
-        yield "masked_reduce_backward", (torch.ones_like(loss), values, tokens, groups, each)
+        yield "masked_reduce_forward", args, {}
+        yield "masked_reduce_backward", (torch.ones_like(loss), values, tokens, groups, each), {}
 
 
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
 def test_opcheck_of_the_halves(case: Case) -> None:
-    for name, args in halves(case):
-        torch.library.opcheck(getattr(torch.ops.masked_loss, name).default, args)
+    for name, args, options in halves(case):
+        torch.library.opcheck(getattr(torch.ops.masked_loss, name).default, args, options)
 
 
 def test_opcheck_is_of_every_operator() -> None:
@@ -251,7 +254,7 @@ def test_opcheck_is_of_every_operator() -> None:
         if name.startswith("masked_loss::")
     }
     checked = {"cross_entropy", "cross_entropy_stats", "masked_reduce"}
-    checked |= {name for case in OPCHECK_CASES for name, _ in halves(case)}
+    checked |= {name for case in OPCHECK_CASES for name, *_ in halves(case)}
     folder = Path(__file__).parents[1] / "losses"
     elsewhere = (
         "linear",

@@ -395,19 +395,18 @@ def test_upstream_gradient_other_than_one() -> None:
     ops = getattr(torch.ops, NAMESPACE)
     logits = torch.randn(40, 1000)
     target = torch.randint(1000, (40,))
-    options = ("mean", -100, 0.0, 0.0, None, False)
     gradient = torch.empty_like(logits)
     _, _, tokens, groups = ops.cross_entropy_fused(
-        gradient, logits, target, None, None, None, None, False, *options
+        gradient, logits, target, None, None, None, None, stats=False
     )
     once = gradient.clone()
     for scale in (1.0, 3.0):
-        formula = (torch.tensor(scale), logits, target, tokens, groups, None, True, *options)
-        ops.cross_entropy_backward_out(gradient, *formula)
+        formula = (torch.tensor(scale), logits, target, tokens, groups, None)
+        ops.cross_entropy_backward_out(gradient, *formula, recompute_unless_one=True)
         torch.testing.assert_close(gradient, scale * once)
     untouched = torch.full_like(logits, 7.0)
     formula = (torch.tensor(1.0), *formula[1:])
-    ops.cross_entropy_backward_out(untouched, *formula)
+    ops.cross_entropy_backward_out(untouched, *formula, recompute_unless_one=True)
     assert (untouched == 7).all()
 
 
@@ -503,7 +502,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 ops = getattr(torch.ops, sys.argv[2])
 torch.manual_seed(0)
-options = (None, False, "sum", -100, 0.0, 0.0, None, False)
+options = {"cu_seqlens": None, "stats": False, "reduction": "sum"}
 values, mask = torch.randn(9000), torch.rand(9000)
 
 def bits(*tensors):
@@ -515,12 +514,12 @@ def fused(rows, classes, offset):
     target = torch.arange(rows)
     gradient = torch.empty(rows, classes)
     args = gradient, logits[:, offset : offset + classes], target, None, None, None
-    return bits(ops.cross_entropy_fused(*args, *options)[0], gradient)
+    return bits(ops.cross_entropy_fused(*args, **options)[0], gradient)
 
 def losses(rows, classes):
     logits = torch.randn(rows, classes, generator=torch.Generator().manual_seed(1))
     args = logits, torch.arange(rows), None, None, None
-    return bits(ops.cross_entropy_forward(*args, *options)[0])
+    return bits(ops.cross_entropy_forward(*args, **options)[0])
 
 def divergence(rows, classes):
     logits, teacher = torch.randn(

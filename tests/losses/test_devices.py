@@ -70,8 +70,8 @@ def arguments(name: str) -> dict[str, Any]:
     if "tokens" in names:
         forward = OPS.cross_entropy_forward
         logits, target = TENSORS["logits"], TENSORS["target"]
-        mean = ("mean", -100, 0.1, 0.01, 5.0, False)
-        _, _, tokens, groups = forward(logits, target, None, None, None, None, False, *mean)
+        tables = {"mask": None, "normalizer": None, "class_weight": None, "cu_seqlens": None}
+        _, _, tokens, groups = forward(logits, target, **tables, stats=False)
     if {"teacher_logits", "teacher_hidden"} & set(names):
         tokens, groups = OPS.divergence_weigh(
             TENSORS["logits"], None, None, None, "mean", False, False

@@ -791,18 +791,20 @@ def test_opcheck_of_the_halves(
     tensors = problem(*SHAPE, dtype=dtype, requires=())
     hidden, weight, bias, mask = (tensors[name] for name in LEAVES)
     target = tensors["target"]
-    inputs = (hidden, weight, bias, target, mask, None, None, torch.tensor([0, 4, 9]), True)
-    how = (chunk_tokens, None, True)
-    options = (-100, 0.1, 0.1, None, True)
+    inputs = (hidden, weight, bias, target, mask, None, None, torch.tensor([0, 4, 9]))
+    how = {"chunk_tokens": chunk_tokens, "accumulation_dtype": None, "pack": True}
+    how |= {"label_smoothing": 0.1, "z_loss": 0.1, "shift": True}
     forward = torch.ops.masked_loss.linear_cross_entropy_forward.default
     backward = torch.ops.masked_loss.linear_cross_entropy_backward.default
     tests = ("test_schema", "test_faketensor")
-    _, _, tokens, groups, *_ = forward(*inputs, *how, [False] * 3, "none", *options)
-    scalar = (*inputs, *how, needs, "mean", *options)
-    torch.library.opcheck(forward, scalar, test_utils=tests)
+    values = how | {"stats": True, "needs": [False] * 3, "reduction": "none"}
+    _, _, tokens, groups, *_ = forward(*inputs, **values)
+    scalar = how | {"stats": True, "needs": needs, "reduction": "mean"}
+    torch.library.opcheck(forward, inputs, scalar, test_utils=tests)
     dloss = torch.rand(SHAPE, dtype=tokens.dtype)
-    rest = (target, tokens, groups, None, *how, needs, "none", *options)
-    torch.library.opcheck(backward, (dloss, hidden, weight, bias, *rest), test_utils=tests)
+    saved = (dloss, hidden, weight, bias, target, tokens, groups, None)
+    upstream = how | {"needs": needs, "reduction": "none"}
+    torch.library.opcheck(backward, saved, upstream, test_utils=tests)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -811,15 +813,16 @@ def test_opcheck_of_the_kernels(reduction: str) -> None:
     target, mask = tensors["target"], tensors["mask"]
     ops, tests = torch.ops.masked_loss, ("test_schema", "test_faketensor")
     classes = tensors["weight"].shape[0]
-    options = (reduction, -100, 0.1, 0.1, None, False)
-    weigh = (target, mask, None, None, None, classes, False, True, *options)
-    torch.library.opcheck(ops.weigh.default, weigh, test_utils=tests)
-    tokens, groups = ops.weigh(*weigh)
+    options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.1}
+    weigh = (target, mask, None, None, None, classes, False, True)
+    torch.library.opcheck(ops.weigh.default, weigh, options, test_utils=tests)
+    tokens, groups = ops.weigh(*weigh, **options)
     tokens[1:].zero_()
     logits, index = torch.randn(target.numel(), classes), target.reshape(-1)
-    chunk = (logits, index, tokens, groups, None, None, True, True, *options)
-    torch.library.opcheck(ops.rows.default, chunk, test_utils=tests)
-    torch.library.opcheck(ops.reduce.default, (tokens, groups, target, True, *options))
+    chunk = (logits, index, tokens, groups, None)
+    how = {"dloss": None, "forward": True, "gradient": True, **options}
+    torch.library.opcheck(ops.rows.default, chunk, how, test_utils=tests)
+    torch.library.opcheck(ops.reduce.default, (tokens, groups, target, True), options)
 
 
 # Others
