@@ -57,6 +57,7 @@ def masked_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     shift: bool = False,
     cu_seqlens: Tensor | None = None,
     inplace_backward: bool = False,
@@ -92,6 +93,7 @@ def masked_cross_entropy(
         label_smoothing: between 0 and 1, as in :func:`torch.nn.functional.cross_entropy`.
         z_loss: adds ``z_loss * logsumexp(x_n) ** 2`` to each token's loss (PaLM, section 5).
         softcap: replaces the logits by ``softcap * tanh(logits / softcap)`` first (Gemma 2).
+        temperature: what the logits are divided by, after the softcap.
         shift: for causal language models: ``logits[..., t, :]`` scores ``target[..., t + 1]``,
             without a copy of the logits. ``mask`` stays aligned with ``target``, and so is the
             result of ``"none"``; the first token of a sequence takes no part.
@@ -137,7 +139,7 @@ def masked_cross_entropy(
         raise TypeError(f"{who}: target must be int64 or int32 class indices, got {target.dtype}")
     divisor = divisor_of(who, normalizer, logits)
     inputs = (logits, target, mask, divisor, class_weight, cu_seqlens)
-    meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, shift)
+    meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, temperature, shift)
     operator = _with_stats if return_stats else _plain
     loss, *more = operator(who, inputs, meaning, {}, inplace_backward=inplace_backward)
     return (loss, LossStats(*more[0].unbind())) if return_stats else loss

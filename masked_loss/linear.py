@@ -65,6 +65,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     shift: bool = False,
     cu_seqlens: Tensor | None = None,
     return_stats: bool = False,
@@ -101,6 +102,7 @@ def linear_cross_entropy(
         label_smoothing: between 0 and 1, as in :func:`torch.nn.functional.cross_entropy`.
         z_loss: adds ``z_loss * logsumexp(x_n) ** 2`` to each token's loss.
         softcap: replaces the logits by ``softcap * tanh(logits / softcap)`` first.
+        temperature: what the logits are divided by, after the softcap.
         shift: for causal language models: ``hidden[..., t, :]`` scores ``target[..., t + 1]``.
         cu_seqlens: int32 or int64 [S + 1], from 0 ascending: sequences packed one after the other
             in the flattened tokens. The means of ``"sequence_mean"`` are theirs, ``shift`` does not
@@ -152,7 +154,7 @@ def linear_cross_entropy(
     require_dtype(who, "accumulation_dtype", accumulation_dtype)
     divisor = divisor_of(who, normalizer, hidden)
     inputs = (hidden, weight, bias, target, mask, divisor, class_weight, cu_seqlens)
-    meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, shift)
+    meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, temperature, shift)
     operator = _with_stats if return_stats else _plain
     # A compiled graph has no place where the host could wait.
     chunking = Chunking(chunk_tokens, accumulation_dtype, not torch.compiler.is_compiling())

@@ -17,12 +17,8 @@ class Meaning(NamedTuple):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     softcap: float | None = None
+    temperature: float = 1.0
     shift: bool = False
-
-    @property
-    def formula(self) -> tuple[float, float, float | None]:
-        """What one token's loss depends on, and so its gradient."""
-        return self.label_smoothing, self.z_loss, self.softcap
 
 
 class Scoring(NamedTuple):
@@ -65,6 +61,7 @@ class Keywords(TypedDict, total=False):
     label_smoothing: float
     z_loss: float
     softcap: float | None
+    temperature: float
     shift: bool
     cu_seqlens: Tensor | None
 

@@ -42,6 +42,7 @@ def masked_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     shift: bool = False,
     cu_seqlens: Tensor | None = None,
     return_stats: bool = False,
@@ -60,6 +61,7 @@ def masked_cross_entropy(
         label_smoothing: the share of the target that is spread evenly over all classes.
         z_loss: adds ``z_loss * logsumexp(logits) ** 2`` to the loss of each token.
         softcap: replaces logits by ``softcap * tanh(logits / softcap)`` first.
+        temperature: what the logits are divided by, after the softcap.
         shift: ``logits[..., t, :]`` scores ``target[..., t + 1]``, with the weight of the latter.
         cu_seqlens: [S + 1], the bounds of sequences in the flattened tokens, instead of the rows.
         return_stats: returns (loss, (tokens, correct, entropy, z_loss)), sums over all tokens.
@@ -86,6 +88,7 @@ def masked_cross_entropy(
 
     if softcap is not None:
         y = softcap * torch.tanh(y / softcap)
+    y = y / temperature
     lse = y.logsumexp(dim=-1)
     nll = -y.log_softmax(dim=-1)  # lse - y, without the rounding of lse
     c = y.new_ones(y.shape[-1]) if class_weight is None else class_weight.to(y.dtype)

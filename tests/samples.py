@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "z_loss": {"z_loss": 0.05},
     "z_loss_weight": {"z_loss": 0.05, "class_weight": True},
     "softcap": {"softcap": 4.0},
+    "temperature": {"temperature": 0.7},
     "shift": {"shift": True},
     "inplace": {"inplace_backward": True},
     "everything": {
@@ -38,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.2,
         "z_loss": 0.05,
         "softcap": 4.0,
+        "temperature": 1.3,
         "shift": True,
     },
 }
@@ -56,6 +58,10 @@ BAD_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("softcap", -2.0, ValueError, "softcap must be greater than 0 and finite, got -2"),
     ("softcap", INF, ValueError, "softcap must be greater than 0 and finite, got inf"),
     ("softcap", "30", TypeError, "softcap must be Optional[float], got str"),
+    ("temperature", 0, ValueError, "temperature must be greater than 0 and finite, got 0"),
+    ("temperature", -1.5, ValueError, "temperature must be greater than 0 and finite, got -1.5"),
+    ("temperature", INF, ValueError, "temperature must be greater than 0 and finite, got inf"),
+    ("temperature", "1", TypeError, "temperature must be float, got str"),
     ("ignore_index", 0.5, TypeError, "ignore_index must be int, got float"),
 ]
 

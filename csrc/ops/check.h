@@ -276,6 +276,12 @@ inline double softcap(const char* who, const std::optional<double>& softcap) {
   return softcap.value_or(0);
 }
 
+inline void temperature(const char* who, const char* what, double value) {
+  if (!(value > 0 && std::isfinite(value))) {
+    fail("ValueError", who, ": ", what, " must be greater than 0 and finite, got ", value);
+  }
+}
+
 // As the kernels take it.
 inline Formula formula(const char* who, const Options& options) {
   const double cap = softcap(who, options.softcap);
@@ -286,7 +292,8 @@ inline Formula formula(const char* who, const Options& options) {
   if (!(z_loss >= 0 && std::isfinite(z_loss))) {
     fail("ValueError", who, ": z_loss must be at least 0 and finite, got ", z_loss);
   }
-  return {label_smoothing, z_loss, cap};
+  temperature(who, "temperature", options.temperature);
+  return {label_smoothing, z_loss, cap, options.temperature};
 }
 
 // The parameters of a divergence. A skew of 0 is none.
@@ -315,12 +322,6 @@ inline Divergence divergence(const char* who, const std::string& name, double be
   if (beta == 0 && kind == Divergence::kSkewForwardKl) return Divergence::kForwardKl;
   if (beta == 0 && kind == Divergence::kSkewReverseKl) return Divergence::kReverseKl;
   return kind;
-}
-
-inline void temperature(const char* who, const char* what, double value) {
-  if (!(value > 0 && std::isfinite(value))) {
-    fail("ValueError", who, ": ", what, " must be greater than 0 and finite, got ", value);
-  }
 }
 
 inline void cross_entropy(const char* who, const Tensor& logits, const Tensor& target,

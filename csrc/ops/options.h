@@ -10,7 +10,7 @@
 
 #define ML_OPTIONS                                                             \
   "str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, " \
-  "float z_loss=0.0, float? softcap=None, bool shift=False"
+  "float z_loss=0.0, float? softcap=None, float temperature=1.0, bool shift=False"
 
 namespace masked_loss {
 
@@ -19,13 +19,15 @@ struct Options {
   int64_t ignore_index;
   double label_smoothing, z_loss;
   std::optional<double> softcap;
+  double temperature;
   bool shift;
 };
 
 template <class...>
 struct Types {};
 // Of the fields of Options, which the dispatcher gives one by one.
-using OptionTypes = Types<std::string, int64_t, double, double, std::optional<double>, bool>;
+using OptionTypes =
+    Types<std::string, int64_t, double, double, std::optional<double>, double, bool>;
 
 // A function as the dispatcher calls it: with the options one by one, behind the other arguments.
 template <class Result, class... Args>
