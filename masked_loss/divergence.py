@@ -14,7 +14,6 @@ from masked_loss._op.arguments import (
     require_constant,
     require_floating,
     require_mask,
-    require_temperature,
     temperatures_of,
 )
 from masked_loss._op.divergence import masked_divergence as _plain
@@ -176,12 +175,12 @@ def masked_divergence(
     tokens = logits.shape[:-1]
     require_mask(who, mask, tokens, logits)
     require_kind(who, kind, beta)
-    require_temperature(who, "temperature", temperature, tokens)
-    require_temperature(who, "teacher_temperature", teacher_temperature, tokens)
     if teacher_temperature is None:
         teacher_temperature = temperature
-    own, own_each = temperatures_of(temperature, tokens, logits)
-    others, others_each = temperatures_of(teacher_temperature, tokens, logits)
+    own, own_each = temperatures_of(who, "temperature", temperature, tokens, logits)
+    others, others_each = temperatures_of(
+        who, "teacher_temperature", teacher_temperature, tokens, logits
+    )
     divisor = divisor_of(who, normalizer, logits)
     operator = _with_stats if return_stats else _plain
     loss, *more = operator(

@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from masked_loss import reference
-from masked_loss._op.arguments import divisor_of, require_bool, require_constant, require_tensors
+from masked_loss._op.arguments import (
+    divisor_of,
+    require_bool,
+    require_constant,
+    require_tensors,
+    temperatures_of,
+)
 from masked_loss._op.cross_entropy import cross_entropy as _plain
 from masked_loss._op.cross_entropy import cross_entropy_stats as _with_stats
 from masked_loss._op.overrides import is_overridden, override
@@ -57,7 +63,7 @@ def masked_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shift: bool = False,
     cu_seqlens: Tensor | None = None,
     inplace_backward: bool = False,
@@ -93,7 +99,8 @@ def masked_cross_entropy(
         label_smoothing: between 0 and 1, as in :func:`torch.nn.functional.cross_entropy`.
         z_loss: adds ``z_loss * logsumexp(x_n) ** 2`` to each token's loss (PaLM, section 5).
         softcap: replaces the logits by ``softcap * tanh(logits / softcap)`` first (Gemma 2).
-        temperature: what the logits are divided by, after the softcap.
+        temperature: what the logits are divided by, after the softcap: a number, or a tensor that
+            broadcasts to target. It has no gradient.
         shift: for causal language models: ``logits[..., t, :]`` scores ``target[..., t + 1]``,
             without a copy of the logits. ``mask`` stays aligned with ``target``, and so is the
             result of ``"none"``; the first token of a sequence takes no part.
@@ -138,8 +145,9 @@ def masked_cross_entropy(
     if target.is_floating_point():
         raise TypeError(f"{who}: target must be int64 or int32 class indices, got {target.dtype}")
     divisor = divisor_of(who, normalizer, logits)
-    inputs = (logits, target, mask, divisor, class_weight, cu_seqlens)
-    meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, temperature, shift)
+    number, each = temperatures_of(who, "temperature", temperature, target.shape, logits)
+    inputs = (logits, target, mask, divisor, class_weight, cu_seqlens, each)
+    meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, number, shift)
     operator = _with_stats if return_stats else _plain
     loss, *more = operator(who, inputs, meaning, {}, inplace_backward=inplace_backward)
     return (loss, LossStats(*more[0].unbind())) if return_stats else loss
@@ -240,7 +248,7 @@ def cross_entropy(
             )
         if target.dtype == torch.uint8:  # PyTorch takes these too
             target = target.long()
-    inputs = (logits, target, mask, None, weight, None)
+    inputs = (logits, target, mask, None, weight, None, None)
     meaning = Meaning(reduction, ignore_index, label_smoothing)
     names = {"logits": "input", "class_weight": "weight"}
     loss, *_ = _plain(who, inputs, meaning, names, inplace_backward=False)

@@ -14,6 +14,7 @@ from masked_loss._op.arguments import (
     require_constant,
     require_dtype,
     require_tensors,
+    temperatures_of,
 )
 from masked_loss._op.linear import linear_cross_entropy as _plain
 from masked_loss._op.linear import linear_cross_entropy_stats as _with_stats
@@ -65,7 +66,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shift: bool = False,
     cu_seqlens: Tensor | None = None,
     return_stats: bool = False,
@@ -102,7 +103,8 @@ def linear_cross_entropy(
         label_smoothing: between 0 and 1, as in :func:`torch.nn.functional.cross_entropy`.
         z_loss: adds ``z_loss * logsumexp(x_n) ** 2`` to each token's loss.
         softcap: replaces the logits by ``softcap * tanh(logits / softcap)`` first.
-        temperature: what the logits are divided by, after the softcap.
+        temperature: what the logits are divided by, after the softcap: a number, or a tensor that
+            broadcasts to target. It has no gradient.
         shift: for causal language models: ``hidden[..., t, :]`` scores ``target[..., t + 1]``.
         cu_seqlens: int32 or int64 [S + 1], from 0 ascending: sequences packed one after the other
             in the flattened tokens. The means of ``"sequence_mean"`` are theirs, ``shift`` does not
@@ -153,8 +155,9 @@ def linear_cross_entropy(
     require_bool(who, shift=shift, return_stats=return_stats)
     require_dtype(who, "accumulation_dtype", accumulation_dtype)
     divisor = divisor_of(who, normalizer, hidden)
-    inputs = (hidden, weight, bias, target, mask, divisor, class_weight, cu_seqlens)
-    meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, temperature, shift)
+    number, each = temperatures_of(who, "temperature", temperature, target.shape, hidden)
+    inputs = (hidden, weight, bias, target, mask, divisor, class_weight, cu_seqlens, each)
+    meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, number, shift)
     operator = _with_stats if return_stats else _plain
     # A compiled graph has no place where the host could wait.
     chunking = Chunking(chunk_tokens, accumulation_dtype, not torch.compiler.is_compiling())

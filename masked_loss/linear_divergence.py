@@ -15,7 +15,6 @@ from masked_loss._op.arguments import (
     require_constant,
     require_dtype,
     require_mask,
-    require_temperature,
     require_tensors,
     temperatures_of,
 )
@@ -169,12 +168,12 @@ def linear_divergence(
     require_kind(who, kind, beta)
     tokens = hidden.shape[:-1]
     require_mask(who, mask, tokens, hidden)
-    require_temperature(who, "temperature", temperature, tokens)
-    require_temperature(who, "teacher_temperature", teacher_temperature, tokens)
     if teacher_temperature is None:
         teacher_temperature = temperature
-    own, own_each = temperatures_of(temperature, tokens, hidden)
-    others, others_each = temperatures_of(teacher_temperature, tokens, hidden)
+    own, own_each = temperatures_of(who, "temperature", temperature, tokens, hidden)
+    others, others_each = temperatures_of(
+        who, "teacher_temperature", teacher_temperature, tokens, hidden
+    )
     operator = operators.linear_divergence_stats if return_stats else operators.linear_divergence
     loss, *more = operator(
         who, (

@@ -13,7 +13,6 @@ from masked_loss._op.arguments import (
     require_bool,
     require_constant,
     require_dtype,
-    require_temperature,
     require_tensors,
     temperatures_of,
 )
@@ -131,8 +130,7 @@ def linear_token_log_probs(
     require_bool(who, shift=shift, return_entropy=return_entropy)
     require_dtype(who, "accumulation_dtype", accumulation_dtype)
     tokens = hidden.shape[:-1]
-    require_temperature(who, "temperature", temperature, tokens)
-    number, each = temperatures_of(temperature, tokens, hidden)
+    number, each = temperatures_of(who, "temperature", temperature, tokens, hidden)
     operator = (
         operators.linear_token_log_probs_entropy
         if return_entropy

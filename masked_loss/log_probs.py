@@ -13,7 +13,6 @@ from masked_loss._op.arguments import (
     require_constant,
     require_floating,
     require_mask,
-    require_temperature,
     require_tensor,
     temperatures_of,
 )
@@ -130,10 +129,9 @@ def token_log_probs(
     require_floating(who, "logits", logits)
     require_tensor(who, "target", target)
     require_mask(who, mask, logits.shape[:-1], logits)
-    require_temperature(who, "temperature", temperature, logits.shape[:-1])
     require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, inplace_backward=inplace_backward, return_entropy=return_entropy)
-    number, per_token = temperatures_of(temperature, logits.shape[:-1], logits)
+    number, per_token = temperatures_of(who, "temperature", temperature, logits.shape[:-1], logits)
     operator = operators.token_log_probs_entropy if return_entropy else operators.token_log_probs
     results = operator(
         who,

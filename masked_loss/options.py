@@ -61,7 +61,7 @@ class Keywords(TypedDict, total=False):
     label_smoothing: float
     z_loss: float
     softcap: float | None
-    temperature: float
+    temperature: float | Tensor
     shift: bool
     cu_seqlens: Tensor | None
 

@@ -42,7 +42,7 @@ def masked_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shift: bool = False,
     cu_seqlens: Tensor | None = None,
     return_stats: bool = False,
@@ -61,7 +61,7 @@ def masked_cross_entropy(
         label_smoothing: the share of the target that is spread evenly over all classes.
         z_loss: adds ``z_loss * logsumexp(logits) ** 2`` to the loss of each token.
         softcap: replaces logits by ``softcap * tanh(logits / softcap)`` first.
-        temperature: what the logits are divided by, after the softcap.
+        temperature: what the logits are divided by, after the softcap: one, or one for each token.
         shift: ``logits[..., t, :]`` scores ``target[..., t + 1]``, with the weight of the latter.
         cu_seqlens: [S + 1], the bounds of sequences in the flattened tokens, instead of the rows.
         return_stats: returns (loss, (tokens, correct, entropy, z_loss)), sums over all tokens.
@@ -79,16 +79,14 @@ def masked_cross_entropy(
         first = logits.new_zeros(target[..., :1].shape)  # Nothing scores the first token.
         logits, target = logits[..., :-1, :], target[..., 1:]
         mask = None if mask is None else mask[..., 1:]
+        temperature = _after_first(temperature)
 
     weight = _weight(mask, target.shape, logits)
     weight = weight.where(target != ignore_index, 0)
     active = weight != 0
-    y = logits.where(active[..., None], 0)
+    y = _scaled(logits, active, softcap, temperature)
     index = target.where(active, 0).long()
 
-    if softcap is not None:
-        y = softcap * torch.tanh(y / softcap)
-    y = y / temperature
     lse = y.logsumexp(dim=-1)
     nll = -y.log_softmax(dim=-1)  # lse - y, without the rounding of lse
     c = y.new_ones(y.shape[-1]) if class_weight is None else class_weight.to(y.dtype)
@@ -352,12 +350,19 @@ def _log_softmax(
     logits: Tensor, active: Tensor, softcap: float | None, temperature: float | Tensor
 ) -> Tensor:
     """Log-probabilities of the active rows; the others are those of zeros."""
+    return _scaled(logits, active, softcap, temperature).log_softmax(dim=-1)
+
+
+def _scaled(
+    logits: Tensor, active: Tensor, softcap: float | None, temperature: float | Tensor
+) -> Tensor:
+    """The logits of active rows as losses take them, and zeros."""
     y = logits.where(active[..., None], 0)
     if softcap is not None:
         y = softcap * torch.tanh(y / softcap)
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(active.shape).where(active, 1).to(y.dtype)[..., None]
-    return (y / temperature).log_softmax(dim=-1)
+    return y / temperature
 
 
 def _after_first(temperature: float | Tensor) -> float | Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 REDUCTIONS = ["none", "sum", "mean", "sequence_mean"]
 
-# class_weight True stands for random weights, normalizer "tensor" for a 0-dim tensor.
+# class_weight True stands for random weights, normalizer "tensor" for a 0-dim tensor, temperature
+# "each" for one of each token.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "normalizer": {"normalizer": 7},
@@ -31,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "z_loss_weight": {"z_loss": 0.05, "class_weight": True},
     "softcap": {"softcap": 4.0},
     "temperature": {"temperature": 0.7},
+    "temperatures": {"temperature": "each"},
     "shift": {"shift": True},
     "inplace": {"inplace_backward": True},
     "everything": {
@@ -61,7 +63,14 @@ BAD_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("temperature", 0, ValueError, "temperature must be greater than 0 and finite, got 0"),
     ("temperature", -1.5, ValueError, "temperature must be greater than 0 and finite, got -1.5"),
     ("temperature", INF, ValueError, "temperature must be greater than 0 and finite, got inf"),
-    ("temperature", "1", TypeError, "temperature must be float, got str"),
+    ("temperature", "1", TypeError, "temperature must be a number or a tensor, got str"),
+    ("temperature", torch.ones(3), ValueError, "temperature must be a number or broadcast to"),
+    (
+        "temperature",
+        torch.ones((), requires_grad=True),
+        ValueError,
+        "temperature is not differentiable, got one that requires grad",
+    ),
     ("ignore_index", 0.5, TypeError, "ignore_index must be int, got float"),
 ]
 
@@ -170,6 +179,9 @@ class Case:
             options["class_weight"] = weight.to(device, wide)
         if options.get("normalizer") == "tensor":
             options["normalizer"] = torch.tensor(6.5, dtype=wide, device=device)
+        if options.get("temperature") == "each":
+            each = 0.5 + torch.rand(self.shape, generator=random, dtype=torch.float64)
+            options["temperature"] = each.to(device, wide)
         return Sample(values, target, mask, options)
 
 

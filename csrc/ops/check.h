@@ -282,6 +282,11 @@ inline void temperature(const char* who, const char* what, double value) {
   }
 }
 
+inline void temperatures(const char* who, const Tensor& t, const Shape& tokens) {
+  floating(who, "temperatures", t);
+  has_shape(who, "temperatures", t, tokens);
+}
+
 // As the kernels take it.
 inline Formula formula(const char* who, const Options& options) {
   const double cap = softcap(who, options.softcap);

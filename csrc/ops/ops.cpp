@@ -173,7 +173,7 @@ int64_t results_of(const Groups& groups, bool per_sequence) {
 struct Problem {
   RowLayout logits;
   Tensor target;
-  OptionalTensor class_weight;
+  OptionalTensor class_weight, temperatures;
   Shape token_shape;
   const Device& device;
   RowArgs args{};
@@ -190,11 +190,13 @@ struct Problem {
 };
 
 Problem make_problem(const Device& device, const Options& options, const Tensor& logits,
-                     const Tensor& target, const OptionalTensor& class_weight) {
+                     const Tensor& target, const OptionalTensor& class_weight,
+                     const OptionalTensor& temperatures) {
   const Formula formula = check::formula(kCrossEntropy, options);
   const bool probabilities = check::is_floating(check::dtype_of(target));
   check::cross_entropy(kCrossEntropy, logits, target, probabilities, options.shift);
-  Problem p{rows_of(logits), as_contiguous(target), std::nullopt, shape_of(logits), device};
+  Problem p{rows_of(logits), as_contiguous(target), std::nullopt,
+            std::nullopt,    shape_of(logits),      device};
   p.token_shape.pop_back();
   p.args.dtype = *check::dtype_of(logits);
   p.wide = p.args.dtype == DType::kFloat64;
@@ -204,6 +206,8 @@ Problem make_problem(const Device& device, const Options& options, const Tensor&
   }
   if (class_weight) check::class_weight(kCrossEntropy, *class_weight, p.logits.cols);
   p.class_weight = as_type(class_weight, accumulation_type(p.wide));
+  if (temperatures) check::temperatures(kCrossEntropy, *temperatures, p.token_shape);
+  p.temperatures = as_type(temperatures, accumulation_type(p.wide));
   RowArgs& a = p.args;
   static_cast<Formula&>(a) = formula;
   a.logits = p.logits.tensor.data_ptr();
@@ -217,6 +221,7 @@ Problem make_problem(const Device& device, const Options& options, const Tensor&
   a.target_type = probabilities ? DType::kInt64 : *check::dtype_of(target);
   a.probs = probabilities ? p.target.data_ptr() : nullptr;
   a.class_weight = data(p.class_weight);
+  a.temperatures = data(p.temperatures);
   return p;
 }
 
@@ -236,8 +241,12 @@ void set_gradient(Problem& p, const Tensor& dlogits, const Tensor& logits) {
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, stats, tokens, groups
 
-Forward forward(const Options& options, Problem& p, const Weights& weights, bool stats,
-                const OptionalTensor& dlogits, const Tensor& logits) {
+Forward forward(const Tensor& logits, const Inputs& inputs, bool stats, const Options& options,
+                const OptionalTensor& dlogits) {
+  const Device device(logits);
+  Problem p = make_problem(device, options, logits, inputs.target, inputs.class_weight,
+                           inputs.temperatures);
+  const Weights weights{inputs.mask, inputs.normalizer, inputs.cu_seqlens, false};
   if (weights.mask) check::is_mask(kCrossEntropy, *weights.mask, p.token_shape);
   const Reduction reduction =
       check::reduction(kCrossEntropy, options.reduction, p.token_shape.size(), weights.normalizer);
@@ -270,57 +279,45 @@ Forward forward(const Options& options, Problem& p, const Weights& weights, bool
 
 // Cross entropy
 
-Forward cross_entropy_forward(const Options& options, Tensor logits, Tensor target,
-                              OptionalTensor mask, OptionalTensor normalizer,
-                              OptionalTensor class_weight, OptionalTensor cu_seqlens, bool stats) {
-  const Device device(logits);
-  Problem p = make_problem(device, options, logits, target, class_weight);
-  return forward(options, p, {mask, normalizer, cu_seqlens, false}, stats, std::nullopt, logits);
+Forward cross_entropy_forward(Tensor logits, const Inputs& inputs, bool stats,
+                              const Options& options) {
+  return forward(logits, inputs, stats, options, std::nullopt);
 }
 
-Forward cross_entropy_fused(const Options& options, Tensor dlogits, Tensor logits, Tensor target,
-                            OptionalTensor mask, OptionalTensor normalizer,
-                            OptionalTensor class_weight, OptionalTensor cu_seqlens, bool stats) {
-  const Device device(logits);
-  Problem p = make_problem(device, options, logits, target, class_weight);
-  return forward(options, p, {mask, normalizer, cu_seqlens, false}, stats, dlogits, logits);
+Forward cross_entropy_fused(Tensor dlogits, Tensor logits, const Inputs& inputs, bool stats,
+                            const Options& options) {
+  return forward(logits, inputs, stats, options, dlogits);
 }
 
-Tensor cross_entropy(const Options& options, Tensor logits, Tensor target, OptionalTensor mask,
-                     OptionalTensor normalizer, OptionalTensor class_weight,
-                     OptionalTensor cu_seqlens, bool) {
-  return std::get<0>(cross_entropy_forward(options, logits, target, mask, normalizer, class_weight,
-                                           cu_seqlens, false));
+Tensor cross_entropy(Tensor logits, const Inputs& inputs, bool, const Options& options) {
+  return std::get<0>(cross_entropy_forward(logits, inputs, false, options));
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_stats(const Options& options, Tensor logits, Tensor target,
-                                               OptionalTensor mask, OptionalTensor normalizer,
-                                               OptionalTensor class_weight,
-                                               OptionalTensor cu_seqlens, bool) {
-  const Forward results = cross_entropy_forward(options, logits, target, mask, normalizer,
-                                                class_weight, cu_seqlens, true);
+std::tuple<Tensor, Tensor> cross_entropy_stats(Tensor logits, const Inputs& inputs, bool,
+                                               const Options& options) {
+  const Forward results = cross_entropy_forward(logits, inputs, true, options);
   return {std::get<0>(results), std::get<1>(results)};
 }
 
-void cross_entropy_backward_out(const Options& options, Tensor dlogits, Tensor dloss, Tensor logits,
-                                Tensor target, Tensor tokens, Tensor groups,
-                                OptionalTensor class_weight, bool recompute_unless_one) {
+void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, const Saved& saved,
+                                bool recompute_unless_one, const Options& options) {
   const Device device(logits);
-  Problem p = make_problem(device, options, logits, target, class_weight);
-  check_tables(kCrossEntropy, {tokens, groups}, p.args.rows, p.wide, TokenField::kSaved);
+  Problem p =
+      make_problem(device, options, logits, saved.target, saved.class_weight, saved.temperatures);
+  const Tables tables{saved.tokens, saved.groups};
+  check_tables(kCrossEntropy, tables, p.args.rows, p.wide, TokenField::kSaved);
   const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows);
-  p.set_tables({tokens, groups});
+  p.set_tables(tables);
   p.args.upstream[0] = dloss_of(scale, false);
   set_gradient(p, dlogits, logits);
   p.run(recompute_unless_one ? device.kernels.rescale : device.kernels.cross_entropy);
 }
 
-Tensor cross_entropy_backward(const Options& options, Tensor dloss, Tensor logits, Tensor target,
-                              Tensor tokens, Tensor groups, OptionalTensor class_weight) {
+Tensor cross_entropy_backward(Tensor dloss, Tensor logits, const Saved& saved,
+                              const Options& options) {
   Tensor dlogits = empty_as(logits);
   ask_for_large_pages(dlogits);
-  cross_entropy_backward_out(options, dlogits, dloss, logits, target, tokens, groups, class_weight,
-                             false);
+  cross_entropy_backward_out(dlogits, dloss, logits, saved, false, options);
   return dlogits;
 }
 
@@ -352,10 +349,9 @@ Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Option
 
 // The stages
 
-std::tuple<Tensor, Tensor> weigh(const Options& options, Tensor target, OptionalTensor mask,
-                                 OptionalTensor normalizer, OptionalTensor class_weight,
-                                 OptionalTensor cu_seqlens, int64_t classes, bool wide,
-                                 bool stats) {
+std::tuple<Tensor, Tensor> weigh(Tensor target, OptionalTensor mask, OptionalTensor normalizer,
+                                 OptionalTensor class_weight, OptionalTensor cu_seqlens,
+                                 int64_t classes, bool wide, bool stats, const Options& options) {
   const Shape shape = shape_of(target);
   check::formula(kLinear, options);
   WeighArgs args{};
@@ -380,25 +376,27 @@ std::tuple<Tensor, Tensor> weigh(const Options& options, Tensor target, Optional
   return {tables.tokens, tables.groups};
 }
 
-void rows(const Options& options, Tensor logits, Tensor target, Tensor tokens, Tensor groups,
-          OptionalTensor class_weight, OptionalTensor dloss, bool forward, bool gradient) {
+void rows(Tensor logits, const Saved& saved, OptionalTensor dloss, bool forward, bool gradient,
+          const Options& options) {
   const Device device(logits);
   Options of_rows = options;
   of_rows.shift = false;
-  Problem p = make_problem(device, of_rows, logits, target, class_weight);
-  check_tables(kLinear, {tokens, groups}, p.args.rows, p.wide, TokenField::kSaved);
+  Problem p =
+      make_problem(device, of_rows, logits, saved.target, saved.class_weight, saved.temperatures);
+  const Tables tables{saved.tokens, saved.groups};
+  check_tables(kLinear, tables, p.args.rows, p.wide, TokenField::kSaved);
   OptionalTensor scale;
   if (dloss) scale = upstream(kLinear, *dloss, p.wide, p.args.rows);
-  p.set_tables({tokens, groups});
+  p.set_tables(tables);
   if (scale) p.args.upstream[0] = dloss_of(*scale, false);
   p.args.forward = forward;
-  p.args.stats = forward && tokens.size(0) == TokenField::kCount;
+  p.args.stats = forward && tables.tokens.size(0) == TokenField::kCount;
   if (gradient) set_gradient(p, logits, logits);
   p.run(device.kernels.cross_entropy);
 }
 
-std::tuple<Tensor, Tensor> reduce(const Options& options, Tensor tokens, Tensor groups,
-                                  Tensor target, bool stats) {
+std::tuple<Tensor, Tensor> reduce(Tensor tokens, Tensor groups, Tensor target, bool stats,
+                                  const Options& options) {
   const Shape shape = shape_of(target);
   const Reduction reduction =
       check::reduction(kLinear, options.reduction, shape.size(), std::nullopt);
@@ -568,7 +566,7 @@ void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor
   device.kernels.divergence(args, device.queue());
 }
 
-void check_formula(const Options& options, std::string who) {
+void check_formula(std::string who, const Options& options) {
   check::formula(who.c_str(), options);
 }
 

@@ -10,53 +10,49 @@
 
 namespace masked_loss {
 
-Tensor cross_entropy(const Options& options, Tensor logits, Tensor target, OptionalTensor mask,
-                     OptionalTensor normalizer, OptionalTensor class_weight,
-                     OptionalTensor cu_seqlens, bool inplace_backward);
+Tensor cross_entropy(Tensor logits, const Inputs& inputs, bool inplace_backward,
+                     const Options& options);
 
-std::tuple<Tensor, Tensor> cross_entropy_stats(const Options& options, Tensor logits, Tensor target,
-                                               OptionalTensor mask, OptionalTensor normalizer,
-                                               OptionalTensor class_weight,
-                                               OptionalTensor cu_seqlens, bool inplace_backward);
+std::tuple<Tensor, Tensor> cross_entropy_stats(Tensor logits, const Inputs& inputs,
+                                               bool inplace_backward, const Options& options);
 
 // -> loss, stats, tokens, groups
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
-    const Options& options, Tensor logits, Tensor target, OptionalTensor mask,
-    OptionalTensor normalizer, OptionalTensor class_weight, OptionalTensor cu_seqlens, bool stats);
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits,
+                                                                 const Inputs& inputs, bool stats,
+                                                                 const Options& options);
 
 // The same, and the gradient for dloss = 1 into dlogits.
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(
-    const Options& options, Tensor dlogits, Tensor logits, Tensor target, OptionalTensor mask,
-    OptionalTensor normalizer, OptionalTensor class_weight, OptionalTensor cu_seqlens, bool stats);
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fused(Tensor dlogits, Tensor logits,
+                                                               const Inputs& inputs, bool stats,
+                                                               const Options& options);
 
-Tensor cross_entropy_backward(const Options& options, Tensor dloss, Tensor logits, Tensor target,
-                              Tensor tokens, Tensor groups, OptionalTensor class_weight);
+Tensor cross_entropy_backward(Tensor dloss, Tensor logits, const Saved& saved,
+                              const Options& options);
 
 // The gradient into dlogits, which may be the logits themselves. With recompute_unless_one, dlogits
 // holds the gradient for dloss = 1, and for another dloss it is computed anew: scaled, it would be
 // rounded twice.
-void cross_entropy_backward_out(const Options& options, Tensor dlogits, Tensor dloss, Tensor logits,
-                                Tensor target, Tensor tokens, Tensor groups,
-                                OptionalTensor class_weight, bool recompute_unless_one);
+void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, const Saved& saved,
+                                bool recompute_unless_one, const Options& options);
 
 Tensor mask_grad(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, OptionalTensor target,
                  OptionalTensor class_weight, double z_loss, bool per_sequence);
 
 // The three stages of a loss; linear_cross_entropy runs the second chunk by chunk.
 // Weights of all tokens and scales of all groups -> tokens, groups
-std::tuple<Tensor, Tensor> weigh(const Options& options, Tensor target, OptionalTensor mask,
-                                 OptionalTensor normalizer, OptionalTensor class_weight,
-                                 OptionalTensor cu_seqlens, int64_t classes, bool wide, bool stats);
+std::tuple<Tensor, Tensor> weigh(Tensor target, OptionalTensor mask, OptionalTensor normalizer,
+                                 OptionalTensor class_weight, OptionalTensor cu_seqlens,
+                                 int64_t classes, bool wide, bool stats, const Options& options);
 
 // Some tokens' logits become their gradient. forward: the table of these tokens, of which only the
 // weights were there, is filled; without it, it is there already. The rows are the tokens' own:
 // options.shift is not heeded.
-void rows(const Options& options, Tensor logits, Tensor target, Tensor tokens, Tensor groups,
-          OptionalTensor class_weight, OptionalTensor dloss, bool forward, bool gradient);
+void rows(Tensor logits, const Saved& saved, OptionalTensor dloss, bool forward, bool gradient,
+          const Options& options);
 
 // -> loss, stats; groups gets its means
-std::tuple<Tensor, Tensor> reduce(const Options& options, Tensor tokens, Tensor groups,
-                                  Tensor target, bool stats);
+std::tuple<Tensor, Tensor> reduce(Tensor tokens, Tensor groups, Tensor target, bool stats,
+                                  const Options& options);
 
 Tensor masked_reduce(Tensor values, OptionalTensor mask, OptionalTensor normalizer,
                      OptionalTensor cu_seqlens, bool per_sequence, std::string reduction);
@@ -118,7 +114,7 @@ void token_log_probs_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTen
                                   int64_t ignore_index, std::optional<double> softcap, bool shift);
 
 // The ranges of the options, for operators whose tensors hold nothing: fakes.
-void check_formula(const Options& options, std::string who);
+void check_formula(std::string who, const Options& options);
 
 std::string cpu_capability();
 std::string cuda_architectures();  // as cuda::architectures(); empty without CUDA kernels

@@ -1,19 +1,25 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The options of the losses, as masked_loss/options.py has them: every schema of a cross entropy
-// ends in ML_OPTIONS, and its function begins with Options. check::formula has their ranges.
+// What the operators are given, as records: the part of a schema, the fields, and their types, in
+// one order. masked_loss/options.py has the same options; check.h their ranges.
 #pragma once
+
+#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <utility>
 
-#define ML_OPTIONS                                                             \
-  "str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, " \
-  "float z_loss=0.0, float? softcap=None, float temperature=1.0, bool shift=False"
+#include "ops/records.h"
 
 namespace masked_loss {
 
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// What a cross entropy means: every schema of one ends in this.
+#define ML_OPTIONS                                                             \
+  "str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, " \
+  "float z_loss=0.0, float? softcap=None, float temperature=1.0, bool shift=False"
 struct Options {
   std::string reduction;
   int64_t ignore_index;
@@ -22,36 +28,38 @@ struct Options {
   double temperature;
   bool shift;
 };
-
-template <class...>
-struct Types {};
-// Of the fields of Options, which the dispatcher gives one by one.
-using OptionTypes =
-    Types<std::string, int64_t, double, double, std::optional<double>, double, bool>;
-
-// A function as the dispatcher calls it: with the options one by one, behind the other arguments.
-template <class Result, class... Args>
-struct Plain {
-  template <auto function>
-  static Result call(Args... args) {
-    return function(std::move(args)...);
-  }
+template <>
+struct Fields<const Options&> {
+  using types = Types<std::string, int64_t, double, double, std::optional<double>, double, bool>;
 };
-template <class Result, class Args, class Each>
-struct WithOptions;
-template <class Result, class... Args, class... Each>
-struct WithOptions<Result, Types<Args...>, Types<Each...>> {
-  template <auto function>
-  static Result call(Args... args, Each... options) {
-    return function(Options{std::move(options)...}, std::move(args)...);
-  }
-};
-template <class Result, class... Args>
-Plain<Result, Args...> kind_of(Result (*)(Args...));
-template <class Result, class... Args>
-WithOptions<Result, Types<Args...>, OptionTypes> kind_of(Result (*)(const Options&, Args...));
 
-template <auto function>
-constexpr auto flat = &decltype(kind_of(function))::template call<function>;
+// The tensors that it is computed of besides the logits.
+#define ML_INPUTS                                                                               \
+  "Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, Tensor? cu_seqlens, " \
+  "Tensor? temperatures"
+#define ML_PUBLIC_INPUTS                                           \
+  "Tensor target, Tensor? mask=None, *, Tensor? normalizer=None, " \
+  "Tensor? class_weight=None, Tensor? cu_seqlens=None, Tensor? temperatures=None"
+struct Inputs {
+  Tensor target;
+  OptionalTensor mask, normalizer, class_weight, cu_seqlens, temperatures;
+};
+template <>
+struct Fields<const Inputs&> {
+  using types =
+      Types<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+};
+
+// What is left of them when the tables are filled.
+#define ML_SAVED \
+  "Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, Tensor? temperatures"
+struct Saved {
+  Tensor target, tokens, groups;
+  OptionalTensor class_weight, temperatures;
+};
+template <>
+struct Fields<const Saved&> {
+  using types = Types<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor>;
+};
 
 }  // namespace masked_loss

@@ -12,22 +12,17 @@
 #include "ops/check.h"
 #include "ops/ops.h"
 
-#define ML_INPUTS "Tensor? normalizer=None, Tensor? class_weight=None, Tensor? cu_seqlens=None"
-#define ML_PUBLIC                                                   \
-  "(Tensor logits, Tensor target, Tensor? mask=None, *, " ML_INPUTS \
-  ", bool inplace_backward=False, " ML_OPTIONS ") -> "
-#define ML_FORWARD                                                                         \
-  "Tensor logits, Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, " \
-  "Tensor? cu_seqlens, bool stats, " ML_OPTIONS                                            \
-  ") -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups)"
-#define ML_BACKWARD \
-  "Tensor logits, Tensor target, Tensor tokens, Tensor groups, Tensor? class_weight, "
+#define ML_PUBLIC \
+  "(Tensor logits, " ML_PUBLIC_INPUTS ", bool inplace_backward=False, " ML_OPTIONS ") -> "
+#define ML_FORWARD "Tensor logits, " ML_INPUTS ", bool stats, " ML_OPTIONS ") -> " ML_TABLES
+#define ML_TABLES "(Tensor loss, Tensor stats, Tensor tokens, Tensor groups"
 
-#define ML_LINEAR "Tensor hidden, Tensor weight, "
-#define ML_LINEAR_PUBLIC                                                                       \
-  "(" ML_LINEAR "Tensor target, Tensor? mask=None, *, Tensor? bias=None, " ML_INPUTS           \
-  ", int? chunk_tokens=None, ScalarType? accumulation_dtype=None, bool pack=True, " ML_OPTIONS \
+#define ML_LINEAR_PUBLIC                                                                     \
+  "(Tensor hidden, Tensor weight, " ML_PUBLIC_INPUTS                                         \
+  ", Tensor? bias=None, "                                                                    \
+  "int? chunk_tokens=None, ScalarType? accumulation_dtype=None, bool pack=True, " ML_OPTIONS \
   ") -> "
+#define ML_HEAD "Tensor hidden, Tensor weight, Tensor? bias, "
 #define ML_CHUNKING \
   ", int? chunk_tokens, ScalarType? accumulation_dtype, bool pack, bool[3] needs, "
 #define ML_HEAD_GRADIENTS "Tensor dhidden, Tensor dweight, Tensor dbias)"
@@ -46,11 +41,12 @@
 #define ML_OPERATORS(_)                                                                           \
   _(cross_entropy, ML_PUBLIC "Tensor")                                                            \
   _(cross_entropy_stats, ML_PUBLIC "(Tensor loss, Tensor stats)")                                 \
-  _(cross_entropy_forward, "(" ML_FORWARD)                                                        \
-  _(cross_entropy_fused, "(Tensor(a!) dlogits, " ML_FORWARD)                                      \
-  _(cross_entropy_backward, "(Tensor dloss, " ML_BACKWARD ML_OPTIONS ") -> Tensor")               \
-  _(cross_entropy_backward_out, "(Tensor(a!) dlogits, Tensor dloss, " ML_BACKWARD                 \
-                                "bool recompute_unless_one, " ML_OPTIONS ") -> ()")               \
+  _(cross_entropy_forward, "(" ML_FORWARD ")")                                                    \
+  _(cross_entropy_fused, "(Tensor(a!) dlogits, " ML_FORWARD ")")                                  \
+  _(cross_entropy_backward,                                                                       \
+    "(Tensor dloss, Tensor logits, " ML_SAVED ", " ML_OPTIONS ") -> Tensor")                      \
+  _(cross_entropy_backward_out, "(Tensor(a!) dlogits, Tensor dloss, Tensor logits, " ML_SAVED     \
+                                ", bool recompute_unless_one, " ML_OPTIONS ") -> ()")             \
   _(mask_grad,                                                                                    \
     "(Tensor dloss, Tensor mask, Tensor tokens, Tensor groups, Tensor? target, "                  \
     "Tensor? class_weight, float z_loss, bool per_sequence) -> Tensor")                           \
@@ -60,7 +56,7 @@
     ") -> (Tensor tokens, Tensor groups)")                                                        \
   _(rows,                                                                                         \
     "(Tensor(a!) logits, Tensor target, Tensor(b!) tokens, Tensor groups, Tensor? class_weight, " \
-    "Tensor? dloss, bool forward, bool gradient, " ML_OPTIONS ") -> ()")                          \
+    "Tensor? temperatures, Tensor? dloss, bool forward, bool gradient, " ML_OPTIONS ") -> ()")    \
   _(reduce, "(Tensor tokens, Tensor(a!) groups, Tensor target, bool stats, " ML_OPTIONS           \
             ") -> (Tensor loss, Tensor stats)")                                                   \
   _(masked_reduce,                                                                                \
@@ -92,19 +88,13 @@
   _(token_log_probs_backward_out, "(Tensor(a!) dlogits, " ML_LOG_PROBS_BACKWARD ") -> ()")
 
 // Operators whose kernels are in masked_loss/_op/.
-#define ML_PYTHON_OPERATORS(_)                                                    \
-  _(linear_cross_entropy, ML_LINEAR_PUBLIC "Tensor")                              \
-  _(linear_cross_entropy_stats, ML_LINEAR_PUBLIC "(Tensor loss, Tensor stats)")   \
-  _(linear_cross_entropy_forward,                                                 \
-    "(" ML_LINEAR                                                                 \
-    "Tensor? bias, Tensor target, Tensor? mask, Tensor? normalizer, "             \
-    "Tensor? class_weight, Tensor? cu_seqlens, bool stats" ML_CHUNKING ML_OPTIONS \
-    ") -> (Tensor loss, Tensor stats, Tensor tokens, Tensor groups, Tensor "      \
-    "unit, " ML_HEAD_GRADIENTS)                                                   \
-  _(linear_cross_entropy_backward,                                                \
-    "(Tensor dloss, " ML_LINEAR                                                   \
-    "Tensor? bias, Tensor target, Tensor tokens, Tensor groups, "                 \
-    "Tensor? class_weight" ML_CHUNKING ML_OPTIONS ") -> (" ML_HEAD_GRADIENTS)
+#define ML_PYTHON_OPERATORS(_)                                                                \
+  _(linear_cross_entropy, ML_LINEAR_PUBLIC "Tensor")                                          \
+  _(linear_cross_entropy_stats, ML_LINEAR_PUBLIC "(Tensor loss, Tensor stats)")               \
+  _(linear_cross_entropy_forward, "(" ML_HEAD ML_INPUTS ", bool stats" ML_CHUNKING ML_OPTIONS \
+                                  ") -> " ML_TABLES ", Tensor unit, " ML_HEAD_GRADIENTS)      \
+  _(linear_cross_entropy_backward,                                                            \
+    "(Tensor dloss, " ML_HEAD ML_SAVED ML_CHUNKING ML_OPTIONS ") -> (" ML_HEAD_GRADIENTS)
 
 namespace masked_loss {
 namespace {

@@ -16,8 +16,6 @@ namespace masked_loss {
 using check::Shape;
 using check::shape_of;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Straight through the C shim: the dispatcher's new_empty costs more than a small loss.
 inline Tensor empty(const Tensor& like, const Shape& shape, int32_t dtype) {

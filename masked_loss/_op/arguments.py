@@ -8,6 +8,7 @@ the operator, not the function; here its text becomes the error that the functio
 from __future__ import annotations
 
 import builtins
+import math
 import numbers
 import re
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from masked_loss._op.checks import FLOATING
+from masked_loss._op.tables import loss_dtype
 
 Names = dict[str, str]
 """What a function calls an operator's arguments, where it has other names for them."""
@@ -135,12 +137,10 @@ def divisor_of(who: str, normalizer: float | Tensor | None, like: Tensor) -> Ten
     return like.new_full((), float(number), dtype=torch.float64)
 
 
-def require_temperature(
-    who: str, what: str, value: float | Tensor | None, tokens: torch.Size
-) -> None:
-    """A number above 0, or a constant for each token; what a tensor holds is not looked at."""
-    if value is None:
-        return
+def temperatures_of(
+    who: str, what: str, value: float | Tensor, tokens: torch.Size, like: Tensor
+) -> tuple[float, Tensor | None]:
+    """As the operators take it: one number above 0, or one for each token, not looked at."""
     if isinstance(value, Tensor):
         require_constant(who, what, value)
         try:
@@ -152,12 +152,14 @@ def require_temperature(
                 f"{who}: {what} must be a number or broadcast to {list(tokens)}, "
                 f"got {list(value.shape)}"
             )
-        return
+        return 1.0, value.to(like.device, loss_dtype(like)).expand(tokens)
     number: object = value
     if not isinstance(number, numbers.Real):  # numpy's too
         raise TypeError(f"{who}: {what} must be a number or a tensor, got {type(number).__name__}")
-    if not 0 < float(number) < float("inf"):
-        raise ValueError(f"{who}: {what} must be above 0 and finite, got {number}")
+    if not 0 < float(number) < math.inf:
+        wanted = f"{what} must be greater than 0 and finite"
+        raise ValueError(f"{who}: {wanted}, got {float(number):g}")
+    return float(number), None
 
 
 def name_of(x: Tensor) -> str:
@@ -167,12 +169,3 @@ def name_of(x: Tensor) -> str:
 def widened(x: Tensor) -> Tensor:
     """In what losses are computed: half types in float32."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def temperatures_of(
-    value: float | Tensor, tokens: torch.Size, like: Tensor
-) -> tuple[float, Tensor | None]:
-    """As the operators take it: one number, or one for each token."""
-    if not isinstance(value, Tensor):
-        return float(value), None
-    return 1.0, value.detach().to(like.device, widened(like[..., :0]).dtype).expand(tokens)

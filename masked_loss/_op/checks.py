@@ -87,6 +87,12 @@ def cross_entropy(
         mask_of(who, mask, logits.shape[:-1])
 
 
+def temperatures(who: str, each: Tensor | None, tokens: torch.Size) -> None:
+    if each is not None:
+        floating(who, "temperatures", each)
+        shape(who, "temperatures", each, tokens)
+
+
 def weights(
     who: str,
     target: Tensor,

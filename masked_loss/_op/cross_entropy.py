@@ -26,7 +26,9 @@ from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import ops
 from masked_loss.options import Meaning
 
-INPUTS = ("logits", "target", "mask", "normalizer", "class_weight", "cu_seqlens")
+INPUTS = (
+    "logits", "target", "mask", "normalizer", "class_weight", "cu_seqlens", "temperatures",
+)  # fmt: skip
 
 
 class How(NamedTuple):
@@ -67,19 +69,20 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    logits, target, mask, _, class_weight, _ = inputs
+    logits, target, mask, _, class_weight, _, temperatures = inputs
     _, _, *rest = outputs
-    return logits, target, mask if may_require_grad(mask) else None, class_weight, *rest
+    kept = mask if may_require_grad(mask) else None
+    return logits, target, kept, class_weight, temperatures, *rest
 
 
 def _backward(
     saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
 ) -> Inputs:
-    logits, target, mask, class_weight, tokens, groups, *dlogits = saved
+    logits, target, mask, class_weight, temperatures, tokens, groups, *dlogits = saved
     (dloss,) = upstream
     needs_logits, _, needs_mask, *_ = needs
     meaning = how.meaning
-    args = (dloss, logits, target, tokens, groups, class_weight)
+    args = (dloss, logits, target, tokens, groups, class_weight, temperatures)
     dmask = gradient = None
     if needs_mask:
         index = None if target.is_floating_point() else target
@@ -103,7 +106,7 @@ def _backward(
     else:
         gradient = logits_pool.empty_like(logits)
         ops.cross_entropy_backward_out.default(gradient, *args, False, *meaning)
-    return gradient, None, dmask, None, None, None
+    return gradient, None, dmask, None, None, None, None
 
 
 # Without statistics one result: to hand out another takes a twentieth of a small loss's time.
@@ -143,6 +146,7 @@ def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
     who, shape = "cross_entropy", a.logits.shape[:-1]
     checks.formula(who, a)
     checks.cross_entropy(who, a.logits, a.target, a.mask, a.class_weight, a.shift)
+    checks.temperatures(who, a.temperatures, shape)
     checks.reduction(who, a.reduction, len(shape), a.normalizer)
     checks.cu_seqlens(who, a.cu_seqlens)
     return (

@@ -48,7 +48,10 @@ from masked_loss._op.tables import ops
 from masked_loss.options import Chunking, Meaning
 
 _WHO = "linear_cross_entropy"
-INPUTS = ("hidden", "weight", "bias", "target", "mask", "normalizer", "class_weight", "cu_seqlens")
+INPUTS = (
+    "hidden", "weight", "bias", "target", "mask", "normalizer", "class_weight", "cu_seqlens",
+    "temperatures",
+)  # fmt: skip
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -90,12 +93,13 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    hidden, weight, bias, target, mask, _, class_weight, _ = inputs
+    hidden, weight, bias, target, mask, _, class_weight, _, temperatures = inputs
     _, _, *rest = outputs
     head = [hidden, weight, bias]
     if how.meaning.reduction != "none":  # their gradients are there, and need them no more
         head = [_path_to(x) for x in head]
-    return (*head, target, mask if may_require_grad(mask) else None, class_weight, *rest)
+    kept = mask if may_require_grad(mask) else None
+    return (*head, target, kept, class_weight, temperatures, *rest)
 
 
 def _path_to(x: Tensor | None) -> Tensor | None:
@@ -107,7 +111,8 @@ def _path_to(x: Tensor | None) -> Tensor | None:
 def _backward(
     saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
 ) -> Inputs:
-    hidden, weight, bias, target, mask, class_weight, tokens, groups, unit, *gradients = saved
+    hidden, weight, bias, target, mask, class_weight, temperatures, *computed = saved
+    tokens, groups, unit, *gradients = computed
     (dloss,) = upstream
     needs_head, (_, needs_mask, *_) = list(needs[:3]), needs[3:]
     meaning = how.meaning
@@ -118,7 +123,7 @@ def _backward(
         )
     if any(needs_head) and meaning.reduction == "none":
         gradients = ops.linear_cross_entropy_backward.default(
-            dloss, hidden, weight, bias, target, tokens, groups, class_weight,
+            dloss, hidden, weight, bias, target, tokens, groups, class_weight, temperatures,
             *how.chunking, needs_head, *meaning,
         )  # fmt: skip
     elif any(needs_head):
@@ -131,7 +136,7 @@ def _backward(
     dhidden, dweight, dbias = (
         gradient if needed else None for gradient, needed in zip(gradients, needs_head, strict=True)
     )
-    return dhidden, dweight, dbias, None, dmask, None, None, None
+    return dhidden, dweight, dbias, None, dmask, None, None, None, None
 
 
 _linear_cross_entropy = differentiable(
@@ -158,17 +163,19 @@ def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
-    hidden, weight, bias, target, mask, normalizer, class_weight, cu_seqlens = inputs
+    *head_of, target, mask, normalizer, class_weight, cu_seqlens, temperatures = inputs
     meaning = how.meaning
-    head = Head(hidden, weight, bias)
+    head = Head(*head_of)
+    hidden, weight, _ = head
     _check(head, target, how.chunking)
+    checks.temperatures(_WHO, temperatures, target.shape)
     tokens, groups = ops.weigh.default(
         target, mask, normalizer, class_weight, cu_seqlens, weight.shape[0],
         hidden.dtype == torch.float64, how.stats, *meaning,
     )  # fmt: skip
     tables.clear_results(tokens)
     unit = unit_of(hidden, tokens, groups, None) if any(how.needs) else None
-    rows = Rows(target, tokens, groups, class_weight, unit)
+    rows = Rows(target, tokens, groups, class_weight, temperatures, unit)
     gradients = run_chunks(head, rows, how.meaning, how.chunking, how.needs, forward=True)
     loss, stats = ops.reduce.default(tokens, groups, target, how.stats, *meaning)
     unit = tokens.new_ones(()) if unit is None else unit
@@ -182,7 +189,7 @@ def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
     dloss = a.dloss.reshape(-1) if a.dloss.dim() else a.dloss
     unit = unit_of(a.hidden, a.tokens, a.groups, dloss)
     scaled = dloss if unit is None else dloss * unit
-    rows = Rows(a.target, a.tokens, a.groups, a.class_weight, scaled)
+    rows = Rows(a.target, a.tokens, a.groups, a.class_weight, a.temperatures, scaled)
     gradients = run_chunks(
         head, rows, record(Meaning, a), record(Chunking, a), a.needs, forward=False
     )
@@ -236,6 +243,7 @@ def _name(x: Tensor) -> str:
 def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, ...]:
     chunking = record(Chunking, a)
     _check(Head(a.hidden, a.weight, a.bias), a.target, chunking)
+    checks.temperatures(_WHO, a.temperatures, a.target.shape)
     tokens, groups = _fake_tables(a, a.weight.shape[0], a.hidden.dtype == torch.float64, stats)
     dtype = dweight_dtype(a.weight, a.target.numel(), chunking)
     return (

@@ -43,6 +43,7 @@ class Rows(NamedTuple):
     tokens: Tensor
     groups: Tensor
     class_weight: Tensor | None
+    temperatures: Tensor | None
     dloss: Tensor | None  # None for 1, one value, or one for each token
 
 
@@ -224,7 +225,7 @@ def run_chunks(
     dhidden is in its final type, dweight and dbias in what they accumulate in.
     """
     hidden, weight, bias = head
-    target, tokens, groups, class_weight, dloss = rows
+    target, tokens, groups, class_weight, temperatures, dloss = rows
     columns, width = weight.shape
     needs_hidden, needs_weight, needs_bias = needs
     gradient = any(needs)
@@ -252,6 +253,8 @@ def run_chunks(
     by_token = tokens.t()
     if class_weight is not None:
         class_weight = class_weight.to(tokens.dtype)
+    if temperatures is not None:
+        temperatures = temperatures.reshape(-1)
 
     for begin in range(0, active.count, max(1, size)):
         chunk = slice(begin, min(begin + size, active.count))
@@ -271,9 +274,10 @@ def run_chunks(
                 numbers = torch.arange(at.start, at.stop, device=y.device)
             groups_at = tables.groups_at(groups, numbers, target.numel())
         dloss_at = _take(dloss, at) if dloss is not None and dloss.dim() else dloss
+        each = None if temperatures is None else _take(temperatures, at)
         ops.rows.default(
-            y, _take(flat_target, at), table, groups_at, class_weight, dloss_at, forward, gradient,
-            *meaning,
+            y, _take(flat_target, at), table, groups_at, class_weight, each, dloss_at, forward,
+            gradient, *meaning,
         )  # fmt: skip
         if forward:
             by_token[at] = table.t()

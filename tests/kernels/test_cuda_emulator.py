@@ -397,11 +397,11 @@ def test_upstream_gradient_other_than_one() -> None:
     target = torch.randint(1000, (40,))
     gradient = torch.empty_like(logits)
     _, _, tokens, groups = ops.cross_entropy_fused(
-        gradient, logits, target, None, None, None, None, stats=False
+        gradient, logits, target, None, None, None, None, None, stats=False
     )
     once = gradient.clone()
     for scale in (1.0, 3.0):
-        formula = (torch.tensor(scale), logits, target, tokens, groups, None)
+        formula = (torch.tensor(scale), logits, target, tokens, groups, None, None)
         ops.cross_entropy_backward_out(gradient, *formula, recompute_unless_one=True)
         torch.testing.assert_close(gradient, scale * once)
     untouched = torch.full_like(logits, 7.0)
@@ -502,7 +502,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 ops = getattr(torch.ops, sys.argv[2])
 torch.manual_seed(0)
-options = {"cu_seqlens": None, "stats": False, "reduction": "sum"}
+options = {"cu_seqlens": None, "temperatures": None, "stats": False, "reduction": "sum"}
 values, mask = torch.randn(9000), torch.rand(9000)
 
 def bits(*tensors):

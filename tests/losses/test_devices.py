@@ -59,6 +59,7 @@ NUMBERS = {
     "temperature": 1.0,
     "teacher_temperature": 1.0,
     "needs": [True] * 3,
+    "who": "a loss",
 }
 FLAGS = {"forward", "gradient"}
 
@@ -71,6 +72,7 @@ def arguments(name: str) -> dict[str, Any]:
         forward = OPS.cross_entropy_forward
         logits, target = TENSORS["logits"], TENSORS["target"]
         tables = {"mask": None, "normalizer": None, "class_weight": None, "cu_seqlens": None}
+        tables |= {"temperatures": None}
         _, _, tokens, groups = forward(logits, target, **tables, stats=False)
     if {"teacher_logits", "teacher_hidden"} & set(names):
         tokens, groups = OPS.divergence_weigh(

@@ -69,6 +69,9 @@ def concrete(name: str, reduction: str, dtype: torch.dtype, device: str = "cpu")
         options["class_weight"] = (0.5 + torch.rand(CLASSES, generator=random)).to(device, wide)
     if options.get("normalizer") == "tensor":
         options["normalizer"] = torch.tensor(6.5, dtype=wide, device=device)
+    if options.get("temperature") == "each":
+        random = torch.Generator().manual_seed(4)
+        options["temperature"] = (0.5 + torch.rand(SHAPE, generator=random)).to(device, wide)
     return options
 
 
@@ -791,7 +794,8 @@ def test_opcheck_of_the_halves(
     tensors = problem(*SHAPE, dtype=dtype, requires=())
     hidden, weight, bias, mask = (tensors[name] for name in LEAVES)
     target = tensors["target"]
-    inputs = (hidden, weight, bias, target, mask, None, None, torch.tensor([0, 4, 9]))
+    each = 0.5 + torch.rand(SHAPE)
+    inputs = (hidden, weight, bias, target, mask, None, None, torch.tensor([0, 4, 9]), each)
     how = {"chunk_tokens": chunk_tokens, "accumulation_dtype": None, "pack": True}
     how |= {"label_smoothing": 0.1, "z_loss": 0.1, "shift": True}
     forward = torch.ops.masked_loss.linear_cross_entropy_forward.default
@@ -802,7 +806,7 @@ def test_opcheck_of_the_halves(
     scalar = how | {"stats": True, "needs": needs, "reduction": "mean"}
     torch.library.opcheck(forward, inputs, scalar, test_utils=tests)
     dloss = torch.rand(SHAPE, dtype=tokens.dtype)
-    saved = (dloss, hidden, weight, bias, target, tokens, groups, None)
+    saved = (dloss, hidden, weight, bias, target, tokens, groups, None, each)
     upstream = how | {"needs": needs, "reduction": "none"}
     torch.library.opcheck(backward, saved, upstream, test_utils=tests)
 
@@ -819,7 +823,7 @@ def test_opcheck_of_the_kernels(reduction: str) -> None:
     tokens, groups = ops.weigh(*weigh, **options)
     tokens[1:].zero_()
     logits, index = torch.randn(target.numel(), classes), target.reshape(-1)
-    chunk = (logits, index, tokens, groups, None)
+    chunk = (logits, index, tokens, groups, None, 0.5 + torch.rand(index.shape))
     how = {"dloss": None, "forward": True, "gradient": True, **options}
     torch.library.opcheck(ops.rows.default, chunk, how, test_utils=tests)
     torch.library.opcheck(ops.reduce.default, (tokens, groups, target, True), options)

@@ -54,6 +54,8 @@ def losses(kind: str, x: dict[str, Any], options: dict[str, Any], bounds: list[i
     else:
         logits = padded(x["hidden"], bounds, 0.0) @ x["weight"].t()
         target, mask = padded(x["target"], bounds, -100), padded(x["mask"], bounds, 0.0)
+        if isinstance(options.get("temperature"), Tensor):
+            options = {**options, "temperature": padded(options["temperature"], bounds, 1.0)}
         loss = masked_cross_entropy(logits, target, mask, **options)
     loss = loss.sum()
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
@@ -67,6 +69,8 @@ def test_packed_is_padded(reduction: str, name: str, shift: bool) -> None:
     options = {"reduction": reduction, **OPTIONS[name], "shift": shift, "ignore_index": -1}
     if options.get("class_weight") is True:
         options["class_weight"] = 0.5 + torch.rand(CLASSES, dtype=torch.float64)
+    if options.get("temperature") == "each":
+        options["temperature"] = 0.5 + torch.rand(TOKENS, dtype=torch.float64)
     if "normalizer" in options:
         options["normalizer"] = 6.5
         if reduction == "none":
