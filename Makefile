@@ -21,7 +21,7 @@ formatted := $(shell find csrc tests examples tools benchmarks \
 cmake := $(or $(shell command -v cmake),$(VENV)/bin/cmake)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo docs test lint format bench cpp-test arm-test wheels cuda-check cuda-sanitize build clean
+.PHONY: help demo docs test test-core lint format bench cpp-test arm-test wheels cuda-check cuda-sanitize build clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -29,8 +29,14 @@ help:  ## list the targets
 demo: $(stamps)/demo $(library)  ## train a small language model with a loss mask that works
 	$(python) examples/train_minimind.py $(DEMO_ARGS)
 
+# As many workers as cores, of one thread each; the tests of threads ask for more themselves.
+pytest := OMP_NUM_THREADS=1 $(python) -m pytest -q -n auto --dist loadgroup
+
 test: $(stamps)/test $(library) cpp-test  ## all tests: Python, docstrings, documents, kernels
-	$(python) -m pytest -q $(PYTEST_ARGS)
+	$(pytest) $(PYTEST_ARGS)
+
+test-core: $(stamps)/core $(library) cpp-test  ## what a change of a kernel needs; no transformers, TRL or PEFT
+	$(pytest) tests/losses tests/autograd tests/kernels $(PYTEST_ARGS)
 
 cpp-test: $(cmake) $(VENV)/bin/ninja  ## the kernels alone, under the address and UB sanitizers
 	$(cmake) -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
@@ -110,10 +116,11 @@ $(library): $(sources) setup.py $(stamps)/torch
 
 # The tests run the demo, and the integrations where there is something to integrate with.
 extras_test := test,demo,transformers,trainers
+extras_core := test
 extras_demo := demo
 extras_bench := bench
 
-$(stamps)/test $(stamps)/demo $(stamps)/bench: $(stamps)/%: $(stamps)/torch pyproject.toml | $(library)
+$(stamps)/test $(stamps)/core $(stamps)/demo $(stamps)/bench: $(stamps)/%: $(stamps)/torch pyproject.toml | $(library)
 	$(pip) --no-build-isolation -e '.[$(extras_$*)]' 'torch==$(TORCH)'
 	@touch $@
 

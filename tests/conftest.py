@@ -32,8 +32,15 @@ def pytest_report_header() -> str:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Their fixtures take long: one worker of pytest-xdist makes them, and runs the whole file.
+ONE_WORKER = ["test_build", "test_demo", "test_distributed", "test_instructions", "test_trl"]
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in this hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        if item.path.stem in ONE_WORKER and config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if item.get_closest_marker("cuda") and not has_cuda():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device and CUDA kernels"))
 

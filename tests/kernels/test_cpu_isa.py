@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import masked_loss  # noqa: F401 - its operators
+
 LOSSES = Path(__file__).resolve().parents[1] / "losses"
 SUPPORTED = {
     "default": True,
@@ -21,6 +23,7 @@ SUPPORTED = {
     "avx512": torch.cpu._is_avx512_supported(),
 }
 ISAS = [isa for isa, supported in SUPPORTED.items() if supported]
+HERE = torch.ops.masked_loss.cpu_capability()
 
 
 def run(*command: str, capability: str | None) -> str:
@@ -46,9 +49,12 @@ def capability(value: str | None) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != HERE])
 def test_kernels(isa: str) -> None:
-    """The whole operator table, in the process whose header says which kernels it runs."""
+    """The whole operator table, in the process whose header says which kernels it runs.
+
+    The set that this very process runs has the table without that.
+    """
     output = run(
         "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-q", "-v",
         str(LOSSES / "test_cross_entropy.py"), str(LOSSES / "test_masked_reduce.py"),

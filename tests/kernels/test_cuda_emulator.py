@@ -7,14 +7,9 @@ docs/cuda.md for what an emulator can and cannot tell.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -51,16 +46,21 @@ def module() -> ModuleType:
 Configure = Callable[..., None]
 
 
-@pytest.fixture
-def configure(module: ModuleType) -> Iterator[Configure]:
-    """Sets the emulated device: ``configure(seed=1, multiprocessors=2, ...)``."""
+@pytest.fixture(scope="session")
+def set_to(module: ModuleType) -> Configure:
+    """Sets the emulated device: ``set_to(seed=1, multiprocessors=2, ...)``."""
 
-    def set_to(**settings: int) -> None:
+    def configure(**settings: int | str) -> None:
         new = module.Settings()
         for name, value in settings.items():
             setattr(new, name, value)
         module.configure(new)
 
+    return configure
+
+
+@pytest.fixture
+def configure(set_to: Configure) -> Iterator[Configure]:
     set_to()
     yield set_to
     set_to()
@@ -438,33 +438,9 @@ def test_linear_cross_entropy(bias: bool) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
-# What these tests are worth: a kernel that lacks a barrier, or does what a device forbids, must not
-# pass. Each mutant is a file, a text in it, and what stands there instead.
+# What these tests are worth: where a kernel lacks a barrier, its results depend on which thread runs
+# first.
 
-Mutant = tuple[str, str, str]
-
-MISSING_BARRIERS: dict[str, Mutant] = {
-    "team.cuh: between the warps' states and their sum": (
-        "kernels/cuda/team.cuh",
-        "states[threadIdx.x / kWarp] = s;\n    __syncthreads();",
-        "states[threadIdx.x / kWarp] = s;",
-    ),
-    "team.cuh: of a block, before the next row's states and pieces": (
-        "kernels/cuda/team.cuh",
-        "if constexpr (kWarps > 1) {\n    __syncthreads();",
-        "if constexpr (kWarps > 1) {",
-    ),
-    "team.cuh: of a warp, before the next row's words": (
-        "kernels/cuda/team.cuh",
-        "else {\n    __syncwarp();\n",
-        "else {\n",
-    ),
-    "forward.inl.cuh: between the warps' states and their sum": (
-        "kernels/cuda/forward.inl.cuh",
-        "states[threadIdx.x / kWarp] = lse;\n      __syncthreads();",
-        "states[threadIdx.x / kWarp] = lse;",
-    ),
-}
 # The barrier of a merge within a warp orders what its lanes wrote to shared memory. On the emulator
 # the shuffles around it do so already. Those of divergence.cu stand between merges of different
 # states, which have slots of their own. For the one of tokens.cu a warp would have to run a whole
@@ -477,122 +453,102 @@ UNNOTICED = [
     "__syncthreads();  // before the next share's states",
 ]
 
-FORBIDDEN: dict[str, Mutant] = {
-    "a block wrote beyond its shared memory": (
-        "kernels/cuda/look.inl.cuh",
-        "if (kCached && k < cached && ",
-        "if (kCached && k <= cached && ",
-    ),
-    "a launch with more shared memory than the kernel was allowed to take": (
-        "kernels/cuda/launch.cuh",
-        "if (shared > 0) allow_shared",
-        "if (shared > 48 << 10) allow_shared",
-    ),
-    "lanes of a warp wait at different calls": (
-        "kernels/cuda/team.cuh",
-        "__syncwarp();  // orders",
-        "if (threadIdx.x % kWarp != 5) __syncwarp();  // orders",
-    ),
+
+def barriers() -> dict[str, str]:
+    """Every line of the kernels that waits, by file and number."""
+    found = {}
+    for path in sorted((ROOT / "csrc" / "kernels" / "cuda").iterdir()):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.search(r"__sync(threads|warp)\(\)", line):
+                found[f"{path.name}:{number}"] = line
+    return found
+
+
+BARRIERS = barriers()
+NOTICED = [
+    where for where, line in BARRIERS.items() if not any(known in line for known in UNNOTICED)
+]
+OPTIONS = {"cu_seqlens": None, "temperatures": None, "stats": False, "reduction": "sum"}
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def everything_that_waits(seed: int, missing: str, configure: Configure) -> list[Tensor]:
+    """Results of every kernel with a barrier: reductions, rows of teams of each size, divergences."""
+    ops = getattr(torch.ops, NAMESPACE)
+    settings = {"seed": seed, "max_blocks": 2, "missing_barrier": missing}
+
+    def fused(rows: int, classes: int) -> list[Tensor]:
+        # Neither the logits nor their gradient begin with a piece: pieces go from thread to thread.
+        logits, gradient = numbers(rows, classes + 3)[:, 1:-2], torch.empty(rows, classes)
+        args = gradient, logits, torch.arange(rows), None, None, None
+        return [ops.cross_entropy_fused(*args, **OPTIONS)[0], gradient]
+
+    def losses(rows: int, classes: int) -> list[Tensor]:
+        args = numbers(rows, classes), torch.arange(rows), None, None, None
+        return [ops.cross_entropy_forward(*args, **OPTIONS)[0]]
+
+    def divergences(rows: int, classes: int) -> list[Tensor]:
+        logits, teacher = numbers(2, rows, classes).unbind()
+        tokens, groups = ops.divergence_weigh(logits, None, None, None, "sum", False, True)
+        gradient = torch.empty(rows, classes)
+        meaning = 1.0, 1.0, "jsd", 0.5, None, None, False, True, False
+        ops.divergence_rows(tokens, logits, teacher, groups, None, gradient, None, None, *meaning)
+        return [tokens, gradient]
+
+    configure(**settings)
+    values, mask = numbers(9000), numbers(9000) > 0
+    reduced = ops.masked_reduce_forward(values, mask, None, None, False, "mean")
+    ops.cross_entropy_fused(  # what it leaves in shared memory is not zero
+        numbers(3, 12288), numbers(3, 12288), torch.arange(3), None, None, None, **OPTIONS
+    )
+    configure(**settings, shared_per_block=64 << 10)
+    rows = *fused(20, 300), *fused(9, 3001), *losses(9, 3001), *divergences(5, 1100)
+    return [*reduced, *rows]
+
+
+@pytest.fixture(scope="session")
+def waited(set_to: Configure) -> list[Tensor]:
+    return everything_that_waits(0, "", set_to)
+
+
+def differ(a: list[Tensor], b: list[Tensor]) -> bool:
+    return any(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_no_barrier_is_missing(configure: Configure, waited: list[Tensor]) -> None:
+    for seed in range(1, 8):
+        assert not differ(everything_that_waits(seed, "", configure), waited)
+
+
+def test_the_barriers_that_no_seed_notices_exist() -> None:
+    for known in UNNOTICED:
+        assert sum(known in line for line in BARRIERS.values()) == 1
+    assert NOTICED
+
+
+@pytest.mark.parametrize("barrier", NOTICED)
+def test_a_missing_barrier_is_noticed(
+    barrier: str, configure: Configure, waited: list[Tensor]
+) -> None:
+    seeds = range(8)
+    assert any(differ(everything_that_waits(s, barrier, configure), waited) for s in seeds)
+
+
+FORBIDDEN = {
+    "shared memory": "a block wrote beyond its shared memory",
+    "launch": "a launch with more shared memory than the kernel was allowed to take",
+    "calls": "lanes of a warp wait at different calls",
+    "barrier": "deadlock: some threads wait at a barrier or shuffle that others never reach",
 }
 
-SEEDS = """
-import importlib.util, json, sys, torch, zlib
-spec = importlib.util.spec_from_file_location("emulated_cuda", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-ops = getattr(torch.ops, sys.argv[2])
-torch.manual_seed(0)
-options = {"cu_seqlens": None, "temperatures": None, "stats": False, "reduction": "sum"}
-values, mask = torch.randn(9000), torch.rand(9000)
 
-def bits(*tensors):
-    return [zlib.crc32(tensor.numpy().tobytes()) for tensor in tensors]
-
-def fused(rows, classes, offset):
-    # Neither the logits nor their gradient begin with a piece, so pieces go from thread to thread.
-    logits = torch.randn(rows, classes + 3, generator=torch.Generator().manual_seed(1))
-    target = torch.arange(rows)
-    gradient = torch.empty(rows, classes)
-    args = gradient, logits[:, offset : offset + classes], target, None, None, None
-    return bits(ops.cross_entropy_fused(*args, **options)[0], gradient)
-
-def losses(rows, classes):
-    logits = torch.randn(rows, classes, generator=torch.Generator().manual_seed(1))
-    args = logits, torch.arange(rows), None, None, None
-    return bits(ops.cross_entropy_forward(*args, **options)[0])
-
-def divergence(rows, classes):
-    logits, teacher = torch.randn(
-        2, rows, classes, generator=torch.Generator().manual_seed(1)).unbind()
-    tokens, groups = ops.divergence_weigh(logits, None, None, None, "sum", False, True)
-    gradient = torch.empty(rows, classes)
-    numbers = 1.0, 1.0, "jsd", 0.5, None, None, False, True, False
-    ops.divergence_rows(tokens, logits, teacher, groups, None, gradient, None, None, *numbers)
-    return bits(tokens, gradient)
-
-found = []
-for seed in range(int(sys.argv[3])):
-    settings = module.Settings()
-    settings.seed, settings.max_blocks = seed, 2
-    module.configure(settings)
-    loss, tokens, groups = ops.masked_reduce_forward(values, mask, None, None, False, "mean")
-    logits = torch.zeros(3, 12288)
-    ops.cross_entropy_fused(logits.clone(), logits, torch.arange(3), None, None, None, *options)
-    settings.shared_per_block = 64 << 10
-    module.configure(settings)
-    rows = fused(20, 300, 1), fused(9, 3001, 1), losses(9, 3001), divergence(5, 1100)
-    found.append([*rows, bits(loss, tokens, groups)])
-print(json.dumps(found))
-"""
-
-
-def results_by_seed(path: Path, seeds: int = 8) -> list[Any]:
-    result = subprocess.run(
-        [sys.executable, "-c", SEEDS, str(path), NAMESPACE, str(seeds)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    if result.returncode != 0:
-        raise RuntimeError(result.stderr)
-    return json.loads(result.stdout)
-
-
-def build_mutant(mutant: Mutant, folder: Path) -> Path:
-    name, text, instead = mutant
-    csrc = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
-    source = csrc / name
-    original = source.read_text()
-    assert original.count(text) == 1, f"{name} has changed: adapt this test"
-    source.write_text(original.replace(text, instead))
-    return build(csrc)
-
-
-def test_no_barrier_is_missing() -> None:
-    first, *others = results_by_seed(build())
-    assert all(other == first for other in others)
-
-
-def test_every_barrier_has_a_mutant() -> None:
-    sources = [path.read_text() for path in (ROOT / "csrc" / "kernels" / "cuda").iterdir()]
-    barriers = sum(text.count("__syncthreads()") + text.count("__syncwarp()") for text in sources)
-    assert all(sum(text.count(known) for text in sources) == 1 for known in UNNOTICED)
-    assert barriers == len(MISSING_BARRIERS) + len(UNNOTICED)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mutant", MISSING_BARRIERS)
-def test_a_missing_barrier_is_noticed(mutant: str, tmp_path: Path) -> None:
-    first, *others = results_by_seed(build_mutant(MISSING_BARRIERS[mutant], tmp_path))
-    assert any(other != first for other in others)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", FORBIDDEN)
-def test_what_a_device_forbids_is_noticed(what: str, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=what):
-        results_by_seed(build_mutant(FORBIDDEN[what], tmp_path), seeds=1)
+@pytest.mark.parametrize("fault", FORBIDDEN)
+def test_what_a_device_forbids_is_noticed(fault: str, module: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match=FORBIDDEN[fault]):
+        module.make_fault(fault, 0, 0)
 
 
 @pytest.mark.parametrize("kind", reference.DIVERGENCES)

@@ -80,6 +80,7 @@ def build(csrc: Path = ROOT / "csrc", watch: str | None = None) -> Path:
         csrc / "ops" / "ops.cpp",
         csrc / "ops" / "log_probs.cpp",
         *sorted((csrc / "kernels" / "cuda").glob("*.cu")),
+        HERE / "faults.cu",
         HERE / "device.cpp",
         csrc / "ops" / "register.cpp",
         HERE / "emulator.cpp",

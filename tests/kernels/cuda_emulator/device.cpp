@@ -58,8 +58,12 @@ PYBIND11_MODULE(emulated_cuda, m) {
       .def_readwrite("l2_bytes", &Settings::l2_bytes)
       .def_readwrite("max_blocks", &Settings::max_blocks)
       .def_readwrite("record", &Settings::record)
-      .def_readwrite("math_errors", &Settings::math_errors);
+      .def_readwrite("math_errors", &Settings::math_errors)
+      .def_readwrite("missing_barrier", &Settings::missing_barrier);
   m.def("configure", [](const Settings& settings) { emulator::settings = settings; });
+  m.def("make_fault", [](const std::string& what, uintptr_t numbers, int64_t n) {
+    emulator::make_fault(what.c_str(), reinterpret_cast<float*>(numbers), n);
+  });
   m.def("launches", [] { return emulator::launches; });
   // (where the kernel begins in this file, grid, block, shared memory, parameters) of each launch
   // since the last call

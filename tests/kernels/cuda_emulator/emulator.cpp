@@ -299,6 +299,12 @@ void block_barrier() {
   yield();
 }
 
+bool is_missing(const char* file, int line) {
+  if (settings.missing_barrier.empty()) return false;
+  const std::string path = file;
+  return path.substr(path.rfind('/') + 1) + ':' + std::to_string(line) == settings.missing_barrier;
+}
+
 int lane() { return current % kWarp; }
 
 bool in_kernel() { return current >= 0; }
