@@ -32,15 +32,13 @@ def pytest_report_header() -> str:
     )
 
 
-# Their fixtures take long: one worker of pytest-xdist makes them, and runs the whole file.
-ONE_WORKER = ["test_build", "test_demo", "test_distributed", "test_instructions", "test_trl"]
+# A worker of pytest-xdist takes whole files (their fixtures may be a build): the longest go first.
+LONGEST = ["test_cuda_emulator", "test_build", "test_compile", "test_emulator_watch"]
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in this hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
-        if item.path.stem in ONE_WORKER and config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if item.get_closest_marker("cuda") and not has_cuda():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device and CUDA kernels"))
 
