@@ -438,8 +438,8 @@ def test_linear_cross_entropy(bias: bool) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
-# What these tests are worth: where a kernel lacks a barrier, its results depend on which thread runs
-# first.
+# What these tests are worth: where a kernel lacks a barrier, its results depend on which thread
+# runs first.
 
 # The barrier of a merge within a warp orders what its lanes wrote to shared memory. On the emulator
 # the shuffles around it do so already. Those of divergence.cu stand between merges of different
@@ -476,7 +476,7 @@ def numbers(*shape: int) -> Tensor:
 
 
 def everything_that_waits(seed: int, missing: str, configure: Configure) -> list[Tensor]:
-    """Results of every kernel with a barrier: reductions, rows of teams of each size, divergences."""
+    """Results of every kernel with a barrier: reductions, rows of each team size, divergences."""
     ops = getattr(torch.ops, NAMESPACE)
     settings = {"seed": seed, "max_blocks": 2, "missing_barrier": missing}
 
