@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from masked_loss._op import jagged
+from masked_loss._op.arguments import require_local
 from masked_loss.reduce import reduced
 
 __all__ = ["global_normalizer"]
@@ -129,6 +130,7 @@ def _count(
     for what, x in (("target", target), ("mask", mask), ("cu_seqlens", cu_seqlens)):
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{_WHO}: {what} must be a tensor, got {type(x).__name__}")
+    require_local(_WHO, target=target, mask=mask)
     if mask is not None and mask.shape != target.shape:
         raise ValueError(
             f"{_WHO}: mask must have shape {list(target.shape)}, got {list(mask.shape)}"

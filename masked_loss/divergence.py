@@ -144,6 +144,7 @@ def masked_divergence(
         TypeError: a dtype that is not offered.
         ValueError: shapes that do not fit, an unknown kind or reduction, a number out of its
             range, a teacher that requires grad.
+        RuntimeError: in a compiled graph, any of these; its text says which.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.kl_div.html;
     "jsd" is the generalised divergence of https://arxiv.org/abs/2306.13649, the skewed ones those

@@ -121,6 +121,7 @@ def masked_cross_entropy(
             CUDA a device-side assert, as in PyTorch).
         TypeError: a dtype that is not offered.
         ValueError: shapes that do not fit, an unknown reduction, a number out of its range.
+        RuntimeError: in a compiled graph, any of these; its text says which.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html,
     and docs/semantics.md for what differs from it.
@@ -194,6 +195,7 @@ def cross_entropy(
         IndexError: a target is out of range, on the CPU.
         TypeError: a dtype that is not offered.
         ValueError: shapes that do not fit, an unknown reduction, a number out of its range.
+        RuntimeError: in a compiled graph, any of these; its text says which.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html
 

@@ -126,6 +126,7 @@ def linear_cross_entropy(
             CUDA a device-side assert, as in PyTorch).
         TypeError: a dtype that is not offered.
         ValueError: shapes that do not fit, an unknown reduction, a number out of its range.
+        RuntimeError: in a compiled graph, any of these; its text says which.
 
     Under autocast hidden, weight and bias are cast as ``F.linear`` casts them. On CUDA the host
     waits once, for the number of active tokens (with ``"none"`` once more in backward); under graph

@@ -145,6 +145,7 @@ def linear_divergence(
         TypeError: a dtype that is not offered.
         ValueError: shapes that do not fit, an unknown kind or reduction, a number out of its
             range, a teacher that requires grad.
+        RuntimeError: in a compiled graph, any of these; its text says which.
 
     Source: docs/semantics.md.
 

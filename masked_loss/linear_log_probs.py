@@ -111,6 +111,7 @@ def linear_token_log_probs(
         IndexError: a target that is neither masked nor ignored is out of range (on the CPU).
         TypeError: a dtype that is not offered.
         ValueError: shapes that do not fit, a number out of its range.
+        RuntimeError: in a compiled graph, any of these; its text says which.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.log_softmax.html
 

@@ -113,6 +113,7 @@ def token_log_probs(
         TypeError: a dtype that is not offered.
         ValueError: shapes that do not fit, a temperature or softcap that is not above 0, a
             temperature that requires grad.
+        RuntimeError: in a compiled graph, any of these; its text says which.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.log_softmax.html
 

@@ -49,8 +49,8 @@ def masked_moments(
             them. None: this process alone, and no communication.
 
     Returns:
-        (mean, var, count), float32 (float64 for float64 values), of the shape of values without
-        ``dim``.
+        (mean, var, count), of the shape of values without ``dim``: count float64, the others
+        float32 (float64 for float64 values).
 
     Raises:
         IndexError: ``dim`` is none of the dimensions.
@@ -67,7 +67,7 @@ def masked_moments(
     >>> values = torch.tensor([[1.0, 5.0, float("nan")], [2.0, 2.0, 8.0]])
     >>> mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     >>> masked_loss.masked_moments(values, mask, dim=-1)
-    (tensor([3., 4.]), tensor([4., 8.]), tensor([2., 3.]))
+    (tensor([3., 4.]), tensor([4., 8.]), tensor([2., 3.], dtype=torch.float64))
     """
     if is_overridden(values, mask):
         return override(masked_moments, locals())
@@ -85,7 +85,7 @@ def masked_moments(
             f"sequences of their own; got dim {dim}"
         )
     mean, var, count = _moments(who, x, weight, dim, correction, group, cu_seqlens)
-    return rounded(mean, values), rounded(var, values), rounded(count, values)
+    return rounded(mean, values), rounded(var, values), count
 
 
 def masked_whiten(

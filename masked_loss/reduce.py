@@ -61,6 +61,7 @@ def masked_reduce(
         ReducedLossError: values is a scalar, and mask is not: the loss was reduced already.
         TypeError: a dtype that is not offered.
         ValueError: shapes that do not fit, an unknown reduction.
+        RuntimeError: in a compiled graph, any of these; its text says which.
 
     Source: docs/semantics.md.
 

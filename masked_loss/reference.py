@@ -103,7 +103,7 @@ def masked_cross_entropy(
     if not return_stats:
         return loss
 
-    weight, y, lse = weight.detach(), y.detach(), lse.detach()
+    weight, y, lse = weight.detach().double(), y.detach(), lse.detach()
     right = logits.detach().where(active[..., None], 0).argmax(dim=-1) == index
     entropy = torch.special.entr(y.softmax(dim=-1)).sum(dim=-1)
     return loss, (
@@ -280,7 +280,7 @@ def masked_divergence(
     if not return_stats:
         return loss
 
-    weight, log_q = weight.detach(), log_q.detach()
+    weight, log_q = weight.detach().double(), log_q.detach()
     entropies = (torch.special.entr(x.exp()).sum(dim=-1) for x in (log_q, log_p))
     agreement = log_q.argmax(dim=-1) == log_p.argmax(dim=-1)
     sums = [(weight * x).sum() for x in (values.detach(), *entropies, agreement)]

@@ -205,7 +205,7 @@ struct ReduceArgs {
   double z_loss;
   bool per_group;  // a loss for each group, but for what lies behind the last sequence
   void* loss;      // out: one, [tokens] or [groups]
-  void* stats;     // out: [StatField] of the accumulation type, or null
+  double* stats;   // out: [StatField], or null
   void* scratch;   // as in WeighArgs
 };
 

@@ -235,7 +235,7 @@ ML_FN void write_loss(const ReduceArgs& args, double loss, const double* stats) 
   const bool one = args.reduction != Reduction::kNone && !args.per_group;
   if (one) *static_cast<A*>(args.loss) = static_cast<A>(loss);
   for (int i = 0; args.stats && i < StatField::kCount; ++i) {
-    static_cast<A*>(args.stats)[i] = static_cast<A>(stats[i]);
+    args.stats[i] = stats[i];
   }
 }
 

@@ -14,7 +14,7 @@
 namespace masked_loss {
 namespace {
 
-constexpr const char* kCrossEntropy = "cross_entropy";
+constexpr const char* kCrossEntropy = "masked_cross_entropy";
 constexpr const char* kMaskedReduce = "masked_reduce";
 constexpr const char* kDivergence = "masked_divergence";
 constexpr const char* kLinear = "linear_cross_entropy";
@@ -129,11 +129,11 @@ Reduced reduced(const Device& device, const Tables& tables, const Shape& shape, 
                 bool stats) {
   const int64_t stat_count = stats ? static_cast<int64_t>(StatField::kCount) : 0;
   const Reduced results{empty(tables.tokens, shape, accumulation_id(args.wide)),
-                        empty(tables.tokens, {stat_count}, accumulation_id(args.wide))};
+                        empty(tables.tokens, {stat_count}, aoti_torch_dtype_float64())};
   if (args.per_group && results.loss.numel() == 0) return results;
   args.table = tables.tokens.data_ptr();
   args.loss = results.loss.data_ptr();
-  args.stats = stats ? results.stats.data_ptr() : nullptr;
+  args.stats = stats ? doubles(results.stats) : nullptr;
   const auto scratch = scratch_for(device.kernels.reduce_scratch, &args, results.loss);
   device.kernels.reduce(args, device.queue());
   return results;

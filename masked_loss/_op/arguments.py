@@ -16,17 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_loss._op.checks import FLOATING
+from masked_loss._op.checks import FLOATING, Names, renamed
 from masked_loss._op.tables import loss_dtype
-
-Names = dict[str, str]
-"""What a function calls an operator's arguments, where it has other names for them."""
 
 _CHECK = re.compile(r"(ValueError|TypeError|IndexError|RuntimeError): \w+: ([^\n]*)")
 _SCHEMA = re.compile(
     r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
 )
-_DTENSOR = "got mixed torch.Tensor and DTensor"
 
 
 def typed_error(
@@ -34,19 +30,15 @@ def typed_error(
 ) -> Exception:
     """The error that a check in C++, or an operator's schema, means."""
     if found := _CHECK.match(str(error)):
-        text = found[2] + _hint(found[2], tensors)
-        for name, other in names.items():
-            text = re.sub(rf"\b{name}\b", other, text)
+        text = renamed(found[2] + _hint(found[2], tensors), names)
         return getattr(builtins, found[1])(f"{who}: {text}")
     if found := _SCHEMA.search(str(error)):
         name = names.get(found[2], found[2])
         return TypeError(f"{who}: {name} must be {found[1]}, got {found[3]}")
-    if _DTENSOR in str(error):
-        distributed = [names.get(n, n) for n, x in tensors.items() if type(x).__name__ == "DTensor"]
-        return TypeError(
-            f"{who}: {', '.join(distributed)} must be a local tensor, got a DTensor: give "
-            "to_local() where the tokens are sharded, full_tensor() where the classes are"
-        )
+    try:
+        require_local(who, **{names.get(name, name): x for name, x in tensors.items()})
+    except TypeError as better:  # than "mixed torch.Tensor and DTensor", "no sharding strategy"
+        return better
     return error
 
 
@@ -66,6 +58,21 @@ def _hint(text: str, tensors: dict[str, Tensor | None]) -> str:
         if target.numel() == values.shape[:-1].numel():
             return f": flattened as the rest is: target.reshape({list(values.shape[:-1])})"
     return ""
+
+
+def require_local(who: str, **tensors: Any) -> None:
+    distributed = [name for name, x in tensors.items() if type(x).__name__ == "DTensor"]
+    if distributed:
+        raise TypeError(
+            f"{who}: {', '.join(distributed)} must be a local tensor, got a DTensor: give "
+            "to_local() where the tokens are sharded, full_tensor() where the classes are"
+        )
+
+
+def require_none_or_all_distributed(who: str, **tensors: Tensor) -> None:
+    """As operators of PyTorch, which do not say which tensor it is."""
+    if len({type(x).__name__ == "DTensor" for x in tensors.values()}) == 2:
+        require_local(who, **tensors)
 
 
 def require_tensor(who: str, what: str, value: Any) -> None:
@@ -94,6 +101,7 @@ def require_mask(who: str, mask: Tensor | None, shape: torch.Size, like: Tensor)
     if mask is None:
         return
     require_tensor(who, "mask", mask)
+    require_none_or_all_distributed(who, values=like, mask=mask)
     if mask.is_complex():
         raise TypeError(f"{who}: mask must be bool, integer or floating, got {name_of(mask)}")
     if mask.shape != shape:

@@ -8,6 +8,8 @@ the other. The options, which are no tensors, are checked by C++ here too.
 from __future__ import annotations
 
 import math
+import re
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -24,9 +26,42 @@ UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 REDUCTIONS = ("none", "sum", "mean", "sequence_mean")
 
 
+Names = dict[str, str]
+"""What a function calls an operator's arguments, where it has other names for them."""
+
+
+class _Caller(threading.local):
+    def __init__(self) -> None:
+        self.who: str | None = None
+        self.names: Names = {}
+
+
+_caller = _Caller()
+
+
+def speak_for(who: str | None, names: Names) -> None:
+    """Lets the next fake complain in the words of the function ``who``.
+
+    Dynamo traces that function and meanwhile calls the fakes of its operators. It calls this too,
+    instead of tracing it, by the mark of torch.compiler.assume_constant_result. (To use that one
+    would import the compiler.)
+    """
+    _caller.who, _caller.names = who, names
+
+
+speak_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def fail(error: type[Exception], who: str, text: str) -> NoReturn:
     """As an error of C++ arrives: a RuntimeError whose text begins with the type that it means."""
-    raise RuntimeError(f"{error.__name__}: {who}: {text}")
+    text = renamed(text, _caller.names)
+    raise RuntimeError(f"{error.__name__}: {_caller.who or who}: {text}")
+
+
+def renamed(text: str, names: Names) -> str:
+    for name, other in names.items():
+        text = re.sub(rf"\b{name}\b", other, text)
+    return text
 
 
 def checked(op: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +88,15 @@ def checked(op: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register_fake(op: Any, fake: Callable[..., Any]) -> None:
-    torch.library.register_fake(op._name.partition(".")[0], checked(op, fake))
+    function = checked(op, fake)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        finally:
+            speak_for(None, {})
+
+    torch.library.register_fake(op._name.partition(".")[0], call)
 
 
 def cross_entropy(

@@ -53,7 +53,7 @@ def _call(
     plain = are_plain(logits)
     inplace = inplace_backward and plain
     if inplace:
-        require_writable("cross_entropy", logits)
+        require_writable("masked_cross_entropy", logits)
     fused = plain and not inplace and logits.requires_grad and meaning.reduction != "none"
     function = _with_stats if stats else _without_stats
     return function(*inputs, How(meaning, stats, fused, inplace))
@@ -143,7 +143,7 @@ def require_writable(who: str, logits: Tensor) -> None:
 
 
 def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
-    who, shape = "cross_entropy", a.logits.shape[:-1]
+    who, shape = "masked_cross_entropy", a.logits.shape[:-1]
     checks.formula(who, a)
     checks.cross_entropy(who, a.logits, a.target, a.mask, a.class_weight, a.shift)
     checks.temperatures(who, a.temperatures, shape)

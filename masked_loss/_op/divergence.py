@@ -124,7 +124,8 @@ def _run(inputs: Inputs, how: How, dlogits: Tensor | None = None) -> tuple[Tenso
 def statistics_of(tokens: Tensor, stats: bool) -> Tensor:
     """Sums over the tokens, in the order of DivergenceStats."""
     if not stats:
-        return tokens.new_empty(0)
+        return tokens.new_empty(0, dtype=torch.float64)
+    tokens = tokens.double()
     weight = tokens[FIELDS.index("weight")]
     columns = ("value", "entropy", "teacher_entropy", "agreement")
     # masked_reduce, whose sums have a fixed order.
@@ -216,7 +217,7 @@ def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
     checks.cu_seqlens(_WHO, a.cu_seqlens)
     return (
         tables.fake_loss(a.logits, a.reduction, shape),
-        a.logits.new_empty((5 if stats else 0,), dtype=tables.loss_dtype(a.logits)),
+        tables.fake_stats(a.logits, stats, count=5),
         *_fake_tables(a, stats),
     )
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_loss._op.arguments import Names, typed_error
+from masked_loss._op.arguments import typed_error
 from masked_loss._op.autograd import Inputs, below_autograd, is_differentiated
-from masked_loss._op.checks import checked, register_fake
+from masked_loss._op.checks import Names, checked, register_fake, speak_for
 from masked_loss._op.tables import ops
 from masked_loss.options import Meaning
 
@@ -146,6 +146,7 @@ class Operator:
         if torch.compiler.is_compiling():
             named = dict(zip(self._inputs, inputs, strict=True))
             options = {name: getattr(meaning, name) for name in self._options}
+            speak_for(who, names)
             result = self._overload(**named, **options, **more)
             return result if isinstance(result, tuple) else (result,)
         try:

@@ -267,7 +267,7 @@ def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, .
     tokens = tables.fake_tokens(a.hidden, FIELDS if stats else SAVED, shape)
     return (
         tables.fake_loss(a.hidden, a.reduction, shape),
-        a.hidden.new_empty((5 if stats else 0,), dtype=wide),
+        tables.fake_stats(a.hidden, stats, count=5),
         tokens,
         tables.fake_groups(a.hidden, a.reduction, shape, a.cu_seqlens),
         tokens.new_empty(()),

@@ -48,8 +48,9 @@ def fake_loss(like: Tensor, reduction: str, shape: torch.Size) -> Tensor:
     return like.new_empty(shape if reduction == "none" else (), dtype=loss_dtype(like))
 
 
-def fake_stats(like: Tensor, stats: bool) -> Tensor:
-    return like.new_empty((len(STATISTICS) if stats else 0,), dtype=loss_dtype(like))
+def fake_stats(like: Tensor, stats: bool, count: int = len(STATISTICS)) -> Tensor:
+    # float64 holds any count, float32 those to 2^24.
+    return like.new_empty((count if stats else 0,), dtype=torch.float64)
 
 
 def fake_tokens(like: Tensor, fields: tuple[str, ...], shape: torch.Size) -> Tensor:

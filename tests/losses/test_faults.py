@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import masked_loss
 from masked_loss import cross_entropy, linear_cross_entropy, masked_cross_entropy, masked_reduce
@@ -42,6 +45,37 @@ def test_statistics_add_up() -> None:
         assert [float(x) for x in total] == [2 * float(x) for x in stats]
     with pytest.raises(TypeError):
         stats + 1
+
+
+def with_statistics() -> Iterator[Any]:
+    """Every function that counts, called with a mask."""
+    y = torch.zeros(2, 3)
+    for name in ("masked_cross_entropy", "masked_divergence"):
+        function = getattr(masked_loss, name)
+        second = {"masked_cross_entropy": torch.zeros(2).long(), "masked_divergence": y}[name]
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            call = partial(function, y.to(dtype), second.to(dtype) if second.dim() == 2 else second)
+            yield pytest.param(call, id=f"{name}-{dtype}")
+    hidden, weight = torch.zeros(2, 4), torch.zeros(3, 4)
+    call = partial(linear_cross_entropy, hidden, weight, torch.zeros(2).long())
+    yield pytest.param(call, id="linear_cross_entropy")
+    call = partial(masked_loss.linear_divergence, hidden, weight, hidden, weight)
+    yield pytest.param(call, id="linear_divergence")
+
+
+@pytest.mark.parametrize("call", [*with_statistics()])
+def test_statistics_hold_any_count(call: Callable[..., Any]) -> None:
+    """float32 would lose the second token."""
+    mask = torch.tensor([1 << 24, 1])
+    for reduction in ("none", "sum", "mean", "sequence_mean"):
+        _, stats = call(mask, reduction=reduction, return_stats=True)
+        assert all(x.dtype == torch.float64 for x in stats)
+        assert int(stats.tokens) == (1 << 24) + 1
+
+
+def test_moments_hold_any_count() -> None:
+    _, _, count = masked_loss.masked_moments(torch.zeros(2), torch.tensor([1 << 24, 1]))
+    assert int(count) == (1 << 24) + 1
 
 
 @pytest.mark.parametrize("value", [2, 1, 0, "yes", None])
@@ -93,6 +127,78 @@ def test_errors_name_what_was_passed() -> None:
         cross_entropy(input, target, weight=torch.ones(4))
     with pytest.raises(TypeError, match=r"accumulation_dtype must be a torch.dtype, got 'float32'"):
         linear_cross_entropy(HIDDEN, WEIGHT, TARGET, accumulation_dtype="float32")  # type: ignore[call-overload]
+
+
+X, T, H, W = torch.zeros(4, 5), torch.zeros(4).long(), torch.zeros(4, 3), torch.zeros(5, 3)
+BAD = torch.zeros(4, 1)
+IN_A_GRAPH: list[tuple[Callable[[], Any], str]] = [
+    (lambda: masked_cross_entropy(X, T, BAD), "masked_cross_entropy: mask must"),
+    (lambda: masked_cross_entropy(X, T, softcap=-1), "masked_cross_entropy: softcap must"),
+    (lambda: cross_entropy(X, T, weight=W[:, 0].long()), "cross_entropy: weight must"),
+    (lambda: cross_entropy(X.long(), T), "cross_entropy: input must"),
+    (lambda: cross_entropy(X, T, weight=X[0].to("meta")), "cross_entropy: weight must .* of input"),
+    (lambda: masked_reduce(X, BAD), "masked_reduce: mask must"),
+    (lambda: linear_cross_entropy(H, W, T, BAD), "linear_cross_entropy: mask must"),
+    (lambda: linear_cross_entropy(H, X, T), "linear_cross_entropy: weight must"),
+    (lambda: masked_loss.token_log_probs(X, T, BAD), "token_log_probs: mask must"),
+    (lambda: masked_loss.linear_token_log_probs(H, W, T, BAD), "linear_token_log_probs: mask must"),
+    (lambda: masked_loss.masked_divergence(X, X, BAD), "masked_divergence: mask must"),
+    (lambda: masked_loss.linear_divergence(H, W, H, W, BAD), "linear_divergence: mask must"),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), IN_A_GRAPH, ids=range(len(IN_A_GRAPH)))
+def test_a_compiled_graph_speaks_for_the_function(call: Callable[[], Any], text: str) -> None:
+    torch._dynamo.reset()
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=f"\\b{text}") as compiled:
+        torch.compile(call, backend="eager")()
+    # What is traced raises the error itself; what a fake finds is a RuntimeError with its name.
+    with pytest.raises((TypeError, ValueError)) as eager:
+        call()
+    assert eager.type.__name__ in f"{compiled.type.__name__} {compiled.value}"
+    with pytest.raises(RuntimeError, match="masked_cross_entropy: mask"):
+        torch.ops.masked_loss.cross_entropy(X.to("meta"), T.to("meta"), BAD.to("meta"))
+
+
+def test_a_running_graph_speaks_for_the_function() -> None:
+    """An index out of range is found when the numbers are there."""
+    for call, who in (
+        (lambda t: masked_cross_entropy(X, t), "masked_cross_entropy"),
+        (lambda t: linear_cross_entropy(H, W, t), "linear_cross_entropy"),
+        (lambda t: masked_loss.token_log_probs(X, t), "token_log_probs"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"^IndexError: {who}: target\[0\] is 7"):
+            torch.compile(call, backend="eager", fullgraph=True)(T + 7)
+
+
+def test_dtensors_are_told_what_to_do() -> None:
+    """Whichever argument is one, and where all of them are."""
+    one = torch.ones(4)
+    calls: list[tuple[Callable[..., Any], str]] = [
+        (lambda d: masked_cross_entropy(d(X), T), "masked_cross_entropy: logits"),
+        (lambda d: masked_cross_entropy(X, d(T)), "masked_cross_entropy: target"),
+        (lambda d: masked_cross_entropy(X, T, d(one)), "masked_cross_entropy: mask"),
+        (lambda d: masked_cross_entropy(d(X), d(T)), "masked_cross_entropy: logits, target"),
+        (lambda d: cross_entropy(d(X).requires_grad_(), d(T)), "cross_entropy: input, target"),
+        (lambda d: cross_entropy(X, T, weight=d(X[0])), "cross_entropy: weight"),
+        (lambda d: masked_reduce(d(one), one), "masked_reduce: values"),
+        (lambda d: linear_cross_entropy(H, d(W), T), "linear_cross_entropy: weight"),
+        (lambda d: linear_cross_entropy(d(H), d(W), d(T)), "linear_cross_entropy: hidden, weight"),
+        (lambda d: masked_loss.token_log_probs(d(X), d(T)), "token_log_probs: logits, target"),
+        (lambda d: masked_loss.masked_divergence(d(X), X), "masked_divergence: logits"),
+        (lambda d: masked_loss.masked_moments(d(X), X), "masked_moments: values"),
+        (lambda d: masked_loss.topk_divergence(d(X), X), "topk_divergence: log_probs"),
+        (lambda d: masked_loss.global_normalizer(d(T)), "global_normalizer: target"),
+    ]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for call, text in calls:
+            remedy = rf"{text}\b.* must be a local tensor, got a DTensor: give to_local\(\)"
+            with pytest.raises(TypeError, match=remedy):
+                call(lambda x: distribute_tensor(x, mesh, [Shard(0)]))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_out_of_memory_is_pytorchs_error() -> None:

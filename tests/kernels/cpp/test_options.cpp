@@ -185,7 +185,8 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   args.dlogits = fused ? gradient.data() : nullptr;
   cpu::cross_entropy(args, threads, table);
 
-  std::vector<A> losses(o.reduction == Reduction::kNone ? kTokens : 1), stats(StatField::kCount);
+  std::vector<A> losses(o.reduction == Reduction::kNone ? kTokens : 1);
+  std::vector<double> stats(StatField::kCount);
   ReduceArgs reduce{};
   reduce.groups = weights.groups;
   reduce.reduction = o.reduction;
