@@ -159,3 +159,7 @@ def on_post_build(config: MkDocsConfig) -> None:
         raise PluginError(f"docs/api/ does not document {', '.join(missing)}")
     if "math-error" in text or "arithmatex" in text:
         raise PluginError("a formula was not rendered")
+    pages = "".join(path.read_text() for path in Path(config.site_dir).rglob("*.html"))
+    fetching = r'<(?:script|img|link rel="stylesheet")[^>]* (?:src|href)="?(https?:[^"> ]+)'
+    if elsewhere := sorted(set(re.findall(fetching, pages))):
+        raise PluginError(f"pages fetch {', '.join(elsewhere)}")

@@ -22,6 +22,7 @@ PAGES = {
     "README.zh-CN.md": ["README.md"],
     "docs/zh/bug.md": ["docs/reductions.md"],
     "docs/zh/reduction.md": ["docs/reductions.md"],
+    "docs/zh/variable_length.md": ["docs/variable_length.md"],
     "docs/zh/minimind.md": ["examples/minimind/README.md", "docs/recipes.md"],
 }
 
@@ -79,13 +80,16 @@ def names() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("page", PAGES)
+def programs_of(page: str) -> list[str]:
+    """Blocks of Python. Those with >>> are run by test_documentation.py."""
+    return [block for block in code_of(page, "python") if not block.startswith(">>>")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if programs_of(page)])
 def test_the_code_runs(page: str) -> None:
-    """A page from its top to its bottom. test_documentation.py has the examples with >>>."""
+    """A page from its top to its bottom."""
     namespace = names()
-    blocks = [block for block in code_of(page, "python") if not block.startswith(">>>")]
-    assert blocks
-    for block in blocks:
+    for block in programs_of(page):
         exec(compile(block, page, "exec"), namespace)
     if page == "README.zh-CN.md":  # the last of them is the cure
         losses = F.cross_entropy(namespace["logits"].mT, namespace["target"], reduction="none")
