@@ -3,19 +3,12 @@
 #include "ops/backend_of.h"
 #include "ops/check.h"
 #include "ops/ops.h"
-#include "ops/tensors.h"
+#include "ops/tables.h"
 
 namespace masked_loss {
 namespace {
 
 constexpr const char* kLogProbs = "token_log_probs";
-
-struct LogProbOptions {
-  double temperature;
-  int64_t ignore_index;
-  std::optional<double> softcap;
-  bool shift;
-};
 
 // The targets of each token: one, or several in a dimension of their own.
 struct Ids {
@@ -55,32 +48,20 @@ Shape tokens_of(const Tensor& logits) {
 struct Problem {
   RowLayout logits;
   Ids ids;
-  OptionalTensor temperatures, scratch;
+  OptionalTensor temperatures;
   RowArgs args{};
   bool wide;
 
   Problem(const Tensor& logits_, const Tensor& target_, const OptionalTensor& temperatures_,
-          const LogProbOptions& options)
+          const Scoring& options)
       : logits(rows_of(checked(logits_))),
         ids(tokens_of(logits_), target_, options.shift),
         wide(check::floating(kLogProbs, "logits", logits_) == DType::kFloat64) {
-    if (!(options.temperature > 0 && std::isfinite(options.temperature))) {
-      check::fail("ValueError", kLogProbs, ": temperature must be greater than 0 and finite, got ",
-                  options.temperature);
-    }
-    if (temperatures_) {
-      check::floating(kLogProbs, "temperature", *temperatures_);
-      check::has_shape(kLogProbs, "temperature", *temperatures_, ids.tokens);
-      temperatures = as_type(temperatures_, accumulation_type(wide));
-    }
+    check::temperature(kLogProbs, "temperature", options.temperature);
+    if (temperatures_) check::temperatures(kLogProbs, *temperatures_, ids.tokens);
+    temperatures = as_type(temperatures_, accumulation_type(wide));
     args.loss = RowLoss::kLogProbs;
-    args.logits = logits.tensor.data_ptr();
-    args.dtype = *check::dtype_of(logits_);
-    args.rows = logits.rows;
-    args.steps = std::max<int64_t>(1, logits.steps);
-    args.cols = args.classes = logits.cols;
-    args.batch_stride = logits.batch_stride;
-    args.step_stride = logits.step_stride;
+    set_rows(args, logits);
     args.shift = options.shift;
     args.target = ids.target.data_ptr();
     args.target_type = ids.type;
@@ -92,10 +73,7 @@ struct Problem {
   }
 
   void run(const Device& device) {
-    if (const int64_t bytes = device.kernels.cross_entropy_scratch(args)) {
-      scratch = empty(logits.tensor, {(bytes + 7) / 8}, aoti_torch_dtype_float64());
-      args.scratch = scratch->data_ptr();
-    }
+    const auto scratch = scratch_for(device.kernels.cross_entropy_scratch, &args, logits.tensor);
     device.kernels.cross_entropy(args, device.queue());
   }
 
@@ -158,11 +136,7 @@ void weigh(const Device& device, const Ids& ids, const Masking& m, const Tensor&
   args.reduction = Reduction::kNone;
   args.wide = wide;
   args.weight = weight;
-  OptionalTensor scratch;
-  if (const int64_t bytes = device.kernels.weigh_scratch(args)) {
-    scratch = empty(like, {(bytes + 7) / 8}, aoti_torch_dtype_float64());
-    args.scratch = scratch->data_ptr();
-  }
+  const auto scratch = scratch_for(device.kernels.weigh_scratch, &args, like);
   const int64_t bad = device.kernels.weigh(args, device.queue());
   if (bad >= 0) out_of_range(args, ids, bad);
 }
@@ -179,12 +153,13 @@ Tensor log_probs_weigh(Tensor logits, Tensor target, OptionalTensor mask, Option
   return weights;
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(
-    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
-    OptionalTensor temperatures, double temperature, int64_t ignore_index,
-    std::optional<double> softcap, bool shift, bool entropy) {
+std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(Tensor logits, Tensor target,
+                                                           OptionalTensor mask,
+                                                           OptionalTensor cu_seqlens,
+                                                           OptionalTensor temperatures,
+                                                           bool entropy, const Scoring& scoring) {
   const Device device(logits);
-  Problem p(logits, target, temperatures, {temperature, ignore_index, softcap, shift});
+  Problem p(logits, target, temperatures, scoring);
   const int32_t number = accumulation_id(p.wide);
   const int64_t columns = entropy ? LogProbField::kCount : LogProbField::kEntropySum;
   const Tensor table = empty(logits, {columns, p.args.rows}, number);
@@ -197,71 +172,53 @@ std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(
   // One target that is ignored masks its token; of several, they have to be all, and the entropy is
   // of the token, not of an id.
   const bool keep_ignored = entropy && p.ids.several();
-  weigh(device, p.ids, {mask, cu_seqlens, p.args.cols, ignore_index, shift, keep_ignored}, logits,
-        p.wide, p.args.table);
+  const Masking masking{mask,          cu_seqlens,  p.args.cols, scoring.ignore_index,
+                        scoring.shift, keep_ignored};
+  weigh(device, p.ids, masking, logits, p.wide, p.args.table);
   p.run(device);
   return {log_probs, entropies, table};
 }
 
 Tensor token_log_probs(Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
-                       OptionalTensor temperatures, double temperature, int64_t ignore_index,
-                       std::optional<double> softcap, bool shift, bool) {
-  return std::get<0>(token_log_probs_forward(logits, target, mask, cu_seqlens, temperatures,
-                                             temperature, ignore_index, softcap, shift, false));
+                       OptionalTensor temperatures, bool, const Scoring& scoring) {
+  return std::get<0>(
+      token_log_probs_forward(logits, target, mask, cu_seqlens, temperatures, false, scoring));
 }
 
 std::tuple<Tensor, Tensor> token_log_probs_entropy(Tensor logits, Tensor target,
                                                    OptionalTensor mask, OptionalTensor cu_seqlens,
-                                                   OptionalTensor temperatures, double temperature,
-                                                   int64_t ignore_index,
-                                                   std::optional<double> softcap, bool shift,
-                                                   bool) {
-  const auto results = token_log_probs_forward(logits, target, mask, cu_seqlens, temperatures,
-                                               temperature, ignore_index, softcap, shift, true);
+                                                   OptionalTensor temperatures, bool,
+                                                   const Scoring& scoring) {
+  const auto results =
+      token_log_probs_forward(logits, target, mask, cu_seqlens, temperatures, true, scoring);
   return {std::get<0>(results), std::get<1>(results)};
 }
 
 void token_log_probs_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTensor dentropy,
                                   Tensor logits, Tensor target, Tensor tokens,
-                                  OptionalTensor temperatures, double temperature,
-                                  int64_t ignore_index, std::optional<double> softcap, bool shift) {
+                                  OptionalTensor temperatures, const Scoring& scoring) {
   const Device device(logits);
-  Problem p(logits, target, temperatures, {temperature, ignore_index, softcap, shift});
-  const int64_t columns = dentropy ? LogProbField::kCount : LogProbField::kEntropySum;
-  if (tokens.dim() != 2 || tokens.size(0) < columns || tokens.size(1) != p.args.rows ||
-      tokens.scalar_type() != accumulation_type(p.wide) || !tokens.is_contiguous()) {
-    check::fail("ValueError", kLogProbs,
-                ": tokens must be the forward operator's table, got shape ",
-                check::text(shape_of(tokens)));
-  }
+  Problem p(logits, target, temperatures, scoring);
+  check_tokens(kLogProbs, tokens, p.args.rows, p.wide,
+               dentropy ? LogProbField::kCount : LogProbField::kEntropySum);
   check::has_shape(kLogProbs, "dlog_probs", dlog_probs, shape_of(target));
   if (dentropy) check::has_shape(kLogProbs, "dentropy", *dentropy, p.ids.tokens);
-  check::has_shape(kLogProbs, "dlogits", dlogits, shape_of(logits));
-  check::same_dtype(kLogProbs, "dlogits", dlogits, "logits", logits);
-  const std::optional<RowLayout> rows = rows_in_place(dlogits);
-  if (!rows) {
-    check::fail("ValueError", kLogProbs, ": dlogits must have contiguous classes and rows");
-  }
+  set_gradient(kLogProbs, p.args, device, dlogits, logits);
   const Tensor of_ids = as_type(dlog_probs, accumulation_type(p.wide));
   const OptionalTensor of_entropy = as_type(dentropy, accumulation_type(p.wide));
   p.args.table = tokens.data_ptr();
   p.args.upstream[0] = {of_ids.data_ptr(), true, false};
   p.args.upstream[1] = {data(of_entropy), true, false};
-  p.args.dlogits = dlogits.data_ptr();
-  p.args.grad_batch_stride = rows->batch_stride;
-  p.args.grad_step_stride = rows->step_stride;
-  p.args.stream = dlogits.numel() * dlogits.element_size() > device.kernels.cache_bytes;
   p.run(device);
 }
 
 Tensor token_log_probs_backward(Tensor dlog_probs, OptionalTensor dentropy, Tensor logits,
                                 Tensor target, Tensor tokens, OptionalTensor temperatures,
-                                double temperature, int64_t ignore_index,
-                                std::optional<double> softcap, bool shift) {
+                                const Scoring& scoring) {
   const Tensor dlogits = empty_as(logits);
   ask_for_large_pages(dlogits);
   token_log_probs_backward_out(dlogits, dlog_probs, dentropy, logits, target, tokens, temperatures,
-                               temperature, ignore_index, softcap, shift);
+                               scoring);
   return dlogits;
 }
 

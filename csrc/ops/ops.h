@@ -75,43 +75,36 @@ std::tuple<Tensor, Tensor> divergence_weigh(Tensor logits, OptionalTensor mask,
 // Of every pair of rows its value into the table of tokens (forward), and the gradient of the
 // student's logits into dlogits, which may be these logits. With unless_one, dlogits holds the
 // gradient for dloss = 1, and for another dloss it is computed anew.
-void divergence_rows(Tensor tokens, Tensor logits, Tensor teacher_logits, Tensor groups,
-                     OptionalTensor dloss, OptionalTensor dlogits, OptionalTensor temperatures,
-                     OptionalTensor teacher_temperatures, double temperature,
-                     double teacher_temperature, std::string kind, double beta,
-                     std::optional<double> softcap, std::optional<double> teacher_softcap,
-                     bool shift, bool forward, bool unless_one);
+void divergence_rows(Tensor tokens, const Pair& pair, Tensor groups, OptionalTensor dloss,
+                     OptionalTensor dlogits, bool forward, bool unless_one,
+                     const DivergenceOptions& options);
 
 Tensor token_log_probs(Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
-                       OptionalTensor temperatures, double temperature, int64_t ignore_index,
-                       std::optional<double> softcap, bool shift, bool inplace_backward);
+                       OptionalTensor temperatures, bool inplace_backward, const Scoring& scoring);
 
 std::tuple<Tensor, Tensor> token_log_probs_entropy(Tensor logits, Tensor target,
                                                    OptionalTensor mask, OptionalTensor cu_seqlens,
-                                                   OptionalTensor temperatures, double temperature,
-                                                   int64_t ignore_index,
-                                                   std::optional<double> softcap, bool shift,
-                                                   bool inplace_backward);
+                                                   OptionalTensor temperatures,
+                                                   bool inplace_backward, const Scoring& scoring);
 
 // [tokens]: 0 of those that are masked. logits: for shape and type, all but their classes.
 Tensor log_probs_weigh(Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
                        int64_t classes, int64_t ignore_index, bool shift, bool keep_ignored);
 
 // -> log_probs, entropy (of no token if it is not asked for), tokens: LogProbField
-std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(
-    Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
-    OptionalTensor temperatures, double temperature, int64_t ignore_index,
-    std::optional<double> softcap, bool shift, bool entropy);
+std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(Tensor logits, Tensor target,
+                                                           OptionalTensor mask,
+                                                           OptionalTensor cu_seqlens,
+                                                           OptionalTensor temperatures,
+                                                           bool entropy, const Scoring& scoring);
 
 Tensor token_log_probs_backward(Tensor dlog_probs, OptionalTensor dentropy, Tensor logits,
                                 Tensor target, Tensor tokens, OptionalTensor temperatures,
-                                double temperature, int64_t ignore_index,
-                                std::optional<double> softcap, bool shift);
+                                const Scoring& scoring);
 
 void token_log_probs_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTensor dentropy,
                                   Tensor logits, Tensor target, Tensor tokens,
-                                  OptionalTensor temperatures, double temperature,
-                                  int64_t ignore_index, std::optional<double> softcap, bool shift);
+                                  OptionalTensor temperatures, const Scoring& scoring);
 
 // The ranges of the options, for operators whose tensors hold nothing: fakes.
 void check_formula(std::string who, const Options& options);

@@ -62,4 +62,48 @@ struct Fields<const Saved&> {
   using types = Types<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor>;
 };
 
+// What the log-probability of a token means.
+#define ML_SCORING \
+  "float temperature=1.0, int ignore_index=-100, float? softcap=None, bool shift=False"
+struct Scoring {
+  double temperature;
+  int64_t ignore_index;
+  std::optional<double> softcap;
+  bool shift;
+};
+template <>
+struct Fields<const Scoring&> {
+  using types = Types<double, int64_t, std::optional<double>, bool>;
+};
+
+// What a divergence compares with what.
+#define ML_DIVERGENCE                                              \
+  "float temperature=1.0, float teacher_temperature=1.0, "         \
+  "str kind=\"forward_kl\", float beta=0.5, float? softcap=None, " \
+  "float? teacher_softcap=None, bool shift=False"
+struct DivergenceOptions {
+  double temperature, teacher_temperature;
+  std::string kind;
+  double beta;
+  std::optional<double> softcap, teacher_softcap;
+  bool shift;
+};
+template <>
+struct Fields<const DivergenceOptions&> {
+  using types = Types<double, double, std::string, double, std::optional<double>,
+                      std::optional<double>, bool>;
+};
+
+// The two sides of it.
+#define ML_PAIR \
+  "Tensor logits, Tensor teacher_logits, Tensor? temperatures, Tensor? teacher_temperatures"
+struct Pair {
+  Tensor logits, teacher_logits;
+  OptionalTensor temperatures, teacher_temperatures;
+};
+template <>
+struct Fields<const Pair&> {
+  using types = Types<Tensor, Tensor, OptionalTensor, OptionalTensor>;
+};
+
 }  // namespace masked_loss

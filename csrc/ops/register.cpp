@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The operators of masked_loss: the schema and the function of each.
 //
-// cross_entropy, cross_entropy_stats and masked_reduce are public and differentiable. Of the others
-// their autograd formulas (masked_loss/_op/) are made, and the kernels of linear_cross_entropy
-// (masked_loss/_op/linear.py).
+// Of ML_OPERATORS the public ones are differentiable, of the others their autograd formulas
+// (masked_loss/_op/) are made. ML_PYTHON_OPERATORS have their kernels there too.
 #include <torch/csrc/stable/library.h>
 
 #include <type_traits>
@@ -17,26 +16,40 @@
 #define ML_FORWARD "Tensor logits, " ML_INPUTS ", bool stats, " ML_OPTIONS ") -> " ML_TABLES
 #define ML_TABLES "(Tensor loss, Tensor stats, Tensor tokens, Tensor groups"
 
-#define ML_LINEAR_PUBLIC                                                                     \
-  "(Tensor hidden, Tensor weight, " ML_PUBLIC_INPUTS                                         \
-  ", Tensor? bias=None, "                                                                    \
-  "int? chunk_tokens=None, ScalarType? accumulation_dtype=None, bool pack=True, " ML_OPTIONS \
-  ") -> "
+#define ML_PUBLIC_CHUNKS \
+  "int? chunk_tokens=None, ScalarType? accumulation_dtype=None, bool pack=True, "
+#define ML_CHUNKS ", int? chunk_tokens, ScalarType? accumulation_dtype, bool pack, "
+#define ML_CHUNKING ML_CHUNKS "bool[3] needs, "
 #define ML_HEAD "Tensor hidden, Tensor weight, Tensor? bias, "
-#define ML_CHUNKING \
-  ", int? chunk_tokens, ScalarType? accumulation_dtype, bool pack, bool[3] needs, "
+#define ML_LINEAR_PUBLIC                             \
+  "(Tensor hidden, Tensor weight, " ML_PUBLIC_INPUTS \
+  ", Tensor? bias=None, " ML_PUBLIC_CHUNKS ML_OPTIONS ") -> "
 #define ML_HEAD_GRADIENTS "Tensor dhidden, Tensor dweight, Tensor dbias)"
 
-#define ML_LOG_PROBS_PUBLIC                                                               \
-  "(Tensor logits, Tensor target, Tensor? mask=None, Tensor? cu_seqlens=None, "           \
-  "Tensor? temperatures=None, *, "                                                        \
-  "float temperature=1.0, int ignore_index=-100, float? softcap=None, bool shift=False, " \
-  "bool inplace_backward=False) -> "
-#define ML_LOG_PROBS \
-  "Tensor? temperatures, float temperature, int ignore_index, float? softcap, bool shift"
-#define ML_LOG_PROBS_BACKWARD                                                  \
-  "Tensor dlog_probs, Tensor? dentropy, Tensor logits, Tensor target, Tensor " \
-  "tokens, " ML_LOG_PROBS
+#define ML_LOG_PROBS_PUBLIC                                                        \
+  "(Tensor logits, Tensor target, Tensor? mask=None, *, Tensor? cu_seqlens=None, " \
+  "Tensor? temperatures=None, bool inplace_backward=False, " ML_SCORING ") -> "
+#define ML_LOG_PROBS_BACKWARD                                                          \
+  "Tensor dlog_probs, Tensor? dentropy, Tensor logits, Tensor target, Tensor tokens, " \
+  "Tensor? temperatures, " ML_SCORING
+#define ML_HEADS ML_HEAD "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, "
+#define ML_COMPARED                                                          \
+  "Tensor? mask=None, *, Tensor? normalizer=None, Tensor? cu_seqlens=None, " \
+  "Tensor? temperatures=None, Tensor? teacher_temperatures=None, "
+#define ML_COMPARED_FORWARD                                                      \
+  "Tensor? mask, Tensor? normalizer, Tensor? cu_seqlens, Tensor? temperatures, " \
+  "Tensor? teacher_temperatures, str reduction, bool stats"
+
+#define ML_LINEAR_SCORED                                                                    \
+  "(Tensor hidden, Tensor weight, Tensor target, Tensor? mask=None, *, Tensor? bias=None, " \
+  "Tensor? cu_seqlens=None, Tensor? temperatures=None, " ML_PUBLIC_CHUNKS ML_SCORING ") -> "
+#define ML_DIVERGENCE_PUBLIC                            \
+  "(Tensor logits, Tensor teacher_logits, " ML_COMPARED \
+  "str reduction=\"mean\", bool inplace_backward=False, " ML_DIVERGENCE ") -> "
+#define ML_LINEAR_COMPARED                                                                    \
+  "(Tensor hidden, Tensor weight, Tensor teacher_hidden, Tensor teacher_weight, " ML_COMPARED \
+  "Tensor? bias=None, Tensor? teacher_bias=None, str "                                        \
+  "reduction=\"mean\", " ML_PUBLIC_CHUNKS ML_DIVERGENCE ") -> "
 
 #define ML_OPERATORS(_)                                                                           \
   _(cross_entropy, ML_PUBLIC "Tensor")                                                            \
@@ -72,29 +85,54 @@
     "(Tensor logits, Tensor? mask, Tensor? normalizer, Tensor? cu_seqlens, str reduction, "       \
     "bool shift, bool stats) -> (Tensor tokens, Tensor groups)")                                  \
   _(divergence_rows,                                                                              \
-    "(Tensor(a!) tokens, Tensor logits, Tensor teacher_logits, Tensor groups, Tensor? dloss, "    \
-    "Tensor(b!)? dlogits, Tensor? temperatures, Tensor? teacher_temperatures, "                   \
-    "float temperature, float teacher_temperature, str kind, float beta, float? softcap, "        \
-    "float? teacher_softcap, bool shift, bool forward, bool unless_one) -> ()")                   \
+    "(Tensor(a!) tokens, " ML_PAIR                                                                \
+    ", Tensor groups, Tensor? dloss, "                                                            \
+    "Tensor(b!)? dlogits, bool forward, bool unless_one, " ML_DIVERGENCE ") -> ()")               \
   _(token_log_probs, ML_LOG_PROBS_PUBLIC "Tensor")                                                \
   _(token_log_probs_entropy, ML_LOG_PROBS_PUBLIC "(Tensor log_probs, Tensor entropy)")            \
   _(log_probs_weigh,                                                                              \
     "(Tensor logits, Tensor target, Tensor? mask, Tensor? cu_seqlens, int classes, "              \
     "int ignore_index, bool shift, bool keep_ignored) -> Tensor")                                 \
   _(token_log_probs_forward,                                                                      \
-    "(Tensor logits, Tensor target, Tensor? mask, Tensor? cu_seqlens, " ML_LOG_PROBS              \
-    ", bool entropy) -> (Tensor log_probs, Tensor entropy, Tensor tokens)")                       \
+    "(Tensor logits, Tensor target, Tensor? mask, Tensor? cu_seqlens, Tensor? temperatures, "     \
+    "bool entropy, " ML_SCORING ") -> (Tensor log_probs, Tensor entropy, Tensor tokens)")         \
   _(token_log_probs_backward, "(" ML_LOG_PROBS_BACKWARD ") -> Tensor")                            \
   _(token_log_probs_backward_out, "(Tensor(a!) dlogits, " ML_LOG_PROBS_BACKWARD ") -> ()")
 
 // Operators whose kernels are in masked_loss/_op/.
-#define ML_PYTHON_OPERATORS(_)                                                                \
-  _(linear_cross_entropy, ML_LINEAR_PUBLIC "Tensor")                                          \
-  _(linear_cross_entropy_stats, ML_LINEAR_PUBLIC "(Tensor loss, Tensor stats)")               \
-  _(linear_cross_entropy_forward, "(" ML_HEAD ML_INPUTS ", bool stats" ML_CHUNKING ML_OPTIONS \
-                                  ") -> " ML_TABLES ", Tensor unit, " ML_HEAD_GRADIENTS)      \
-  _(linear_cross_entropy_backward,                                                            \
-    "(Tensor dloss, " ML_HEAD ML_SAVED ML_CHUNKING ML_OPTIONS ") -> (" ML_HEAD_GRADIENTS)
+#define ML_PYTHON_OPERATORS(_)                                                                  \
+  _(linear_cross_entropy, ML_LINEAR_PUBLIC "Tensor")                                            \
+  _(linear_cross_entropy_stats, ML_LINEAR_PUBLIC "(Tensor loss, Tensor stats)")                 \
+  _(linear_cross_entropy_forward, "(" ML_HEAD ML_INPUTS ", bool stats" ML_CHUNKING ML_OPTIONS   \
+                                  ") -> " ML_TABLES ", Tensor unit, " ML_HEAD_GRADIENTS)        \
+  _(linear_cross_entropy_backward,                                                              \
+    "(Tensor dloss, " ML_HEAD ML_SAVED ML_CHUNKING ML_OPTIONS ") -> (" ML_HEAD_GRADIENTS)       \
+  _(linear_token_log_probs, ML_LINEAR_SCORED "Tensor")                                          \
+  _(linear_token_log_probs_entropy, ML_LINEAR_SCORED "(Tensor log_probs, Tensor entropy)")      \
+  _(linear_token_log_probs_forward,                                                             \
+    "(" ML_HEAD                                                                                 \
+    "Tensor target, Tensor? mask, Tensor? cu_seqlens, "                                         \
+    "Tensor? temperatures, bool entropy" ML_CHUNKS ML_SCORING                                   \
+    ") -> (Tensor log_probs, Tensor entropy, Tensor tokens, Tensor weights)")                   \
+  _(linear_token_log_probs_backward,                                                            \
+    "(Tensor dlog_probs, Tensor? dentropy, " ML_HEAD                                            \
+    "Tensor target, Tensor? temperatures, Tensor tokens, Tensor weights" ML_CHUNKING ML_SCORING \
+    ") -> (" ML_HEAD_GRADIENTS)                                                                 \
+  _(masked_divergence, ML_DIVERGENCE_PUBLIC "Tensor")                                           \
+  _(masked_divergence_stats, ML_DIVERGENCE_PUBLIC "(Tensor loss, Tensor stats)")                \
+  _(masked_divergence_forward, "(Tensor logits, Tensor teacher_logits, " ML_COMPARED_FORWARD    \
+                               ", " ML_DIVERGENCE ") -> " ML_TABLES ")")                        \
+  _(masked_divergence_backward,                                                                 \
+    "(Tensor dloss, " ML_PAIR ", Tensor tokens, Tensor groups, " ML_DIVERGENCE ") -> Tensor")   \
+  _(linear_divergence, ML_LINEAR_COMPARED "Tensor")                                             \
+  _(linear_divergence_stats, ML_LINEAR_COMPARED "(Tensor loss, Tensor stats)")                  \
+  _(linear_divergence_forward, "(" ML_HEADS ML_COMPARED_FORWARD ML_CHUNKING ML_DIVERGENCE       \
+                               ") -> " ML_TABLES ", Tensor unit, " ML_HEAD_GRADIENTS)           \
+  _(linear_divergence_backward,                                                                 \
+    "(Tensor dloss, " ML_HEADS                                                                  \
+    "Tensor? temperatures, "                                                                    \
+    "Tensor? teacher_temperatures, Tensor tokens, Tensor groups" ML_CHUNKING ML_DIVERGENCE      \
+    ") -> (" ML_HEAD_GRADIENTS)
 
 namespace masked_loss {
 namespace {

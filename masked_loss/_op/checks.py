@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from masked_loss._op.tables import ops
-from masked_loss.options import Meaning
+from masked_loss._op.tables import loss_dtype, ops
+from masked_loss.options import Chunking, Meaning
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -190,6 +190,33 @@ def cu_seqlens(who: str, bounds: Tensor | None) -> None:
         fail(TypeError, who, f"cu_seqlens must be int64 or int32, got {_name(bounds)}")
     if bounds.dim() != 1 or bounds.numel() == 0:
         fail(ValueError, who, f"cu_seqlens must have shape [S + 1], got {_list(bounds)}")
+
+
+def head(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """What makes logits, which only PyTorch's products see."""
+    floating(who, f"{prefix}hidden", hidden)
+    if hidden.dim() == 0:
+        fail(ValueError, who, f"{prefix}hidden must have shape [..., D], got []")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        wanted = f"{prefix}weight must have shape [V, {hidden.shape[-1]}]"
+        fail(ValueError, who, f"{wanted}, got {_list(weight)}")
+    if weight.shape[0] == 0:
+        wanted = f"{prefix}weight must have at least one class"
+        fail(ValueError, who, f"{wanted}, got {_list(weight)}")
+    if bias is not None:
+        shape(who, f"{prefix}bias", bias, weight.shape[:1])
+    for what, x in (("weight", weight), ("bias", bias)):
+        if x is not None:
+            same_dtype(who, f"{prefix}{what}", x, f"{prefix}hidden", hidden)
+
+
+def chunking(who: str, weight: Tensor, how: Chunking) -> None:
+    if how.chunk_tokens is not None and how.chunk_tokens < 1:
+        fail(ValueError, who, f"chunk_tokens must be at least 1, got {how.chunk_tokens}")
+    wide = loss_dtype(weight)
+    if how.accumulation_dtype not in (None, weight.dtype, wide):
+        wanted = f"accumulation_dtype must be {wide} or that of weight, {weight.dtype}"
+        fail(ValueError, who, f"{wanted}, got {how.accumulation_dtype}")
 
 
 def per_sequence(who: str, name: str, dims: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,17 +21,15 @@ from masked_loss._op.autograd import (
     keeps_graph,
     may_require_grad,
 )
-from masked_loss._op.checks import checked
 from masked_loss._op.cross_entropy import require_writable
 from masked_loss._op.factory import (
     Operator,
-    Signature,
     batch_by_loop,
     fake,
     fake_like,
     fake_nothing,
+    implement,
     kernel,
-    library,
     record,
 )
 from masked_loss._op.memory import logits_pool
@@ -44,34 +42,8 @@ INPUTS = (
     "teacher_temperatures",
 )  # fmt: skip
 
-# Rows of the table of tokens, as csrc/kernels/args.h has them (DivergenceField).
-SAVED = ("weight", "value", "top", "sum", "teacher_top", "teacher_sum", "mean_score")
-FIELDS = (*SAVED, "entropy", "teacher_entropy", "agreement")
-
-_KIND = (
-    "float temperature, float teacher_temperature, str kind, float beta, float? softcap, "
-    "float? teacher_softcap, bool shift"
-)
-_PUBLIC = (
-    "(Tensor logits, Tensor teacher_logits, Tensor? mask=None, *, Tensor? normalizer=None, "
-    "Tensor? cu_seqlens=None, Tensor? temperatures=None, Tensor? teacher_temperatures=None, "
-    'float temperature=1.0, float teacher_temperature=1.0, str kind="forward_kl", '
-    "float beta=0.5, float? softcap=None, float? teacher_softcap=None, bool shift=False, "
-    'str reduction="mean", bool inplace_backward=False) -> '
-)
-library.define(f"masked_divergence{_PUBLIC}Tensor")
-library.define(f"masked_divergence_stats{_PUBLIC}(Tensor loss, Tensor stats)")
-library.define(
-    "masked_divergence_forward(Tensor logits, Tensor teacher_logits, Tensor? mask, "
-    "Tensor? normalizer, Tensor? cu_seqlens, Tensor? temperatures, "
-    f"Tensor? teacher_temperatures, {_KIND}, str reduction, bool stats) -> "
-    "(Tensor loss, Tensor stats, Tensor tokens, Tensor groups)"
-)
-library.define(
-    "masked_divergence_backward(Tensor dloss, Tensor logits, Tensor teacher_logits, "
-    "Tensor tokens, Tensor groups, Tensor? temperatures, Tensor? teacher_temperatures, "
-    f"{_KIND}) -> Tensor"
-)
+# What DivergenceStats sums up, after the weights.
+_SUMMED = ("value", "entropy", "teacher_entropy", "agreement")
 
 
 class How(NamedTuple):
@@ -105,7 +77,7 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     if how.fused:
         dlogits = logits_pool.empty_like(inputs[0])
         return (*_run(inputs, how, dlogits), dlogits)
-    return ops.masked_divergence_forward.default(*inputs, *how.divergence, how.reduction, how.stats)
+    return ops.masked_divergence_forward.default(*inputs, how.reduction, how.stats, *how.divergence)
 
 
 @kernel
@@ -115,7 +87,7 @@ def _run(inputs: Inputs, how: How, dlogits: Tensor | None = None) -> tuple[Tenso
         logits, mask, normalizer, cu_seqlens, how.reduction, how.divergence.shift, how.stats
     )
     ops.divergence_rows.default(
-        tokens, logits, teacher, groups, None, dlogits, *temperatures, *how.divergence, True, False
+        tokens, logits, teacher, *temperatures, groups, None, dlogits, True, False, *how.divergence
     )
     loss, _ = ops.reduce.default(tokens, groups, logits[..., 0], False, how.reduction)
     return loss, statistics_of(tokens, how.stats), tokens, groups
@@ -126,13 +98,15 @@ def statistics_of(tokens: Tensor, stats: bool) -> Tensor:
     if not stats:
         return tokens.new_empty(0, dtype=torch.float64)
     tokens = tokens.double()
-    weight = tokens[FIELDS.index("weight")]
-    columns = ("value", "entropy", "teacher_entropy", "agreement")
+    weight = tables.weights(tokens)
+    columns = (tokens[tables.DIVERGENCE_FIELDS.index(name)] for name in _SUMMED)
     # masked_reduce, whose sums have a fixed order.
-    sums = [
-        ops.masked_reduce.default(tokens[FIELDS.index(c)], weight, reduction="sum") for c in columns
-    ]
+    sums = [ops.masked_reduce.default(column, weight, reduction="sum") for column in columns]
     return torch.stack([ops.masked_reduce.default(weight, reduction="sum"), *sums])
+
+
+def fake_statistics(like: Tensor, stats: bool) -> Tensor:
+    return tables.fake_stats(like, stats, count=1 + len(_SUMMED))
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
@@ -154,8 +128,9 @@ def _backward(
     def write(to: Tensor, unless_one: bool = False) -> Tensor:
         with below_autograd():  # to which logits that require grad are not to be written
             ops.divergence_rows.default(
-                tokens, logits, teacher, groups, dloss.reshape(-1) if dloss.dim() else dloss, to,
-                own, others, *how.divergence, False, unless_one,
+                tokens, logits, teacher, own, others, groups,
+                dloss.reshape(-1) if dloss.dim() else dloss, to, False, unless_one,
+                *how.divergence,
             )  # fmt: skip
         return to
 
@@ -163,7 +138,7 @@ def _backward(
         pass
     elif not plain:
         gradient = ops.masked_divergence_backward.default(
-            dloss, logits, teacher, tokens, groups, own, others, *how.divergence
+            dloss, logits, teacher, own, others, tokens, groups, *how.divergence
         )
     elif how.inplace:
         gradient = write(logits.detach())
@@ -193,20 +168,17 @@ def _public_kernel(
     return _run(inputs, How(divergence, reduction, stats, False, False))
 
 
-def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
-    a = _forward_arguments.bind(args, {})
+def _forward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
     how = How(record(Divergence, a), a.reduction, a.stats, False, False)
     return _run(tuple(getattr(a, name) for name in INPUTS), how)
 
 
-@kernel
-def _backward_kernel(*args: Any) -> Tensor:
-    a = _backward_arguments.bind(args, {})
+def _backward_kernel(a: SimpleNamespace) -> Tensor:
     dlogits = torch.empty_like(a.logits, memory_format=torch.contiguous_format)
     dloss = a.dloss.reshape(-1) if a.dloss.dim() else a.dloss
     ops.divergence_rows.default(
-        a.tokens, a.logits, a.teacher_logits, a.groups, dloss, dlogits, a.temperatures,
-        a.teacher_temperatures, *record(Divergence, a), False, False,
+        a.tokens, a.logits, a.teacher_logits, a.temperatures, a.teacher_temperatures, a.groups,
+        dloss, dlogits, False, False, *record(Divergence, a),
     )  # fmt: skip
     return dlogits
 
@@ -217,7 +189,7 @@ def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
     checks.cu_seqlens(_WHO, a.cu_seqlens)
     return (
         tables.fake_loss(a.logits, a.reduction, shape),
-        tables.fake_stats(a.logits, stats, count=5),
+        fake_statistics(a.logits, stats),
         *_fake_tables(a, stats),
     )
 
@@ -225,7 +197,7 @@ def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
 def _fake_tables(a: SimpleNamespace, stats: bool) -> tuple[Tensor, Tensor]:
     shape = a.logits.shape[:-1]
     return (
-        tables.fake_tokens(a.logits, FIELDS if stats else SAVED, shape),
+        tables.fake_tokens(a.logits, tables.divergence_fields(stats), shape),
         tables.fake_groups(a.logits, a.reduction, shape, a.cu_seqlens),
     )
 
@@ -237,11 +209,8 @@ fake_like("logits", "masked_divergence_backward")
 fake("divergence_weigh")(lambda a: _fake_tables(a, a.stats))
 fake_nothing("divergence_rows")
 
-_forward_arguments = Signature("masked_divergence_forward")
-_backward_arguments = Signature("masked_divergence_backward")
-for _name, _kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
-    _overload = getattr(ops, f"masked_divergence_{_name}").default
-    library.impl(_overload._opname, checked(_overload, _kernel), "CompositeExplicitAutograd")
+implement("masked_divergence_forward", _forward_kernel)
+implement("masked_divergence_backward", _backward_kernel)
 batch_by_loop("masked_divergence_forward", "masked_divergence_backward")
 
 masked_divergence, masked_divergence_stats = (

@@ -171,6 +171,17 @@ class Operator:
         return kernel
 
 
+def implement(name: str, function: Callable[[SimpleNamespace], Any]) -> None:
+    """Gives an operator that C++ only declares its kernel, as a function of arguments by name."""
+    signature = Signature(name)
+
+    @kernel
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(signature.bind(args, kwargs))
+
+    library.impl(name, checked(signature.overload, call), "CompositeExplicitAutograd")
+
+
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates what runs inside an operator: neither differentiated nor autocast."""
 

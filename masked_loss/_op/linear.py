@@ -24,24 +24,29 @@ from masked_loss._op.autograd import (
     keeps_graph,
     may_require_grad,
 )
-from masked_loss._op.checks import checked
 from masked_loss._op.factory import (
     AUTOCAST,
     Operator,
-    Signature,
     batch_by_loop,
     fake,
     fake_nothing,
+    implement,
     kernel,
     library,
     record,
 )
 from masked_loss._op.linear_chunks import (
     Head,
-    Rows,
+    Places,
+    Source,
+    TokenTables,
+    autocast,
+    autocast_head,
     dweight_dtype,
+    fake_gradients,
     run_chunks,
     scaled_by,
+    take,
     unit_of,
 )
 from masked_loss._op.tables import ops
@@ -52,7 +57,6 @@ INPUTS = (
     "hidden", "weight", "bias", "target", "mask", "normalizer", "class_weight", "cu_seqlens",
     "temperatures",
 )  # fmt: skip
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class How(NamedTuple):
@@ -65,10 +69,8 @@ class How(NamedTuple):
 
 def _call(stats: bool, inputs: Inputs, meaning: Meaning, **chunking: Any) -> tuple[Tensor, ...]:
     """loss and stats, with autograd and autocast."""
+    inputs = autocast_head(inputs, 3)
     hidden, weight, bias, _, mask, *_ = inputs
-    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
-        inputs = (*map(_autocast, inputs[:3]), *inputs[3:])
-        hidden, weight, bias, *_ = inputs
     how = How(meaning, stats, Chunking(**chunking), [False] * 3, hidden.dtype)
     if not is_differentiated(hidden, weight, bias, mask):
         loss, statistics, *_ = _forward(inputs, how)
@@ -77,13 +79,6 @@ def _call(stats: bool, inputs: Inputs, meaning: Meaning, **chunking: Any) -> tup
             how = how._replace(needs=[may_require_grad(x) for x in (hidden, weight, bias)])
         loss, statistics, *_ = _linear_cross_entropy(*inputs, how)
     return loss, statistics
-
-
-def _autocast(x: Tensor | None) -> Tensor | None:
-    """As ``F.linear`` under autocast: everything but float64 in the lower precision."""
-    if x is None or x.dtype not in _FLOATING[1:]:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
@@ -144,6 +139,43 @@ _linear_cross_entropy = differentiable(
 )
 
 
+class Rows(NamedTuple):
+    """What is known of every token before its logits are."""
+
+    target: Tensor
+    tokens: Tensor
+    groups: Tensor
+    class_weight: Tensor | None
+    temperatures: Tensor | None
+    dloss: Tensor | None  # None for 1, one value, or one for each token
+
+
+def _run(head: Head, given: Rows, how: How, forward: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills the table of tokens (``forward``), and returns the gradients that are needed."""
+    target, dloss = given.target.reshape(-1), given.dloss
+    both = TokenTables(given.tokens, given.groups)
+    class_weight, temperatures = given.class_weight, given.temperatures
+    if class_weight is not None:
+        class_weight = class_weight.to(given.tokens.dtype)
+    if temperatures is not None:
+        temperatures = temperatures.reshape(-1)
+
+    def rows(y: Tensor, at: Places, _: slice) -> Tensor:
+        table, groups = both.of(at)
+        each = None if temperatures is None else take(temperatures, at)
+        upstream = take(dloss, at) if dloss is not None and dloss.dim() else dloss
+        ops.rows.default(
+            y, take(target, at), table, groups, class_weight, each, upstream, forward,
+            any(how.needs), *how.meaning,
+        )  # fmt: skip
+        if forward:
+            both.write(at, table)
+        return y
+
+    source = Source(head, tables.weights(given.tokens), how.meaning.shift, how.chunking)
+    return run_chunks(source, target.numel(), how.chunking, how.needs, rows, head.weight.dtype)
+
+
 # The operators' kernels
 
 
@@ -155,9 +187,7 @@ def _public_kernel(
     return _run_forward(inputs, how)
 
 
-@kernel
-def _forward_kernel(*args: Any) -> tuple[Tensor, ...]:
-    a = _forward_arguments.bind(args, {})
+def _forward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
     how = How(record(Meaning, a), a.stats, record(Chunking, a), a.needs, a.hidden.dtype)
     return _run_forward(tuple(getattr(a, name) for name in INPUTS), how)
 
@@ -167,8 +197,7 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     meaning = how.meaning
     head = Head(*head_of)
     hidden, weight, _ = head
-    _check(head, target, how.chunking)
-    checks.temperatures(_WHO, temperatures, target.shape)
+    _check(head, target, temperatures, how.chunking)
     tokens, groups = ops.weigh.default(
         target, mask, normalizer, class_weight, cu_seqlens, weight.shape[0],
         hidden.dtype == torch.float64, how.stats, *meaning,
@@ -176,65 +205,29 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     tables.clear_results(tokens)
     unit = unit_of(hidden, tokens, groups, None) if any(how.needs) else None
     rows = Rows(target, tokens, groups, class_weight, temperatures, unit)
-    gradients = run_chunks(head, rows, how.meaning, how.chunking, how.needs, forward=True)
+    gradients = _run(head, rows, how, forward=True)
     loss, stats = ops.reduce.default(tokens, groups, target, how.stats, *meaning)
     unit = tokens.new_ones(()) if unit is None else unit
     return loss, stats, tokens, groups, unit, *gradients
 
 
-@kernel
-def _backward_kernel(*args: Any) -> tuple[Tensor, ...]:
-    a = _backward_arguments.bind(args, {})
+def _backward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
     head = Head(a.hidden, a.weight, a.bias)
     dloss = a.dloss.reshape(-1) if a.dloss.dim() else a.dloss
     unit = unit_of(a.hidden, a.tokens, a.groups, dloss)
     scaled = dloss if unit is None else dloss * unit
     rows = Rows(a.target, a.tokens, a.groups, a.class_weight, a.temperatures, scaled)
-    gradients = run_chunks(
-        head, rows, record(Meaning, a), record(Chunking, a), a.needs, forward=False
-    )
+    how = How(record(Meaning, a), False, record(Chunking, a), a.needs, a.hidden.dtype)
+    gradients = _run(head, rows, how, forward=False)
     factor = a.tokens.new_ones(()) if unit is None else 1 / unit
     return tuple(scaled_by(g, factor, a.hidden.dtype, True) for g in gradients)
 
 
-def _check(head: Head, target: Tensor, chunking: Chunking) -> None:
-    hidden, weight, bias = head
-    chunk_tokens, accumulation_dtype = chunking.chunk_tokens, chunking.accumulation_dtype
-
-    def shape(what: str, x: Tensor, *expected: int | str) -> None:
-        fits = x.dim() == len(expected) and all(
-            isinstance(n, str) or n == size for n, size in zip(expected, x.shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join(map(str, expected))
-            raise ValueError(f"{_WHO}: {what} must have shape [{wanted}], got {list(x.shape)}")
-
-    if hidden.dtype not in _FLOATING:
-        raise TypeError(
-            f"{_WHO}: hidden must be float64, float32, bfloat16 or float16, got {_name(hidden)}"
-        )
-    if hidden.dim() == 0:
-        raise ValueError(f"{_WHO}: hidden must have shape [..., D], got []")
-    shape("weight", weight, "V", hidden.shape[-1])
-    shape("target", target, *hidden.shape[:-1])
-    if weight.shape[0] == 0:
-        raise ValueError(f"{_WHO}: weight must have at least one class, got {list(weight.shape)}")
-    if bias is not None:
-        shape("bias", bias, weight.shape[0])
-    for what, x in (("weight", weight), ("bias", bias)):
-        if x is not None and x.dtype != hidden.dtype:
-            raise TypeError(f"{_WHO}: {what} must be {_name(hidden)} like hidden, got {_name(x)}")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"{_WHO}: chunk_tokens must be at least 1, got {chunk_tokens}")
-    if accumulation_dtype not in (None, weight.dtype, tables.loss_dtype(weight)):
-        raise ValueError(
-            f"{_WHO}: accumulation_dtype must be {tables.loss_dtype(weight)} or that of weight, "
-            f"{weight.dtype}, got {accumulation_dtype}"
-        )
-
-
-def _name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+def _check(head: Head, target: Tensor, temperatures: Tensor | None, chunking: Chunking) -> None:
+    checks.head(_WHO, *head)
+    checks.shape(_WHO, "target", target, head.hidden.shape[:-1])
+    checks.chunking(_WHO, head.weight, chunking)
+    checks.temperatures(_WHO, temperatures, target.shape)
 
 
 # Their fakes
@@ -242,8 +235,7 @@ def _name(x: Tensor) -> str:
 
 def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, ...]:
     chunking = record(Chunking, a)
-    _check(Head(a.hidden, a.weight, a.bias), a.target, chunking)
-    checks.temperatures(_WHO, a.temperatures, a.target.shape)
+    _check(Head(a.hidden, a.weight, a.bias), a.target, a.temperatures, chunking)
     tokens, groups = _fake_tables(a, a.weight.shape[0], a.hidden.dtype == torch.float64, stats)
     dtype = dweight_dtype(a.weight, a.target.numel(), chunking)
     return (
@@ -252,7 +244,7 @@ def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, .
         tokens,
         groups,
         tokens.new_empty(()),
-        *_fake_gradients(a, needs, dtype, tables.loss_dtype(a.weight)),
+        *fake_gradients(a, needs, dtype, tables.loss_dtype(a.weight)),
     )
 
 
@@ -272,22 +264,11 @@ def _fake_tables(
     )
 
 
-def _fake_gradients(
-    a: SimpleNamespace, needs: list[bool], of_weight: torch.dtype, of_bias: torch.dtype
-) -> tuple[Tensor, ...]:
-    needs_hidden, needs_weight, needs_bias = needs
-    return (
-        a.hidden.new_empty(a.hidden.shape if needs_hidden else (0,)),
-        torch.empty_like(a.weight, dtype=of_weight) if needs_weight else a.weight.new_empty((0,)),
-        a.weight.new_empty((a.weight.shape[0] if needs_bias else 0,), dtype=of_bias),
-    )
-
-
 fake("linear_cross_entropy")(lambda a: _fake(a, False, [False] * 3))
 fake("linear_cross_entropy_stats")(lambda a: _fake(a, True, [False] * 3))
 fake("linear_cross_entropy_forward")(lambda a: _fake(a, a.stats, a.needs))
 fake("linear_cross_entropy_backward")(
-    lambda a: _fake_gradients(a, a.needs, a.weight.dtype, a.weight.dtype)
+    lambda a: fake_gradients(a, a.needs, a.weight.dtype, a.weight.dtype)
 )
 
 
@@ -304,11 +285,8 @@ def _fake_reduce(a: SimpleNamespace) -> tuple[Tensor, ...]:
 
 fake_nothing("rows")
 
-_forward_arguments = Signature("linear_cross_entropy_forward")
-_backward_arguments = Signature("linear_cross_entropy_backward")
-for _name_of, _run in (("forward", _forward_kernel), ("backward", _backward_kernel)):
-    _overload = getattr(ops, f"linear_cross_entropy_{_name_of}").default
-    library.impl(_overload._opname, checked(_overload, _run), "CompositeExplicitAutograd")
+implement("linear_cross_entropy_forward", _forward_kernel)
+implement("linear_cross_entropy_backward", _backward_kernel)
 batch_by_loop("linear_cross_entropy_forward", "linear_cross_entropy_backward")
 
 linear_cross_entropy, linear_cross_entropy_stats = (
@@ -319,9 +297,9 @@ linear_cross_entropy, linear_cross_entropy_stats = (
 
 def _redispatch_autocast(op: Any, hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("bias") is not None:
-        kwargs["bias"] = _autocast(kwargs["bias"])
+        kwargs["bias"] = autocast(kwargs["bias"])
     with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
-        return op(_autocast(hidden), _autocast(weight), *args, **kwargs)
+        return op(autocast(hidden), autocast(weight), *args, **kwargs)
 
 
 for _operator in (ops.linear_cross_entropy, ops.linear_cross_entropy_stats):

@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Cross entropy from hidden states: matrix products by PyTorch, the rest by csrc/, chunk by chunk.
+"""Logits from hidden states, chunk by chunk: matrix products by PyTorch, the rest by csrc/.
 
 The tokens that have a weight are taken some at a time. A chunk's logits are computed into a buffer
-that all chunks share, a kernel turns them in place into losses and their own gradient, and two more
-products turn that into gradients of hidden and weight. The [tokens, V] logits never exist.
-docs/linear_cross_entropy.md has the formulas and counts the memory.
+that all chunks share, a function of the loss turns them in place into the tokens' results and their
+own gradient, and two more products turn that into gradients of hidden and weight. The [tokens, V]
+logits never exist. docs/linear_cross_entropy.md has the formulas and counts the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from masked_loss._op import tables
+from masked_loss._op import checks, tables
+from masked_loss._op.autograd import Inputs
 from masked_loss._op.memory import fresh, logits_pool, weight_pool
-from masked_loss._op.tables import ops
-from masked_loss.options import Chunking, Meaning
+from masked_loss.options import Chunking
 
 # Bytes of a chunk's logits, where the caller does not say chunk_tokens.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -36,15 +37,8 @@ class Head(NamedTuple):
     bias: Tensor | None
 
 
-class Rows(NamedTuple):
-    """What is known of every token before its logits are."""
-
-    target: Tensor
-    tokens: Tensor
-    groups: Tensor
-    class_weight: Tensor | None
-    temperatures: Tensor | None
-    dloss: Tensor | None  # None for 1, one value, or one for each token
+Places = Any
+"""Which tokens a chunk has: a slice where they follow one another, else their numbers."""
 
 
 def _largest_chunk(weight: Tensor, chunk_tokens: int | None, more: int = 0) -> int:
@@ -122,13 +116,12 @@ class _Tokens:
     def gathers(self) -> bool:
         return self.index is not None or self.weights is not None
 
-    def at(self, chunk: slice) -> Any:
-        """The numbers of a chunk's tokens: a slice where they follow one another."""
+    def at(self, chunk: slice) -> Places:
         if self.index is not None:
             return self.index[chunk]
         return slice(self.first + chunk.start, self.first + chunk.stop)
 
-    def rows_at(self, chunk: slice) -> Any:
+    def rows_at(self, chunk: slice) -> Places:
         at = self.at(chunk)
         if isinstance(at, slice):
             return slice(at.start - self.shift, at.stop - self.shift)
@@ -146,8 +139,67 @@ class _Tokens:
         return self.rows[rows]
 
 
-def _take(x: Tensor, at: Any) -> Tensor:
+def take(x: Tensor, at: Places) -> Tensor:
     return x[at] if isinstance(at, slice) else x.index_select(0, at)
+
+
+class TokenTables:
+    """The tables of tokens and groups (tables.py), of which a chunk gets its own part."""
+
+    def __init__(self, tokens: Tensor, groups: Tensor) -> None:
+        self._by_token, self._groups = tokens.t(), groups
+
+    def of(self, at: Places) -> tuple[Tensor, Tensor]:
+        """The tokens' own table, and their groups': one, or one for each token."""
+        table = take(self._by_token, at).t().contiguous()
+        if self._groups.shape[0] == 1:
+            return table, self._groups
+        count = self._by_token.shape[0]
+        if isinstance(at, slice):
+            at = torch.arange(at.start, at.stop, device=table.device)
+        return table, tables.groups_at(self._groups, at, count)
+
+    def write(self, at: Places, table: Tensor) -> None:
+        self._by_token[at] = table.t()
+
+
+class Source:
+    """Where a chunk's logits come from: the hidden states of the tokens that have a weight."""
+
+    def __init__(self, head: Head, weights: Tensor, shift: bool, chunking: Chunking) -> None:
+        self.head = head
+        self.tokens = _Tokens(head.hidden, weights, shift, chunking.pack)
+
+    def allocate(self, size: int, dtype: torch.dtype) -> None:
+        hidden, weight, _ = self.head
+        gathered = size if self.tokens.gathers else 0
+        self._gathered = hidden.new_empty((gathered, weight.shape[1]))
+        self._logits = logits_pool.empty((size, weight.shape[0]), weight, dtype)
+
+    def buffer(self, chunk: slice) -> Tensor:
+        """The place of a chunk's hidden states, where they are gathered."""
+        return self._gathered[: chunk.stop - chunk.start]
+
+    def logits(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """hidden and logits of a chunk."""
+        _, weight, bias = self.head
+        h = self.tokens.hidden_at(chunk, self.buffer(chunk))
+        y = self._logits[: chunk.stop - chunk.start]
+        if y.dtype == weight.dtype:
+            if bias is None:
+                torch.mm(h, weight.t(), out=y)
+            else:
+                torch.addmm(bias, h, weight.t(), out=y)
+            return h, y
+        if y.is_cuda:
+            torch.ops.aten.mm.dtype_out(h, weight.t(), y.dtype, out=y)
+        else:  # no product of half types with a float32 result on the CPU
+            wide = h.to(y.dtype)
+            for piece in _pieces(weight.shape[0], y.element_size() * max(h.shape), weight):
+                y[:, piece] = wide @ weight[piece].to(y.dtype).t()
+        if bias is not None:
+            y += bias
+        return h, y
 
 
 class _WeightGrad:
@@ -203,6 +255,34 @@ class _WeightGrad:
         return self.dweight, self.dbias
 
 
+def autocast_head(inputs: Inputs, count: int) -> Inputs:
+    """The first ``count`` inputs as ``F.linear`` takes them under autocast."""
+    hidden, *_ = inputs
+    if hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
+        return inputs
+    return (*map(autocast, inputs[:count]), *inputs[count:])
+
+
+def autocast(x: Tensor | None) -> Tensor | None:
+    """Everything but float64 in the lower precision."""
+    if x is None or x.dtype not in checks.FLOATING or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def fake_gradients(
+    a: SimpleNamespace, needs: list[bool], of_weight: torch.dtype, of_bias: torch.dtype
+) -> tuple[Tensor, ...]:
+    """As run_chunks() gives them, of the arguments hidden and weight."""
+    needs_hidden, needs_weight, needs_bias = needs
+    dweight = a.weight.new_empty((0,))
+    return (
+        a.hidden.new_empty(a.hidden.shape if needs_hidden else (0,)),
+        torch.empty_like(a.weight, dtype=of_weight) if needs_weight else dweight,
+        a.weight.new_empty((a.weight.shape[0] if needs_bias else 0,), dtype=of_bias),
+    )
+
+
 def unit_of(hidden: Tensor, tokens: Tensor, groups: Tensor, dloss: Tensor | None) -> Tensor | None:
     """A power of two that brings the gradients of float16 logits, which may be as small as
     1 / tokens, to about 1: float16 holds nothing below 6e-8. None stands for 1."""
@@ -210,86 +290,79 @@ def unit_of(hidden: Tensor, tokens: Tensor, groups: Tensor, dloss: Tensor | None
         return None
     largest = tables.weights(tokens).abs().max() * tables.scales(groups).abs().max()
     largest = largest.float()
-    if dloss is not None:
-        largest = largest * dloss.abs().max()
+    return _unit(largest if dloss is None else largest * dloss.abs().max())
+
+
+def unit_for(hidden: Tensor, *upstream: Tensor | None) -> Tensor | None:
+    """The same, of gradients that come with a factor of their own for each token."""
+    given = [g for g in upstream if g is not None and g.numel()]
+    if hidden.dtype != torch.float16 or not given:
+        return None
+    return _unit(torch.stack([g.abs().max().float() for g in given]).max())
+
+
+def _unit(largest: Tensor) -> Tensor:
     exponent = torch.frexp(largest).exponent.clamp(-100, 100)
     unit = torch.ldexp(torch.ones_like(largest), -exponent)
     return torch.where(largest.isfinite() & (largest > 0), unit, 1)
 
 
 def run_chunks(
-    head: Head, rows: Rows, meaning: Meaning, chunking: Chunking, needs: list[bool], forward: bool
+    source: Source,
+    tokens: int,
+    chunking: Chunking,
+    needs: list[bool],
+    rows: Callable[[Tensor, Places, slice], Tensor],
+    dtype: torch.dtype,
+    prepare: Callable[[int], None] = lambda size: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills the table of tokens (``forward``), and returns the gradients that are needed.
+    """The gradients that are needed of hidden, weight and bias.
 
-    dhidden is in its final type, dweight and dbias in what they accumulate in.
+    ``rows(logits, places, chunk)`` does what a loss does with a chunk's logits, of ``dtype``, and
+    gives their gradient where one is needed, in the type of hidden. ``prepare(size)`` is told the
+    largest chunk before the first one. dhidden is in its final type, dweight and dbias in what
+    they accumulate in.
     """
-    hidden, weight, bias = head
-    target, tokens, groups, class_weight, temperatures, dloss = rows
+    hidden, weight, _ = source.head
     columns, width = weight.shape
     needs_hidden, needs_weight, needs_bias = needs
-    gradient = any(needs)
-    active = _Tokens(hidden, tables.weights(tokens), meaning.shift, chunking.pack)
+    active = source.tokens
 
-    size = _largest_chunk(weight, chunking.chunk_tokens)
-    if active.gathers and target.numel() > size:
-        size = _largest_chunk(weight, chunking.chunk_tokens, more=width)
+    # Logits of a type wider than the weight's count as so many more of these.
+    wider = columns * (dtype.itemsize - weight.element_size()) // weight.element_size()
+    size = _largest_chunk(weight, chunking.chunk_tokens, more=wider)
+    if active.gathers and tokens > size:
+        size = _largest_chunk(weight, chunking.chunk_tokens, more=wider + width)
     if active.count > size and chunking.chunk_tokens is None:  # chunks of one size
         even = -(-active.count // -(-active.count // size))
         size = min(size, -(-even // 16) * 16)
     size = min(size, active.count)
+    source.allocate(size, dtype)
+    prepare(size)
 
-    logits = logits_pool.empty((size, columns), weight)
-    gathered = hidden.new_empty((size if active.gathers else 0, width))
-    dtype = dweight_dtype(weight, target.numel(), chunking)
-    weight_grad = _WeightGrad(weight, dtype, needs_weight, needs_bias)
+    of_weight = dweight_dtype(weight, tokens, chunking)
+    weight_grad = _WeightGrad(weight, of_weight, needs_weight, needs_bias)
     dhidden = hidden.new_empty(0)
     if needs_hidden:
-        partial_rows = active.index is not None or active.count < target.numel()
+        partial_rows = active.index is not None or active.count < tokens
         make = hidden.new_zeros if partial_rows else hidden.new_empty
         dhidden = make(hidden.shape)
-    dhidden_rows = dhidden.view(target.numel(), width) if needs_hidden else dhidden
-    flat_target = target.reshape(-1)
-    by_token = tokens.t()
-    if class_weight is not None:
-        class_weight = class_weight.to(tokens.dtype)
-    if temperatures is not None:
-        temperatures = temperatures.reshape(-1)
+    dhidden_rows = dhidden.view(tokens, width) if needs_hidden else dhidden
 
     for begin in range(0, active.count, max(1, size)):
         chunk = slice(begin, min(begin + size, active.count))
-        at, buffer = active.at(chunk), gathered[: chunk.stop - begin]
-        h = active.hidden_at(chunk, buffer)
-        y = logits[: chunk.stop - begin]
-        if bias is None:
-            torch.mm(h, weight.t(), out=y)
-        else:
-            torch.addmm(bias, h, weight.t(), out=y)
-
-        table = _take(by_token, at).t().contiguous()
-        groups_at = groups
-        if groups.shape[0] > 1:
-            numbers = at
-            if isinstance(at, slice):
-                numbers = torch.arange(at.start, at.stop, device=y.device)
-            groups_at = tables.groups_at(groups, numbers, target.numel())
-        dloss_at = _take(dloss, at) if dloss is not None and dloss.dim() else dloss
-        each = None if temperatures is None else _take(temperatures, at)
-        ops.rows.default(
-            y, _take(flat_target, at), table, groups_at, class_weight, each, dloss_at, forward,
-            gradient, *meaning,
-        )  # fmt: skip
-        if forward:
-            by_token[at] = table.t()
-
-        weight_grad.add(y, h) if needs_weight or needs_bias else None
+        h, y = source.logits(chunk)
+        dlogits = rows(y, active.at(chunk), chunk)
+        if needs_weight or needs_bias:
+            weight_grad.add(dlogits, h)
         if needs_hidden:
             places = active.rows_at(chunk)
             if isinstance(places, slice):
-                torch.mm(y, weight, out=dhidden_rows[places])
+                torch.mm(dlogits, weight, out=dhidden_rows[places])
             else:
                 # The gathered hidden states are used no more: their place is free.
-                dhidden_rows.index_copy_(0, places, torch.mm(y, weight, out=buffer))
+                part = torch.mm(dlogits, weight, out=source.buffer(chunk))
+                dhidden_rows.index_copy_(0, places, part)
     return dhidden, *weight_grad.results()
 
 

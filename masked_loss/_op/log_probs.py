@@ -23,7 +23,7 @@ from masked_loss._op.autograd import (
 from masked_loss._op.cross_entropy import require_writable
 from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like, fake_nothing
 from masked_loss._op.memory import logits_pool
-from masked_loss._op.tables import loss_dtype, ops
+from masked_loss._op.tables import log_prob_fields, loss_dtype, ops
 from masked_loss.options import Scoring
 
 INPUTS = ("logits", "target", "mask", "cu_seqlens", "temperatures")
@@ -54,7 +54,7 @@ def _call(
 def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     """log_probs, perhaps the entropy, and the table of tokens."""
     log_probs, entropy, tokens = ops.token_log_probs_forward.default(
-        *inputs, *how.scoring, how.entropy
+        *inputs, how.entropy, *how.scoring
     )
     return (log_probs, entropy, tokens) if how.entropy else (log_probs, tokens)
 
@@ -97,7 +97,7 @@ def _fake(a: SimpleNamespace, entropy: bool) -> tuple[Tensor, ...]:
     return (
         a.logits.new_empty(a.target.shape, dtype=dtype),
         a.logits.new_empty(a.logits.shape[:-1] if entropy else (0,), dtype=dtype),
-        a.logits.new_empty((3 if entropy else 2, *tokens.shape), dtype=dtype),
+        a.logits.new_empty((len(log_prob_fields(entropy)), *tokens.shape), dtype=dtype),
     )
 
 

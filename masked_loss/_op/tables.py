@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the operators hand each other, as csrc/kernels/args.h lays it out."""
+"""What the operators hand each other, as csrc/kernels/args.h lays it out: a test holds the names
+of the fields to those of its enumerations."""
 
 from __future__ import annotations
 
@@ -15,13 +16,28 @@ load()
 ops = torch.ops.masked_loss
 
 # A row of the table of tokens for each; the last ones only where statistics are asked for.
-SAVED = ("weight", "loss", "top", "sum", "mass")
+SAVED = ("weight", "loss", "top", "sum", "target_mass")
 TOKEN_FIELDS = (*SAVED, "entropy", "correct")
 GROUP_FIELDS = ("scale_loss", "scale_z", "inverse_loss", "inverse_z", "mean_loss", "mean_z")
 STATISTICS = ("tokens", "correct", "entropy", "z_loss")
 assert ops.table_sizes() == tuple(map(len, (SAVED, TOKEN_FIELDS, GROUP_FIELDS, STATISTICS)))
 # masked_reduce's tokens have no row of logits.
 VALUE_FIELDS = ("weight", "loss")
+# Of the other losses' tokens; those of a divergence have its weight and value where the cross
+# entropy's have theirs.
+DIVERGENCE_SAVED = ("weight", "value", "top", "sum", "teacher_top", "teacher_sum", "mean_score")
+DIVERGENCE_FIELDS = (*DIVERGENCE_SAVED, "entropy", "teacher_entropy", "agreement")
+
+
+def divergence_fields(stats: bool) -> tuple[str, ...]:
+    return DIVERGENCE_FIELDS if stats else DIVERGENCE_SAVED
+
+
+LOG_PROB_FIELDS = ("sum", "top", "entropy_sum")
+
+
+def log_prob_fields(entropy: bool) -> tuple[str, ...]:
+    return LOG_PROB_FIELDS if entropy else LOG_PROB_FIELDS[: LOG_PROB_FIELDS.index("entropy_sum")]
 
 
 def weights(tokens: Tensor) -> Tensor:

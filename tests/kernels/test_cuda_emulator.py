@@ -494,8 +494,8 @@ def everything_that_waits(seed: int, missing: str, configure: Configure) -> list
         logits, teacher = numbers(2, rows, classes).unbind()
         tokens, groups = ops.divergence_weigh(logits, None, None, None, "sum", False, True)
         gradient = torch.empty(rows, classes)
-        meaning = 1.0, 1.0, "jsd", 0.5, None, None, False, True, False
-        ops.divergence_rows(tokens, logits, teacher, groups, None, gradient, None, None, *meaning)
+        pair = tokens, logits, teacher, None, None, groups, None, gradient
+        ops.divergence_rows(*pair, forward=True, unless_one=False, kind="jsd")
         return [tokens, gradient]
 
     configure(**settings)

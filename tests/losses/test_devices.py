@@ -78,12 +78,10 @@ def arguments(name: str) -> dict[str, Any]:
         tokens, groups = OPS.divergence_weigh(
             TENSORS["logits"], None, None, None, "mean", False, False
         )
-        tokens[1:].zero_()
+        tokens[1:] = 0
     if "dlog_probs" in names:
         forward = OPS.token_log_probs_forward
-        *_, tokens = forward(
-            TENSORS["logits"], target, None, None, None, 1.0, -100, 5.0, False, True
-        )
+        *_, tokens = forward(TENSORS["logits"], target, None, None, None, entropy=True)
     call: dict[str, Any] = {}
     for argument in schema.arguments:
         kind = str(argument.type)

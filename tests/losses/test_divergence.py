@@ -323,22 +323,23 @@ def test_opcheck(reduction: str) -> None:
     more["cu_seqlens"] = bounds
     for name in ("masked_divergence", "masked_divergence_stats"):
         torch.library.opcheck(getattr(ops, name).default, (student, teacher, mask), more)
-    y, w, kind = student.detach(), mask.detach(), (1.0, 2.0, "jsd", 0.3, None, 9.0, True)
-    forward = (y, teacher, w, None, bounds, None, None, *kind, reduction, True)
-    loss, _, tokens, groups = ops.masked_divergence_forward(*forward)
-    rows = (tokens, y, teacher, groups, None, torch.empty_like(y), None, None, *kind, True, False)
-    for name, args in {
-        "masked_divergence_forward": forward,
-        "masked_divergence_backward": (
-            torch.ones_like(loss), y, teacher, tokens, groups, None, None, *kind,
-        ),
-        "divergence_weigh": (y, w, None, bounds, reduction, True, True),
-        "divergence_rows": rows,
-    }.items():  # fmt: skip
+    y, w = student.detach(), mask.detach()
+    kind = {"kind": "jsd", "beta": 0.3, "teacher_temperature": 2.0, "teacher_softcap": 9.0}
+    kind["shift"] = True
+    forward = (y, teacher, w, None, bounds, None, None, reduction, True)
+    loss, _, tokens, groups = ops.masked_divergence_forward(*forward, **kind)
+    backward = (torch.ones_like(loss), y, teacher, None, None, tokens, groups)
+    rows = (tokens, y, teacher, None, None, groups, None, torch.empty_like(y), True, False)
+    for name, args, options in (
+        ("masked_divergence_forward", forward, kind),
+        ("masked_divergence_backward", backward, kind),
+        ("divergence_weigh", (y, w, None, bounds, reduction, True, True), {}),
+        ("divergence_rows", rows, kind),
+    ):
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         if name != "divergence_weigh":  # which leaves most of its table to divergence_rows
             checks += ("test_aot_dispatch_dynamic",)
-        torch.library.opcheck(getattr(ops, name).default, args, test_utils=checks)
+        torch.library.opcheck(getattr(ops, name).default, args, options, test_utils=checks)
 
 
 def test_memory_is_one_gradient() -> None:

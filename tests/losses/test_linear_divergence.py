@@ -174,11 +174,13 @@ def test_opcheck(reduction: str) -> None:
     for name in ("linear_divergence", "linear_divergence_stats"):
         torch.library.opcheck(getattr(ops, name).default, (*leaves, *heads[2:], mask), more)
     both = (heads[0], heads[1], None, heads[2], heads[3], None)
-    kind, how = (1.0, 2.0, "jsd", 0.3, None, 9.0, True), (4, None, False, [True, True, False])
-    forward = (*both, mask, None, bounds, None, None, *kind, reduction, True, *how)
-    loss, _, tokens, groups, *_ = ops.linear_divergence_forward(*forward)
-    backward = (torch.ones_like(loss), *both, tokens, groups, None, None, *kind, *how)
+    how = (4, None, False, [True, True, False])
+    kind = {"kind": "jsd", "beta": 0.3, "teacher_temperature": 2.0, "teacher_softcap": 9.0}
+    kind["shift"] = True
+    forward = (*both, mask, None, bounds, None, None, reduction, True, *how)
+    loss, _, tokens, groups, *_ = ops.linear_divergence_forward(*forward, **kind)
+    backward = (torch.ones_like(loss), *both, None, None, tokens, groups, *how)
     for name, args in {
         "linear_divergence_forward": forward, "linear_divergence_backward": backward,
     }.items():  # fmt: skip
-        torch.library.opcheck(getattr(ops, name).default, args)
+        torch.library.opcheck(getattr(ops, name).default, args, kind)

@@ -127,12 +127,12 @@ def test_opcheck(several: bool) -> None:
     for name in ("linear_token_log_probs", "linear_token_log_probs_entropy"):
         torch.library.opcheck(getattr(ops, name).default, (hidden, weight, target, mask), more)
     head = (hidden.detach(), weight.detach(), None)
-    how = (2.0, -100, None, True, True, 4, None, False)
-    forward = (*head, target, mask, bounds, None, *how)
-    values, entropy, tokens, weights = ops.linear_token_log_probs_forward(*forward)
+    how, options = (4, None, False), {"temperature": 2.0, "shift": True}
+    forward = (*head, target, mask, bounds, None, True, *how)
+    values, entropy, tokens, weights = ops.linear_token_log_probs_forward(*forward, **options)
     upstream = (torch.ones_like(values), torch.ones_like(entropy))
     backward = (*upstream, *head, target, None, tokens, weights, *how, [True, True, False])
     for name, args in {
         "linear_token_log_probs_forward": forward, "linear_token_log_probs_backward": backward,
     }.items():  # fmt: skip
-        torch.library.opcheck(getattr(ops, name).default, args)
+        torch.library.opcheck(getattr(ops, name).default, args, options)

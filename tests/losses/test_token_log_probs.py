@@ -144,16 +144,15 @@ def test_opcheck(ids: int | None, shift: bool) -> None:
     ops, opcheck = torch.ops.masked_loss, torch.library.opcheck
     leaf = s.logits.clone().requires_grad_()
     bounds = torch.tensor([0, 2, 2, 7])
-    public = (leaf, s.target, s.mask, bounds, temperatures)
-    more = {"softcap": 4.0, "shift": shift}
-    opcheck(ops.token_log_probs.default, public, more)
-    opcheck(ops.token_log_probs_entropy.default, public, more)
-    options = (1.0, -100, 4.0, shift)
+    options = {"softcap": 4.0, "shift": shift}
+    more = {"cu_seqlens": bounds, "temperatures": temperatures, **options}
+    opcheck(ops.token_log_probs.default, (leaf, s.target, s.mask), more)
+    opcheck(ops.token_log_probs_entropy.default, (leaf, s.target, s.mask), more)
     opcheck(ops.log_probs_weigh.default, (s.logits, s.target, s.mask, bounds, 9, -100, shift, True))
-    inputs = (s.logits, s.target, s.mask, bounds, temperatures, *options)
-    opcheck(ops.token_log_probs_forward.default, (*inputs, True))
-    opcheck(ops.token_log_probs_forward.default, (*inputs, False))
-    log_probs, entropy, tokens = ops.token_log_probs_forward(*inputs, True)
-    formula = (log_probs, entropy, s.logits, s.target, tokens, temperatures, *options)
-    opcheck(ops.token_log_probs_backward.default, formula)
-    opcheck(ops.token_log_probs_backward_out.default, (s.logits.clone(), *formula))
+    inputs = (s.logits, s.target, s.mask, bounds, temperatures)
+    opcheck(ops.token_log_probs_forward.default, (*inputs, True), options)
+    opcheck(ops.token_log_probs_forward.default, (*inputs, False), options)
+    log_probs, entropy, tokens = ops.token_log_probs_forward(*inputs, True, **options)
+    formula = (log_probs, entropy, s.logits, s.target, tokens, temperatures)
+    opcheck(ops.token_log_probs_backward.default, formula, options)
+    opcheck(ops.token_log_probs_backward_out.default, (s.logits.clone(), *formula), options)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A whole loss without torch, weights to gradients, under every option: the kernels for rows and
-// for tokens in the order in which csrc/ops/ops.cpp calls them, against the formula in double
-// precision and its differences. Meant to run under sanitizers, as test_kernels.cpp.
+// for tokens in the order in which csrc/ops/cross_entropy.cpp calls them, against the formula in
+// double precision and its differences. Meant to run under sanitizers, as test_kernels.cpp.
 #include <cmath>
 #include <cstdio>
 #include <limits>

@@ -77,12 +77,10 @@ def build(csrc: Path = ROOT / "csrc", watch: str | None = None) -> Path:
     """The extension module of the kernels in ``csrc``; ``watch``: one of WATCHED."""
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = [
-        csrc / "ops" / "ops.cpp",
-        csrc / "ops" / "log_probs.cpp",
+        *(path for path in sorted((csrc / "ops").glob("*.cpp")) if path.stem != "backend_of"),
         *sorted((csrc / "kernels" / "cuda").glob("*.cu")),
         HERE / "faults.cu",
         HERE / "device.cpp",
-        csrc / "ops" / "register.cpp",
         HERE / "emulator.cpp",
         *([HERE / "accesses.cpp"] if watch == "accesses" else []),
     ]

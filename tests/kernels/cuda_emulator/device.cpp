@@ -2,9 +2,8 @@
 // csrc/ops/backend_of.cpp where every tensor is on the emulated device, and the module that Python
 // loads.
 //
-// Together with csrc/ops/ops.cpp and csrc/ops/register.cpp it makes operators like the library's,
-// in the namespace masked_loss_emulated, whose kernels are those of csrc/kernels/cuda on the
-// emulator.
+// Together with the rest of csrc/ops it makes operators like the library's, in the namespace
+// masked_loss_emulated, whose kernels are those of csrc/kernels/cuda on the emulator.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>

@@ -28,11 +28,12 @@ def load(path: Path) -> ModuleType:
 
 
 class EmulatedOperators:
-    """The emulator's operators; those that are written in Python, and call others, as they are."""
+    """The emulator's operators; those whose kernels are Python, and call others, as they are."""
 
     def __getattr__(self, name: str) -> Any:
-        emulated = getattr(torch.ops, NAMESPACE)
-        return getattr(emulated if hasattr(emulated, name) else torch.ops.masked_loss, name)
+        has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+        emulated = has_kernel(f"{NAMESPACE}::{name}", "CPU")
+        return getattr(getattr(torch.ops, NAMESPACE) if emulated else torch.ops.masked_loss, name)
 
 
 @contextmanager
