@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
@@ -22,6 +22,11 @@ from masked_loss._op.overrides import is_overridden, override
 from masked_loss.options import Divergence
 from masked_loss.stats import DivergenceStats
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from masked_loss.options import DivergenceKeywords
+
 
 @overload
 def masked_divergence(
@@ -29,18 +34,8 @@ def masked_divergence(
     teacher_logits: Tensor,
     mask: Tensor | None = None,
     *,
-    kind: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    inplace_backward: bool = False,
     return_stats: Literal[False] = False,
+    **options: Unpack[DivergenceKeywords],
 ) -> Tensor: ...
 
 
@@ -50,18 +45,8 @@ def masked_divergence(
     teacher_logits: Tensor,
     mask: Tensor | None = None,
     *,
-    kind: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    inplace_backward: bool = False,
     return_stats: Literal[True],
+    **options: Unpack[DivergenceKeywords],
 ) -> tuple[Tensor, DivergenceStats]: ...
 
 

@@ -26,7 +26,7 @@ from masked_loss.stats import LossStats
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from masked_loss.options import DenseKeywords
+    from masked_loss.options import CrossEntropyKeywords
 
 
 @overload
@@ -36,7 +36,7 @@ def masked_cross_entropy(
     mask: Tensor | None = None,
     *,
     return_stats: Literal[False] = False,
-    **options: Unpack[DenseKeywords],
+    **options: Unpack[CrossEntropyKeywords],
 ) -> Tensor: ...
 
 
@@ -47,7 +47,7 @@ def masked_cross_entropy(
     mask: Tensor | None = None,
     *,
     return_stats: Literal[True],
-    **options: Unpack[DenseKeywords],
+    **options: Unpack[CrossEntropyKeywords],
 ) -> tuple[Tensor, LossStats]: ...
 
 

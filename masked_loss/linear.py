@@ -25,7 +25,7 @@ from masked_loss.stats import LossStats
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from masked_loss.options import LinearKeywords
+    from masked_loss.options import LinearCrossEntropyKeywords
 
 
 @overload
@@ -36,7 +36,7 @@ def linear_cross_entropy(
     mask: Tensor | None = None,
     *,
     return_stats: Literal[False] = False,
-    **options: Unpack[LinearKeywords],
+    **options: Unpack[LinearCrossEntropyKeywords],
 ) -> Tensor: ...
 
 
@@ -48,7 +48,7 @@ def linear_cross_entropy(
     mask: Tensor | None = None,
     *,
     return_stats: Literal[True],
-    **options: Unpack[LinearKeywords],
+    **options: Unpack[LinearCrossEntropyKeywords],
 ) -> tuple[Tensor, LossStats]: ...
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ from masked_loss.divergence import require_kind
 from masked_loss.options import Divergence
 from masked_loss.stats import DivergenceStats
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from masked_loss.options import LinearDivergenceKeywords
+
 
 @overload
 def linear_divergence(
@@ -32,21 +37,8 @@ def linear_divergence(
     teacher_weight: Tensor,
     mask: Tensor | None = None,
     *,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    kind: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
     return_stats: Literal[False] = False,
-    chunk_tokens: int | None = None,
-    accumulation_dtype: torch.dtype | None = None,
+    **options: Unpack[LinearDivergenceKeywords],
 ) -> Tensor: ...
 
 
@@ -58,21 +50,8 @@ def linear_divergence(
     teacher_weight: Tensor,
     mask: Tensor | None = None,
     *,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    kind: str = "forward_kl",
-    beta: float = 0.5,
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
     return_stats: Literal[True],
-    chunk_tokens: int | None = None,
-    accumulation_dtype: torch.dtype | None = None,
+    **options: Unpack[LinearDivergenceKeywords],
 ) -> tuple[Tensor, DivergenceStats]: ...
 
 

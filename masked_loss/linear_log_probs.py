@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from masked_loss._op.arguments import (
 from masked_loss._op.overrides import is_overridden, override
 from masked_loss.options import Scoring
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from masked_loss.options import LinearScoringKeywords
+
 
 @overload
 def linear_token_log_probs(
@@ -27,15 +32,8 @@ def linear_token_log_probs(
     target: Tensor,
     mask: Tensor | None = None,
     *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
     return_entropy: Literal[False] = False,
-    chunk_tokens: int | None = None,
-    accumulation_dtype: torch.dtype | None = None,
+    **options: Unpack[LinearScoringKeywords],
 ) -> Tensor: ...
 
 
@@ -46,15 +44,8 @@ def linear_token_log_probs(
     target: Tensor,
     mask: Tensor | None = None,
     *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
     return_entropy: Literal[True],
-    chunk_tokens: int | None = None,
-    accumulation_dtype: torch.dtype | None = None,
+    **options: Unpack[LinearScoringKeywords],
 ) -> tuple[Tensor, Tensor]: ...
 
 

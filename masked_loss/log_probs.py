@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
@@ -19,6 +19,11 @@ from masked_loss._op.arguments import (
 from masked_loss._op.overrides import is_overridden, override
 from masked_loss.options import Scoring
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from masked_loss.options import ScoringKeywords
+
 
 @overload
 def token_log_probs(
@@ -26,13 +31,8 @@ def token_log_probs(
     target: Tensor,
     mask: Tensor | None = None,
     *,
-    temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    inplace_backward: bool = False,
     return_entropy: Literal[False] = False,
+    **options: Unpack[ScoringKeywords],
 ) -> Tensor: ...
 
 
@@ -42,13 +42,8 @@ def token_log_probs(
     target: Tensor,
     mask: Tensor | None = None,
     *,
-    temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    shift: bool = False,
-    cu_seqlens: Tensor | None = None,
-    inplace_backward: bool = False,
     return_entropy: Literal[True],
+    **options: Unpack[ScoringKeywords],
 ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -51,26 +51,67 @@ class Chunking(NamedTuple):
     """The host may wait for the number of active tokens, to compute no others."""
 
 
-class Keywords(TypedDict, total=False):
-    """The keywords of every cross entropy, as its overloads name them."""
+# The keywords of the functions, as their overloads name them.
 
-    reduction: str
-    normalizer: float | Tensor | None
-    ignore_index: int
-    class_weight: Tensor | None
-    label_smoothing: float
-    z_loss: float
+
+class _OfRows(TypedDict, total=False):
     softcap: float | None
     temperature: float | Tensor
     shift: bool
     cu_seqlens: Tensor | None
 
 
-class DenseKeywords(Keywords, total=False):
-    inplace_backward: bool
-
-
-class LinearKeywords(Keywords, total=False):
+class _Linear(TypedDict, total=False):
     bias: Tensor | None
     chunk_tokens: int | None
     accumulation_dtype: torch.dtype | None
+
+
+class _Dense(TypedDict, total=False):
+    inplace_backward: bool
+
+
+class _CrossEntropy(_OfRows, total=False):
+    reduction: str
+    normalizer: float | Tensor | None
+    ignore_index: int
+    class_weight: Tensor | None
+    label_smoothing: float
+    z_loss: float
+
+
+class CrossEntropyKeywords(_CrossEntropy, _Dense, total=False):
+    pass
+
+
+class LinearCrossEntropyKeywords(_CrossEntropy, _Linear, total=False):
+    pass
+
+
+class _Scoring(_OfRows, total=False):
+    ignore_index: int
+
+
+class ScoringKeywords(_Scoring, _Dense, total=False):
+    pass
+
+
+class LinearScoringKeywords(_Scoring, _Linear, total=False):
+    pass
+
+
+class _Divergence(_OfRows, total=False):
+    kind: str
+    beta: float
+    teacher_temperature: float | Tensor | None
+    teacher_softcap: float | None
+    reduction: str
+    normalizer: float | Tensor | None
+
+
+class DivergenceKeywords(_Divergence, _Dense, total=False):
+    pass
+
+
+class LinearDivergenceKeywords(_Divergence, _Linear, total=False):
+    teacher_bias: Tensor | None
