@@ -51,7 +51,7 @@ def test_equal_logits_give_the_log_of_their_number(
     loss, stats = masked_cross_entropy(logits, target, return_stats=True)
     expected = torch.tensor(math.log(classes), dtype=loss.dtype, device=device)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(stats.entropy, 3 * expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.entropy, 3 * expected.double(), rtol=1e-5, atol=1e-6)
     (gradient,) = torch.autograd.grad(loss, logits)
     one_hot = torch.nn.functional.one_hot(target, classes)
     expected = ((1 / classes - one_hot.double()) / 3).to(dtype)
