@@ -6,6 +6,7 @@ pass, next to the others, and peak memory is measured in a process for each.
 
     python benchmarks/linear.py                 everything, into benchmarks/results/linear_cpu.*
     python benchmarks/linear.py --part curve    one part; the others' results stay
+    python benchmarks/linear.py --part calls    what a call costs where there is little to compute
     python benchmarks/linear.py --quick         tiny shapes, nothing is written: does it run?
 
 The floor is three bare matrix products over the active tokens, into memory that is there already:
@@ -15,6 +16,7 @@ logits, gradient of hidden, gradient of weight. A ratio to it of 1 leaves no tim
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,6 +56,7 @@ class Inputs(NamedTuple):
 SHAPES = [(2048, 768, 6400, "fp32"), (1024, 512, 32000, "fp32"), (512, 1024, 65536, "bf16")]
 CASES = [Case(*shape, masked) for shape in SHAPES for masked in (0.0, 0.5)]
 QUICK = [Case(64, 32, 1000, "fp32", 0.5), Case(64, 32, 1000, "bf16", 0.0)]
+CALLS = [Case(64, *sizes, "fp32", 0.0) for sizes in ((16, 64), (64, 512), (256, 4096))]
 CURVE = [Case(2048, 256, classes, "fp32", 0.5) for classes in (4000, 8000, 16000, 32000, 64000)]
 
 
@@ -182,6 +185,37 @@ def measure_curve(cases: list[Case], rounds: int) -> dict[str, Any]:
 # The report
 
 
+def measure_calls(rounds: int) -> dict[str, Any]:
+    """Microseconds of processor time, one thread, the least of many runs."""
+    torch.set_num_threads(1)
+    found = {}
+    for case in CALLS:
+        hidden, weight, target, _ = make(case)
+        calls: dict[str, Callable[[], Tensor]] = {
+            OURS: lambda: linear_cross_entropy(hidden, weight, target),  # noqa: B023
+            EAGER: lambda: F.cross_entropy(F.linear(hidden, weight), target),  # noqa: B023
+        }
+        found[case.name] = {
+            f"{name}, {part}": least(work, 10 * rounds)
+            for name, call in calls.items()
+            for part, work in (
+                ("forward", torch.no_grad()(call)),
+                ("step", lambda call=call: call().backward()),
+            )
+        }
+    return found
+
+
+def least(call: Callable[[], Any], runs: int, calls: int = 50) -> float:
+    times = []
+    for _ in range(runs):
+        begin = time.process_time()
+        for _ in range(calls):
+            call()
+        times.append((time.process_time() - begin) / calls)
+    return 1e6 * min(times)
+
+
 def report(results: dict[str, Any]) -> str:
     text = [
         "# linear_cross_entropy on the CPU",
@@ -217,6 +251,19 @@ def report(results: dict[str, Any]) -> str:
                 [
                     [case, *(f"{m[name] / 2**20:.0f}" for name in (OURS, *peers))]
                     for case, m in results["memory"].items()
+                ],
+            ),
+        ]
+    if "calls" in results:
+        columns = list(next(iter(results["calls"].values())))
+        text += [
+            "## Calls",
+            "Microseconds of processor time, one thread.",
+            markdown(
+                ["case", *columns],
+                [
+                    [case, *(f"{c[name]:.0f}" for name in columns)]
+                    for case, c in results["calls"].items()
                 ],
             ),
         ]
@@ -265,6 +312,7 @@ def main() -> None:
         "times": lambda: measure_times(cases, rounds),
         "memory": lambda: measure_memory(cases),
         "curve": lambda: measure_curve(curve, rounds),
+        "calls": lambda: measure_calls(rounds),
     }
     results = {"environment": timing.environment()}
     results.update((part, parts[part]()) for part in args.part)
