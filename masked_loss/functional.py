@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from masked_loss import reference
 from masked_loss._op.arguments import (
     divisor_of,
     require_bool,
@@ -228,17 +227,6 @@ def cross_entropy(
                 f"ignore_index {ignore_index}"
             )
         dtype = torch.promote_types(input.dtype, target.dtype)
-        if target.requires_grad and torch.is_grad_enabled():  # the kernels do not differentiate it
-            with torch.no_grad():  # the reference checks nothing
-                cross_entropy(
-                    input, target, weight, None, ignore_index, None, reduction, label_smoothing,
-                    mask=mask,
-                )  # fmt: skip
-            wide = torch.promote_types(dtype, torch.float32)
-            return reference.cross_entropy(
-                input.to(wide), target.to(wide), weight, ignore_index, reduction,
-                label_smoothing, mask=mask,
-            )  # fmt: skip
         target = (target.movedim(1, -1) if target.dim() > 2 else target).to(dtype)
         logits = logits.to(dtype)
     else:

@@ -142,8 +142,8 @@ def masked_whiten(
     x, weight = weighed(who, values, mask, cu_seqlens)
     if not eps >= 0:
         raise ValueError(f"{who}: eps must be at least 0, got {eps}")
-    with torch.no_grad():
-        mean, var, _ = _moments(who, x, weight, None, correction, group)
+    # detach(), and not no_grad(): that would leave them their tangents in forward mode.
+    mean, var, _ = _moments(who, x.detach(), weight.detach(), None, correction, group)
     white = (x - mean) / torch.sqrt(var + eps)
     white = white if shift_mean else white + mean
     return rounded(white.where(weight != 0, 0), values)

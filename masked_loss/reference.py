@@ -23,6 +23,7 @@ tensor(0.9259)
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +52,9 @@ def masked_cross_entropy(
 
     Args:
         logits: the scores, one row of V for each token.
-        target: the class of each token; ``ignore_index`` gives it the weight 0.
+        target: the class of each token; ``ignore_index`` gives it the weight 0. A floating
+            ``target`` [..., V] holds class probabilities: no index is ignored, and the class
+            weights do not count in the mean's denominator.
         mask: the weight of each token: bool, or any integer or float type. None stands for 1.
         reduction: "none", "sum", "mean" or "sequence_mean", as in :func:`masked_reduce`.
         normalizer: what "mean" and "sum" divide by, instead of the sum of the weights or 1;
@@ -71,33 +74,36 @@ def masked_cross_entropy(
     >>> masked_cross_entropy(logits, target, reduction="sum")
     tensor(6.9078)
     """
-    sequence = None
-    if cu_seqlens is not None:
-        sequence, mask = _packed(cu_seqlens, _weight(mask, target.shape, logits), shift)
+    probabilities = target.is_floating_point()
+    scored = None if probabilities else target != ignore_index
+    weight = token_weights(logits, mask, scored, shift, cu_seqlens)
+    sequences = None if cu_seqlens is None else _sequences(cu_seqlens, weight.shape)
     if shift:
-        sequence = None if sequence is None else sequence[..., 1:]
-        first = logits.new_zeros(target[..., :1].shape)  # Nothing scores the first token.
-        logits, target = logits[..., :-1, :], target[..., 1:]
-        mask = None if mask is None else mask[..., 1:]
+        sequences = None if sequences is None else sequences.after_first()
+        first = weight[..., :1]  # Nothing scores the first token.
+        logits, target, weight = logits[..., :-1, :], target[..., 1:], weight[..., 1:]
         temperature = _after_first(temperature)
 
-    weight = _weight(mask, target.shape, logits)
-    weight = weight.where(target != ignore_index, 0)
     active = weight != 0
     y = _scaled(logits, active, softcap, temperature)
-    index = target.where(active, 0).long()
 
     lse = y.logsumexp(dim=-1)
     nll = -y.log_softmax(dim=-1)  # lse - y, without the rounding of lse
     c = y.new_ones(y.shape[-1]) if class_weight is None else class_weight.to(y.dtype)
-    ce = c[index] * nll.gather(-1, index[..., None])[..., 0]
-    if label_smoothing:
-        ce = (1 - label_smoothing) * ce + label_smoothing * (c * nll).mean(dim=-1)
+    if probabilities:
+        p = target.where(active[..., None], 0).to(y.dtype)
+        p = (1 - label_smoothing) * p + label_smoothing / y.shape[-1]
+        index, ce, share = p.argmax(dim=-1), (c * p * nll).sum(dim=-1), weight
+    else:
+        index = target.where(active, 0).long()
+        ce, share = c[index] * nll.gather(-1, index[..., None])[..., 0], weight * c[index]
+        if label_smoothing:
+            ce = (1 - label_smoothing) * ce + label_smoothing * (c * nll).mean(dim=-1)
 
     # The mean of the cross entropy divides by the class weights too, that of the z-loss does not.
-    loss = _reduce(ce, weight, weight * c[index], reduction, normalizer, sequence)
+    loss = _reduce(ce, weight, share, reduction, normalizer, sequences)
     if z_loss:
-        loss = loss + _reduce(z_loss * lse**2, weight, weight, reduction, normalizer, sequence)
+        loss = loss + _reduce(z_loss * lse**2, weight, weight, reduction, normalizer, sequences)
     if shift and reduction == "none":
         loss = torch.cat([first, loss], dim=-1)
     if not return_stats:
@@ -132,44 +138,18 @@ def cross_entropy(
     >>> cross_entropy(torch.zeros(2, 10, 5), torch.zeros(2, 5, dtype=torch.long))
     tensor(2.3026)
     """
-    logits = input.movedim(1, -1) if input.dim() > 1 else input
-    if not target.is_floating_point():
-        loss = masked_cross_entropy(
-            logits,
-            target,
-            mask,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            class_weight=weight,
-            label_smoothing=label_smoothing,
-        )
-        assert isinstance(loss, Tensor)
-        return loss
-
-    probability = target.movedim(1, -1) if target.dim() > 1 else target
-    return probability_cross_entropy(logits, probability, mask, weight, label_smoothing, reduction)
-
-
-def probability_cross_entropy(
-    logits: Tensor,
-    probability: Tensor,
-    mask: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-) -> Tensor:
-    """Cross entropy of ``logits`` [..., V] and class probabilities [..., V]; differentiates both.
-
-    >>> probability_cross_entropy(torch.zeros(2, 10), torch.full((2, 10), 0.1))
-    tensor(2.3026)
-    """
-    weight = _weight(mask, logits.shape[:-1], logits)
-    active = (weight != 0)[..., None]
-    p = probability.where(active, 0).to(logits.dtype)
-    p = (1 - label_smoothing) * p + label_smoothing / logits.shape[-1]
-    nll = -logits.where(active, 0).log_softmax(dim=-1)
-    c = 1 if class_weight is None else class_weight.to(logits.dtype)
-    return _reduce((c * p * nll).sum(dim=-1), weight, weight, reduction, None)
+    logits, rows = (x.movedim(1, -1) if x.dim() == input.dim() > 1 else x for x in (input, target))
+    loss = masked_cross_entropy(
+        logits,
+        rows,
+        mask,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        class_weight=weight,
+        label_smoothing=label_smoothing,
+    )
+    assert isinstance(loss, Tensor)
+    return loss
 
 
 def token_log_probs(
@@ -195,7 +175,7 @@ def token_log_probs(
     several = target.dim() == logits.dim()
     ids = target if several else target[..., None]
     if cu_seqlens is not None:
-        _, mask = _packed(cu_seqlens, _weight(mask, ids.shape[:-1], logits), shift)
+        mask = token_weights(logits, mask, None, shift, cu_seqlens)
     if shift:
         first = [logits.new_zeros(x[..., :1, :].shape) for x in (ids, ids[..., :1])]
         logits, ids = logits[..., :-1, :], ids[..., 1:, :]
@@ -259,22 +239,19 @@ def masked_divergence(
     """
     if teacher_temperature is None:
         teacher_temperature = temperature
-    sequence = None
-    if cu_seqlens is not None:
-        sequence, mask = _packed(cu_seqlens, _weight(mask, logits.shape[:-1], logits), shift)
+    weight = token_weights(logits, mask, None, shift, cu_seqlens)
+    sequences = None if cu_seqlens is None else _sequences(cu_seqlens, weight.shape)
     if shift:
-        sequence = None if sequence is None else sequence[..., 1:]
-        first = logits.new_zeros(logits[..., :1, 0].shape)
+        sequences = None if sequences is None else sequences.after_first()
+        first, weight = weight[..., :1], weight[..., 1:]
         logits, teacher_logits = logits[..., :-1, :], teacher_logits[..., :-1, :]
-        mask = None if mask is None else mask[..., 1:]
         temperature, teacher_temperature = map(_after_first, (temperature, teacher_temperature))
 
-    weight = _weight(mask, logits.shape[:-1], logits)
     log_q = _log_softmax(logits, weight != 0, softcap, temperature)
     teacher_logits = teacher_logits.to(logits.dtype)
     log_p = _log_softmax(teacher_logits, weight != 0, teacher_softcap, teacher_temperature)
     values = divergence(log_p, log_q, kind, beta)
-    loss = _reduce(values, weight, weight, reduction, normalizer, sequence)
+    loss = _reduce(values, weight, weight, reduction, normalizer, sequences)
     if shift and reduction == "none":
         loss = torch.cat([first, loss], dim=-1)
     if not return_stats:
@@ -320,6 +297,7 @@ def masked_reduce(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    dim: int | None = None,
 ) -> Tensor:
     """Weighs ``values`` by ``mask`` of the same shape and reduces them.
 
@@ -333,17 +311,18 @@ def masked_reduce(
 
     ``cu_seqlens`` [S + 1] bounds sequences in the flattened values, instead of the last dimension.
     A ``normalizer`` is the denominator of "sum" and "mean", and of the mean over sequences. Without
-    any weight that is not 0 the result is 0.
+    any weight that is not 0 the result is 0. With ``dim=-1`` there is a "sum" or "mean" for each
+    sequence.
 
     >>> values = torch.tensor([[1.0, 2.0, 3.0], [7.0, float("nan"), float("nan")]])
     >>> mask = torch.tensor([[True, True, True], [True, False, False]])
     >>> masked_reduce(values, mask), masked_reduce(values, mask, reduction="sequence_mean")
     (tensor(3.2500), tensor(4.5000))
     """
-    weight, sequence = _weight(mask, values.shape, values), None
-    if cu_seqlens is not None:
-        sequence, weight = _packed(cu_seqlens, weight, False)
-    return _reduce(values.where(weight != 0, 0), weight, weight, reduction, normalizer, sequence)
+    weight = token_weights(values[..., None], mask, cu_seqlens=cu_seqlens)
+    sequences = None if cu_seqlens is None else _sequences(cu_seqlens, values.shape)
+    values = values.where(weight != 0, 0)
+    return _reduce(values, weight, weight, reduction, normalizer, sequences, dim is not None)
 
 
 def _log_softmax(
@@ -379,14 +358,58 @@ def _weight(mask: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
     return mask.to(like.dtype).where(mask != 0, 0)
 
 
-def _packed(cu_seqlens: Tensor, weight: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
-    """The number of each token's sequence, S behind the last, and the weights: 0 there and, with
-    ``shift``, of the first token of each."""
-    tokens = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
-    bounds = cu_seqlens.to(tokens)
-    sequence = torch.bucketize(tokens, bounds, right=True) - 1
-    takes_part = (sequence < len(bounds) - 1) & ~(torch.isin(tokens, bounds) & shift)
-    return sequence, weight.where(takes_part, 0)
+def token_weights(
+    logits: Tensor,
+    mask: Tensor | None,
+    scored: Tensor | None = None,
+    shift: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The weight of each token; 0 where it is not ``scored``, and where nothing scores it."""
+    weight = _weight(mask, logits.shape[:-1], logits)
+    if scored is not None:
+        weight = weight.where(scored, 0)
+    if shift:
+        weight = torch.cat([torch.zeros_like(weight[..., :1]), weight[..., 1:]], dim=-1)
+    if cu_seqlens is not None:
+        number, count = _sequences(cu_seqlens, weight.shape)
+        weight = weight.where(number < count, 0)
+        if shift:
+            step = torch.diff(number.flatten(), prepend=number.new_full((1,), -1))
+            weight = weight.where((step == 0).view(weight.shape), 0)
+    return weight
+
+
+def linear_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor, shift: bool = False
+) -> Tensor:
+    """``F.linear``, for which hidden states are zeros where they score a token of weight 0.
+
+    >>> hidden = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])
+    >>> linear_logits(hidden, torch.eye(2), None, torch.tensor([1.0, 0.0]))
+    tensor([[1., 2.],
+            [0., 0.]])
+    """
+    if shift:
+        weights = torch.cat([weights[..., 1:], torch.zeros_like(weights[..., :1])], dim=-1)
+    hidden = hidden.where((weights != 0)[..., None], 0)
+    return torch.nn.functional.linear(hidden, weight, bias)
+
+
+class Sequences(NamedTuple):
+    """The number of each token's sequence, ``total`` behind the last, and how many there are."""
+
+    number: Tensor
+    total: int
+
+    def after_first(self) -> Sequences:
+        return Sequences(self.number[..., 1:], self.total)
+
+
+def _sequences(cu_seqlens: Tensor, shape: torch.Size) -> Sequences:
+    tokens = torch.arange(math.prod(shape), device=cu_seqlens.device).view(shape)
+    number = torch.bucketize(tokens, cu_seqlens.to(tokens), right=True) - 1
+    return Sequences(number, len(cu_seqlens) - 1)
 
 
 def _reduce(
@@ -395,27 +418,29 @@ def _reduce(
     share: Tensor,
     reduction: str,
     normalizer: float | Tensor | None,
-    sequence: Tensor | None = None,
+    sequences: Sequences | None = None,
+    per_sequence: bool = False,
 ) -> Tensor:
     """Sums ``weight * values`` and divides by the sum of ``share``, as ``reduction`` says."""
     weighted = weight * values
     active = weight != 0
+    if normalizer is not None:
+        normalizer = torch.as_tensor(normalizer, dtype=values.dtype, device=values.device)
     if reduction == "none":
         return weighted
-    if reduction == "sequence_mean":
-        if sequence is None:
-            totals, shares, occupied = weighted.sum(-1), share.sum(-1), active.any(-1)
-        else:
-            zeros = values.new_zeros(int(sequence.max()) + 1 if sequence.numel() else 1)
-            totals, shares, occupied = (
-                zeros.index_add(0, sequence.flatten(), x.flatten().to(zeros))
-                for x in (weighted, share, active)
-            )
-            occupied = occupied > 0
+    if reduction == "sequence_mean" or per_sequence:
+        totals, shares, counts = (_sums(x.to(values), sequences) for x in (weighted, share, active))
+        occupied = counts > 0
+        if per_sequence and normalizer is not None:
+            shares = normalizer
+        elif per_sequence and reduction == "sum":
+            shares = torch.ones_like(totals)
         means = totals / shares.where(occupied, 1)
+        if per_sequence:
+            return means
         weighted, share = means, occupied.to(means.dtype)
     if normalizer is not None:
-        denominator = torch.as_tensor(normalizer, dtype=values.dtype, device=values.device)
+        denominator = normalizer
     elif reduction in ("mean", "sequence_mean"):
         denominator = share.sum()
     elif reduction == "sum":
@@ -423,3 +448,12 @@ def _reduce(
     else:
         raise ValueError(f"reduction must be none, sum, mean or sequence_mean, got {reduction!r}")
     return weighted.sum() / denominator.where(active.any(), 1)
+
+
+def _sums(x: Tensor, sequences: Sequences | None) -> Tensor:
+    """Over each sequence: along the last dimension, or as they are packed."""
+    if sequences is None:
+        return x.sum(dim=-1)
+    number, count = sequences
+    # What is behind the last sequence adds to one that nobody sees.
+    return x.new_zeros(count + 1).index_add(0, number.flatten(), x.flatten())[:-1]

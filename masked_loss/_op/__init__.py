@@ -6,7 +6,8 @@ in the public modules above, what it computes is in csrc/.
     memory     where large results lie
     errors     what was wrong, in the caller's words
     tables     what the operators hand each other, by name
-    autograd   what PyTorch is asked about a call, and how a formula is given to it
+    autograd   what PyTorch is asked about a call
+    derivatives  from the formulas of a loss to derivatives of every order and mode
     factory    from a call and a fake to an operator: every key that PyTorch dispatches on
     cross_entropy, reduce, linear (with linear_chunks)
 """

@@ -136,7 +136,7 @@ def divisor_of(who: str, normalizer: float | Tensor | None, like: Tensor) -> Ten
         return None
     if isinstance(normalizer, Tensor):
         require_constant(who, "normalizer", normalizer)
-        return normalizer
+        return normalizer.to(torch.float64, copy=True)  # the caller's may count on before backward
     number: object = normalizer
     if not isinstance(number, numbers.Real):  # numpy's too
         raise TypeError(

@@ -5,22 +5,22 @@ from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from masked_loss import reference
 from masked_loss._op import checks, tables
 from masked_loss._op.autograd import (
-    Formulas,
     Inputs,
     are_plain,
     below_autograd,
-    differentiable,
     is_differentiated,
     keeps_graph,
     may_require_grad,
 )
+from masked_loss._op.derivatives import Formulas, differentiable, vjp
 from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like, fake_nothing
 from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import ops
@@ -47,8 +47,8 @@ def _call(
     stats: bool, inputs: Inputs, meaning: Meaning, *, inplace_backward: bool
 ) -> tuple[Tensor, ...]:
     """loss, stats if asked for, perhaps more; where nothing is differentiated, just the kernels."""
-    logits, _, mask, *_ = inputs
-    if not is_differentiated(logits, mask):
+    logits, target, mask, *_ = inputs
+    if not is_differentiated(logits, mask, target):
         return ops.cross_entropy_forward.default(*inputs, stats, *meaning)
     plain = are_plain(logits)
     inplace = inplace_backward and plain
@@ -69,21 +69,24 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    logits, target, mask, _, class_weight, _, temperatures = inputs
+    logits, target, mask, *more = inputs
     _, _, *rest = outputs
-    kept = mask if may_require_grad(mask) else None
-    return logits, target, kept, class_weight, temperatures, *rest
+    mask = mask if may_require_grad(mask) else None  # its weights are in the table
+    return logits, target, mask, *more, *rest
 
 
 def _backward(
     saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
 ) -> Inputs:
-    logits, target, mask, class_weight, temperatures, tokens, groups, *dlogits = saved
+    logits, target, mask, _, class_weight, _, temperatures, tokens, groups, *dlogits = saved
     (dloss,) = upstream
-    needs_logits, _, needs_mask, *_ = needs
+    needs_logits, needs_target, needs_mask, *_ = needs
     meaning = how.meaning
     args = (dloss, logits, target, tokens, groups, class_weight, temperatures)
-    dmask = gradient = None
+    dtarget = dmask = gradient = None
+    if needs_target:
+        rest = saved[2:]
+        (dtarget,) = vjp(lambda t: reference_of((logits, t, *rest), how), [target], (dloss,))
     if needs_mask:
         index = None if target.is_floating_point() else target
         dmask = ops.mask_grad.default(
@@ -106,12 +109,30 @@ def _backward(
     else:
         gradient = logits_pool.empty_like(logits)
         ops.cross_entropy_backward_out.default(gradient, *args, False, *meaning)
-    return gradient, None, dmask, None, None, None, None
+    return gradient, dtarget, dmask, None, None, None, None
+
+
+def reference_of(saved: Inputs, how: How) -> tuple[Tensor, ...]:
+    logits, target, mask, normalizer, class_weight, cu_seqlens, temperatures, *rest = saved
+    if rest and mask is None:
+        mask = tables.weights(rest[0]).reshape(logits.shape[:-1])
+    options = how.meaning._asdict()
+    if temperatures is not None:
+        options["temperature"] = temperatures
+    loss: Any = reference.masked_cross_entropy(
+        logits.to(tables.loss_dtype(logits)), target, mask, normalizer=normalizer,
+        class_weight=class_weight, cu_seqlens=cu_seqlens, **options,
+        return_stats=how.stats and not rest,
+    )  # fmt: skip
+    if how.stats and not rest:
+        loss, stats = loss
+        return loss, torch.stack(stats)
+    return (loss,)
 
 
 # Without statistics one result: to hand out another takes a twentieth of a small loss's time.
 _without_stats, _with_stats = (
-    differentiable(Formulas("CrossEntropy", _forward, _save, _backward, results))
+    differentiable(Formulas("CrossEntropy", _forward, _save, _backward, reference_of, results))
     for results in (1, 2)
 )
 
@@ -142,13 +163,18 @@ def require_writable(who: str, logits: Tensor) -> None:
         )
 
 
-def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
-    who, shape = "masked_cross_entropy", a.logits.shape[:-1]
+def _check(a: SimpleNamespace) -> None:
+    who = "masked_cross_entropy"
     checks.formula(who, a)
     checks.cross_entropy(who, a.logits, a.target, a.mask, a.class_weight, a.shift)
-    checks.temperatures(who, a.temperatures, shape)
-    checks.reduction(who, a.reduction, len(shape), a.normalizer)
+    checks.temperatures(who, a.temperatures, a.logits.shape[:-1])
+    checks.reduction(who, a.reduction, a.logits.dim() - 1, a.normalizer)
     checks.cu_seqlens(who, a.cu_seqlens)
+
+
+def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
+    _check(a)
+    shape = a.logits.shape[:-1]
     return (
         tables.fake_loss(a.logits, a.reduction, shape),
         tables.fake_stats(a.logits, stats),
@@ -165,5 +191,7 @@ fake_like("mask", "mask_grad")
 fake_nothing("cross_entropy_backward_out")
 batch_by_loop("cross_entropy_forward", "cross_entropy_backward", "mask_grad")
 
-cross_entropy = Operator("cross_entropy", INPUTS, partial(_call, False))
-cross_entropy_stats = Operator("cross_entropy_stats", INPUTS, partial(_call, True))
+cross_entropy, cross_entropy_stats = (
+    Operator(name, INPUTS, partial(_call, stats), check=_check)
+    for name, stats in (("cross_entropy", False), ("cross_entropy_stats", True))
+)

@@ -5,23 +5,23 @@ from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from masked_loss import reference
 from masked_loss._op import checks, tables
 from masked_loss._op.autograd import (
-    Formulas,
     Inputs,
     are_plain,
     below_autograd,
-    differentiable,
     is_differentiated,
     keeps_graph,
     may_require_grad,
 )
 from masked_loss._op.cross_entropy import require_writable
+from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import (
     Operator,
     batch_by_loop,
@@ -110,15 +110,16 @@ def fake_statistics(like: Tensor, stats: bool) -> Tensor:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    logits, teacher, mask, _, _, *temperatures = inputs
+    logits, teacher, mask, *more = inputs
     _, _, *rest = outputs
-    return logits, teacher, mask if may_require_grad(mask) else None, *temperatures, *rest
+    mask = mask if may_require_grad(mask) else None  # its weights are in the table
+    return logits, teacher, mask, *more, *rest
 
 
 def _backward(
     saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
 ) -> Inputs:
-    logits, teacher, mask, own, others, tokens, groups, *dlogits = saved
+    logits, teacher, mask, _, _, own, others, tokens, groups, *dlogits = saved
     (dloss,) = upstream
     needs_logits, _, needs_mask, *_ = needs
     dmask = gradient = None
@@ -153,8 +154,24 @@ def _backward(
     return gradient, None, dmask, None, None, None, None
 
 
+def reference_of(saved: Inputs, how: How) -> tuple[Tensor, ...]:
+    logits, teacher, mask, normalizer, cu_seqlens, own, others, *rest = saved
+    if rest and mask is None:
+        mask = tables.weights(rest[0]).reshape(logits.shape[:-1])
+    stats, wide = how.stats and not rest, tables.loss_dtype(logits)
+    options = how.divergence._asdict()
+    for name, each in (("temperature", own), ("teacher_temperature", others)):
+        if each is not None:
+            options[name] = each
+    loss: Any = reference.masked_divergence(
+        logits.to(wide), teacher.to(wide), mask, normalizer=normalizer, cu_seqlens=cu_seqlens,
+        **options, reduction=how.reduction, return_stats=stats,
+    )  # fmt: skip
+    return (loss[0], torch.stack(loss[1])) if stats else (loss,)
+
+
 _without_stats, _with_stats = (
-    differentiable(Formulas("MaskedDivergence", _forward, _save, _backward, results))
+    differentiable(Formulas("MaskedDivergence", _forward, _save, _backward, reference_of, results))
     for results in (1, 2)
 )
 
@@ -183,10 +200,14 @@ def _backward_kernel(a: SimpleNamespace) -> Tensor:
     return dlogits
 
 
-def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
-    shape = a.logits.shape[:-1]
-    checks.reduction(_WHO, a.reduction, len(shape), a.normalizer)
+def _check(a: SimpleNamespace) -> None:
+    checks.reduction(_WHO, a.reduction, a.logits.dim() - 1, a.normalizer)
     checks.cu_seqlens(_WHO, a.cu_seqlens)
+
+
+def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
+    _check(a)
+    shape = a.logits.shape[:-1]
     return (
         tables.fake_loss(a.logits, a.reduction, shape),
         fake_statistics(a.logits, stats),
@@ -214,6 +235,8 @@ implement("masked_divergence_backward", _backward_kernel)
 batch_by_loop("masked_divergence_forward", "masked_divergence_backward")
 
 masked_divergence, masked_divergence_stats = (
-    Operator(name, INPUTS, partial(_call, stats), partial(_public_kernel, stats), Divergence)
+    Operator(
+        name, INPUTS, partial(_call, stats), partial(_public_kernel, stats), Divergence, _check
+    )
     for name, stats in (("masked_divergence", False), ("masked_divergence_stats", True))
 )

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from masked_loss._op.arguments import typed_error
-from masked_loss._op.autograd import Inputs, below_autograd, is_differentiated
+from masked_loss._op.autograd import (
+    Inputs,
+    below_autograd,
+    is_differentiated,
+    is_forward_mode,
+    transforms_are_active,
+)
 from masked_loss._op.checks import Names, checked, register_fake, speak_for
 from masked_loss._op.tables import ops
 from masked_loss.options import Meaning
@@ -117,7 +123,8 @@ class Operator:
     ``call(inputs, meaning, **more)`` computes the loss with autograd. ``inputs`` names its tensors,
     in the order in which ``call`` takes them; ``options`` is the record that ``meaning`` is.
     ``kernel`` takes the same as ``call``, and computes it below autograd; None if C++ has
-    registered one.
+    registered one. ``check`` looks at all arguments by name, where no kernel may do so: under
+    forward mode and transforms of torch.func.
     """
 
     def __init__(
@@ -127,14 +134,17 @@ class Operator:
         call: Call,
         kernel: Call | None = None,
         options: type[Any] = Meaning,
+        check: Callable[[SimpleNamespace], None] = lambda a: None,
     ) -> None:
-        self.name = name
+        self.name, self._check = name, check
         self._signature = signature = Signature(name)
         self._overload = signature.overload
         self._inputs, self._call = inputs, call
         self._record = options
         self._options = tuple(name for name in options._fields if name in signature.names)
         library.impl(name, self._autograd, "Autograd")
+        # A transform of torch.func takes the loss apart before anything else does.
+        library.impl(name, self._by_name(self._checked), "FuncTorchDynamicLayerFrontMode")
         if kernel is not None:
             below = checked(signature.overload, self._by_name(kernel))
             library.impl(name, below, "CompositeExplicitAutograd")
@@ -150,14 +160,20 @@ class Operator:
             result = self._overload(**named, **options, **more)
             return result if isinstance(result, tuple) else (result,)
         try:
-            return self._call(inputs, meaning, **more)
+            return self._checked(inputs, meaning, **more)
         except RuntimeError as error:
             tensors = dict(zip(self._inputs, inputs, strict=True))
             raise typed_error(who, error, names, tensors) from None
 
+    def _checked(self, inputs: Inputs, meaning: Meaning, **more: Any) -> tuple[Tensor, ...]:
+        if transforms_are_active() or is_forward_mode():
+            tensors = zip(self._inputs, inputs, strict=True)
+            self._check(SimpleNamespace(**dict(tensors), **meaning._asdict(), **more))
+        return self._call(inputs, meaning, **more)
+
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
         if is_differentiated(*(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))):
-            return self._by_name(self._call)(*args, **kwargs)
+            return self._by_name(self._checked)(*args, **kwargs)
         with below_autograd():
             return self._overload(*args, **kwargs)
 

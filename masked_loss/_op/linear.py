@@ -8,6 +8,7 @@ How the chunks are computed is in linear_chunks.py.
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -15,15 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from masked_loss._op import checks, tables
+from masked_loss import reference
+from masked_loss._op import checks, cross_entropy, tables
 from masked_loss._op.autograd import (
-    Formulas,
     Inputs,
-    differentiable,
     is_differentiated,
     keeps_graph,
     may_require_grad,
+    transforms_are_active,
 )
+from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import (
     AUTOCAST,
     Operator,
@@ -42,6 +44,7 @@ from masked_loss._op.linear_chunks import (
     TokenTables,
     autocast,
     autocast_head,
+    dense_logits,
     dweight_dtype,
     fake_gradients,
     run_chunks,
@@ -59,19 +62,45 @@ INPUTS = (
 )  # fmt: skip
 
 
+class Unkept:
+    """A tensor that the loss does not keep: a second derivative needs it, a first one does not."""
+
+    def __init__(self, x: Tensor | None) -> None:
+        self._tensor = None if x is None else weakref.ref(x)
+        self._version = None if x is None or x.is_inference() else x._version
+
+    def get(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        if self._tensor is None:
+            return None
+        x = self._tensor()
+        if x is None:
+            raise RuntimeError(
+                f"{_WHO}: a second derivative needs {name}, which is gone: keep a reference to it "
+                'until then, or reduce the result of reduction="none", which keeps it'
+            )
+        if self._version is not None and x._version != self._version:
+            raise RuntimeError(
+                f"{_WHO}: a second derivative needs {name}, which has been modified by an inplace "
+                "operation since"
+            )
+        return x.to(dtype)
+
+
 class How(NamedTuple):
     meaning: Meaning
     stats: bool
     chunking: Chunking
     needs: list[bool]  # the gradients that forward computes: of hidden, weight and bias
     dtype: torch.dtype  # of these three
+    head: tuple[Unkept, ...] = ()
 
 
 def _call(stats: bool, inputs: Inputs, meaning: Meaning, **chunking: Any) -> tuple[Tensor, ...]:
     """loss and stats, with autograd and autocast."""
+    head = tuple(map(Unkept, inputs[:3])) if meaning.reduction != "none" else ()
     inputs = autocast_head(inputs, 3)
     hidden, weight, bias, _, mask, *_ = inputs
-    how = How(meaning, stats, Chunking(**chunking), [False] * 3, hidden.dtype)
+    how = How(meaning, stats, Chunking(**chunking), [False] * 3, hidden.dtype, head)
     if not is_differentiated(hidden, weight, bias, mask):
         loss, statistics, *_ = _forward(inputs, how)
     else:
@@ -88,25 +117,41 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    hidden, weight, bias, target, mask, _, class_weight, _, temperatures = inputs
+    hidden, weight, bias, target, mask, *more = inputs
     _, _, *rest = outputs
-    head = [hidden, weight, bias]
-    if how.meaning.reduction != "none":  # their gradients are there, and need them no more
-        head = [_path_to(x) for x in head]
-    kept = mask if may_require_grad(mask) else None
-    return (*head, target, kept, class_weight, temperatures, *rest)
+    head = (hidden, weight, bias)
+    if how.meaning.reduction != "none" and not transforms_are_active():
+        head = (None, None, None)  # their gradients are there
+    mask = mask if may_require_grad(mask) else None  # its weights are in the table
+    return *head, target, mask, *more, *rest
 
 
-def _path_to(x: Tensor | None) -> Tensor | None:
-    """A tensor without x's memory whose gradient is x's: where second derivatives are refused."""
-    with torch.enable_grad():
-        return x[:0].sum() if x is not None and may_require_grad(x) else None
+def _complete(saved: Inputs, how: How) -> Inputs:
+    if saved[0] is not None:
+        return saved
+    names = zip(("hidden", "weight", "bias"), how.head, strict=True)
+    return (*(x.get(name, how.dtype) for name, x in names), *saved[3:])
+
+
+def _reference(saved: Inputs, how: How) -> tuple[Tensor, ...]:
+    hidden, weight, bias, target, mask, *more = saved
+    (normalizer, class_weight, cu_seqlens, temperatures, *rest), shift = more, how.meaning.shift
+    if rest and mask is None:
+        mask = tables.weights(rest[0]).reshape(target.shape)
+    scored = target != how.meaning.ignore_index
+    weights = reference.token_weights(hidden, mask, scored, shift, cu_seqlens)
+    logits = dense_logits(Head(hidden, weight, bias), weights, shift)
+    dense = cross_entropy.How(how.meaning, how.stats and not rest, False, False)
+    loss, *stats = cross_entropy.reference_of(
+        (logits, target, mask, normalizer, class_weight, cu_seqlens, temperatures), dense
+    )
+    return loss, *(stats or [tables.fake_stats(loss, False)])
 
 
 def _backward(
     saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
 ) -> Inputs:
-    hidden, weight, bias, target, mask, class_weight, temperatures, *computed = saved
+    hidden, weight, bias, target, mask, _, class_weight, _, temperatures, *computed = saved
     tokens, groups, unit, *gradients = computed
     (dloss,) = upstream
     needs_head, (_, needs_mask, *_) = list(needs[:3]), needs[3:]
@@ -135,7 +180,9 @@ def _backward(
 
 
 _linear_cross_entropy = differentiable(
-    Formulas("LinearCrossEntropy", _forward, _save, _backward, results=2)
+    Formulas(
+        "LinearCrossEntropy", _forward, _save, _backward, _reference, results=2, complete=_complete
+    )
 )
 
 
@@ -233,6 +280,11 @@ def _check(head: Head, target: Tensor, temperatures: Tensor | None, chunking: Ch
 # Their fakes
 
 
+def _check_all(a: SimpleNamespace) -> None:
+    _check(Head(a.hidden, a.weight, a.bias), a.target, a.temperatures, record(Chunking, a))
+    _check_weights(a, a.weight.shape[0])
+
+
 def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, ...]:
     chunking = record(Chunking, a)
     _check(Head(a.hidden, a.weight, a.bias), a.target, a.temperatures, chunking)
@@ -248,14 +300,18 @@ def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, .
     )
 
 
-def _fake_tables(
-    a: SimpleNamespace, classes: int, wide: bool, stats: bool
-) -> tuple[Tensor, Tensor]:
+def _check_weights(a: SimpleNamespace, classes: int) -> None:
     checks.formula(_WHO, a)
     checks.weights(
         _WHO, a.target, a.mask, a.normalizer, a.class_weight, a.reduction, classes, a.shift
     )
     checks.cu_seqlens(_WHO, a.cu_seqlens)
+
+
+def _fake_tables(
+    a: SimpleNamespace, classes: int, wide: bool, stats: bool
+) -> tuple[Tensor, Tensor]:
+    _check_weights(a, classes)
     like = a.target.new_empty((), dtype=torch.float64 if wide else torch.float32)
     fields = tables.TOKEN_FIELDS if stats else tables.SAVED
     return (
@@ -290,7 +346,7 @@ implement("linear_cross_entropy_backward", _backward_kernel)
 batch_by_loop("linear_cross_entropy_forward", "linear_cross_entropy_backward")
 
 linear_cross_entropy, linear_cross_entropy_stats = (
-    Operator(name, INPUTS, partial(_call, stats), partial(_public_kernel, stats))
+    Operator(name, INPUTS, partial(_call, stats), partial(_public_kernel, stats), check=_check_all)
     for name, stats in (("linear_cross_entropy", False), ("linear_cross_entropy_stats", True))
 )
 

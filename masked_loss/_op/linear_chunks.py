@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from masked_loss import reference
 from masked_loss._op import checks, tables
 from masked_loss._op.autograd import Inputs
 from masked_loss._op.memory import fresh, logits_pool, weight_pool
@@ -281,6 +282,14 @@ def fake_gradients(
         torch.empty_like(a.weight, dtype=of_weight) if needs_weight else dweight,
         a.weight.new_empty((a.weight.shape[0] if needs_bias else 0,), dtype=of_bias),
     )
+
+
+def dense_logits(head: Head, weights: Tensor, shift: bool) -> Tensor:
+    """Of all tokens, in the accumulation type, for the derivatives that have no kernel."""
+    hidden, weight, bias = head
+    wide = tables.loss_dtype(hidden)
+    bias = None if bias is None else bias.to(wide)
+    return reference.linear_logits(hidden.to(wide), weight.to(wide), bias, weights, shift)
 
 
 def unit_of(hidden: Tensor, tokens: Tensor, groups: Tensor, dloss: Tensor | None) -> Tensor | None:

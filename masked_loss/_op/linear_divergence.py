@@ -14,15 +14,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from masked_loss._op import checks, tables
-from masked_loss._op.autograd import (
-    Formulas,
-    Inputs,
-    differentiable,
-    is_differentiated,
-    keeps_graph,
-    may_require_grad,
-)
+from masked_loss import reference
+from masked_loss._op import checks, divergence, tables
+from masked_loss._op.autograd import Inputs, is_differentiated, keeps_graph, may_require_grad
+from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.divergence import fake_statistics, statistics_of
 from masked_loss._op.factory import Operator, batch_by_loop, fake, implement, kernel, record
 from masked_loss._op.linear_chunks import (
@@ -31,6 +26,7 @@ from masked_loss._op.linear_chunks import (
     Source,
     TokenTables,
     autocast_head,
+    dense_logits,
     dweight_dtype,
     fake_gradients,
     run_chunks,
@@ -88,15 +84,16 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    *heads, mask, _, _, own, others = inputs
+    *heads, mask, normalizer, cu_seqlens, own, others = inputs
     _, _, *rest = outputs
-    return *heads, mask if may_require_grad(mask) else None, own, others, *rest
+    mask = mask if may_require_grad(mask) else None  # its weights are in the table
+    return *heads, mask, normalizer, cu_seqlens, own, others, *rest
 
 
 def _backward(
     saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
 ) -> Inputs:
-    hidden, weight, bias, of_hidden, of_weight, of_bias, mask, *computed = saved
+    hidden, weight, bias, of_hidden, of_weight, of_bias, mask, _, _, *computed = saved
     own, others, tokens, groups, unit, *gradients = computed
     (dloss,) = upstream
     needs_hidden, needs_weight, needs_bias, _, _, _, needs_mask, *_ = needs
@@ -120,8 +117,23 @@ def _backward(
     return *dhead, None, None, None, dmask, None, None, None, None
 
 
+def _reference(saved: Inputs, how: How) -> tuple[Tensor, ...]:
+    heads, (mask, normalizer, cu_seqlens, own, others, *rest) = saved[:6], saved[6:]
+    hidden, shift = heads[0], how.divergence.shift
+    if rest and mask is None:
+        mask = tables.weights(rest[0]).reshape(hidden.shape[:-1])
+    weights = reference.token_weights(hidden, mask, None, shift, cu_seqlens)
+    logits, teacher = (dense_logits(Head(*head), weights, shift) for head in (heads[:3], heads[3:]))
+    stats = how.stats and not rest
+    dense = divergence.How(how.divergence, how.reduction, stats, False, False)
+    loss, *more = divergence.reference_of(
+        (logits, teacher, mask, normalizer, cu_seqlens, own, others), dense
+    )
+    return loss, *(more or [tables.fake_stats(loss, False)])
+
+
 _linear_divergence = differentiable(
-    Formulas("LinearDivergence", _forward, _save, _backward, results=2)
+    Formulas("LinearDivergence", _forward, _save, _backward, _reference, results=2)
 )
 
 
@@ -218,13 +230,18 @@ def _forward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
 # Their fakes
 
 
-def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, ...]:
-    chunking = record(Chunking, a)
+def _check_all(a: SimpleNamespace) -> None:
     student = Head(a.hidden, a.weight, a.bias)
-    _check(student, Head(a.teacher_hidden, a.teacher_weight, a.teacher_bias), chunking)
-    shape, wide = a.hidden.shape[:-1], tables.loss_dtype(a.hidden)
-    checks.reduction(_WHO, a.reduction, len(shape), a.normalizer)
+    teacher = Head(a.teacher_hidden, a.teacher_weight, a.teacher_bias)
+    _check(student, teacher, record(Chunking, a))
+    checks.reduction(_WHO, a.reduction, a.hidden.dim() - 1, a.normalizer)
     checks.cu_seqlens(_WHO, a.cu_seqlens)
+
+
+def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, ...]:
+    _check_all(a)
+    chunking = record(Chunking, a)
+    shape, wide = a.hidden.shape[:-1], tables.loss_dtype(a.hidden)
     tokens = tables.fake_tokens(a.hidden, tables.divergence_fields(stats), shape)
     return (
         tables.fake_loss(a.hidden, a.reduction, shape),
@@ -246,6 +263,8 @@ implement(f"{_WHO}_backward", _backward_kernel)
 batch_by_loop(f"{_WHO}_forward", f"{_WHO}_backward")
 
 linear_divergence, linear_divergence_stats = (
-    Operator(name, INPUTS, partial(_call, stats), partial(_public_kernel, stats), Divergence)
+    Operator(
+        name, INPUTS, partial(_call, stats), partial(_public_kernel, stats), Divergence, _check_all
+    )
     for name, stats in ((_WHO, False), (f"{_WHO}_stats", True))
 )

@@ -12,21 +12,24 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from masked_loss._op import checks
-from masked_loss._op.autograd import Formulas, Inputs, differentiable, is_differentiated
+from masked_loss import reference
+from masked_loss._op import checks, log_probs
+from masked_loss._op.autograd import Inputs, is_differentiated
+from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import Operator, batch_by_loop, fake, implement, kernel, record
 from masked_loss._op.linear_chunks import (
     Head,
     Places,
     Source,
     autocast_head,
+    dense_logits,
     fake_gradients,
     run_chunks,
     scaled_by,
     take,
     unit_for,
 )
-from masked_loss._op.log_probs import fake_weights
+from masked_loss._op.log_probs import check_weights, fake_weights
 from masked_loss._op.tables import log_prob_fields, ops
 from masked_loss.options import Chunking, Scoring
 
@@ -47,7 +50,9 @@ class How(NamedTuple):
 
 def _call(entropy: bool, inputs: Inputs, scoring: Scoring, **chunking: Any) -> tuple[Tensor, ...]:
     inputs = autocast_head(inputs, 3)
-    hidden, weight, bias, *_ = inputs
+    hidden, weight, bias, target, mask, *more = inputs
+    if mask is not None and mask.requires_grad:  # it selects
+        inputs = hidden, weight, bias, target, mask.detach(), *more
     how = How(scoring, entropy, Chunking(**chunking))
     if not is_differentiated(hidden, weight, bias):
         return _forward(inputs, how)[: 1 + entropy]
@@ -64,28 +69,44 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    hidden, weight, bias, target, _, _, temperatures = inputs
+    hidden, weight, bias, target, _, *more = inputs
     *_, tokens, weights = outputs
-    return hidden, weight, bias, target, temperatures, tokens, weights
+    return hidden, weight, bias, target, None, *more, tokens, weights
 
 
 def _backward(
     saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
 ) -> Inputs:
-    _, _, _, target, _, tokens, _ = saved
+    *head, target, _, _, temperatures, tokens, weights = saved
     dlog_probs, *dentropy = upstream
     if dlog_probs is None:
         dlog_probs = tokens.new_zeros(target.shape)
     needs_head = list(needs[:3])
     gradients = ops.linear_token_log_probs_backward.default(
-        dlog_probs, *(dentropy or [None]), *saved, *how.chunking, needs_head, *how.scoring
-    )
+        dlog_probs, *(dentropy or [None]), *head, target, temperatures, tokens, weights,
+        *how.chunking, needs_head, *how.scoring,
+    )  # fmt: skip
     results = (g if need else None for g, need in zip(gradients, needs_head, strict=True))
     return *results, None, None, None, None
 
 
+def _reference(saved: Inputs, how: How) -> tuple[Tensor, ...]:
+    hidden, weight, bias, target, mask, cu_seqlens, temperatures, *rest = saved
+    if rest:
+        mask = rest[1].reshape(hidden.shape[:-1])
+    scored, shift = target != how.scoring.ignore_index, how.scoring.shift
+    if target.dim() == hidden.dim():  # several ids; the entropy is of the token
+        scored = scored.any(dim=-1) | how.entropy
+    weights = reference.token_weights(hidden, mask, scored, shift, cu_seqlens)
+    logits = dense_logits(Head(hidden, weight, bias), weights, shift)
+    dense = log_probs.How(how.scoring, how.entropy, False)
+    return log_probs.reference_of((logits, target, mask, cu_seqlens, temperatures), dense)
+
+
 _without_entropy, _with_entropy = (
-    differentiable(Formulas("LinearTokenLogProbs", _forward, _save, _backward, results, results))
+    differentiable(
+        Formulas("LinearTokenLogProbs", _forward, _save, _backward, _reference, results, results)
+    )
     for results in (1, 2)
 )
 
@@ -173,11 +194,16 @@ def _forward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
 # Their fakes
 
 
-def _fake(a: SimpleNamespace, entropy: bool) -> tuple[Tensor, ...]:
+def _check(a: SimpleNamespace) -> None:
     checks.head(_WHO, a.hidden, a.weight, a.bias)
     checks.chunking(_WHO, a.weight, record(Chunking, a))
     checks.formula(_WHO, a)
     a.logits = a.hidden
+    check_weights(a)
+
+
+def _fake(a: SimpleNamespace, entropy: bool) -> tuple[Tensor, ...]:
+    _check(a)
     weights = fake_weights(a)
     shape, dtype = a.hidden.shape[:-1], weights.dtype
     return (
@@ -200,6 +226,8 @@ implement(f"{_WHO}_backward", _backward_kernel)
 batch_by_loop(f"{_WHO}_forward", f"{_WHO}_backward")
 
 linear_token_log_probs, linear_token_log_probs_entropy = (
-    Operator(name, INPUTS, partial(_call, entropy), partial(_public_kernel, entropy), Scoring)
+    Operator(
+        name, INPUTS, partial(_call, entropy), partial(_public_kernel, entropy), Scoring, _check
+    )
     for name, entropy in ((_WHO, False), (f"{_WHO}_entropy", True))
 )

@@ -6,21 +6,16 @@ from __future__ import annotations
 import math
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from masked_loss import reference
 from masked_loss._op import checks
-from masked_loss._op.autograd import (
-    Formulas,
-    Inputs,
-    are_plain,
-    below_autograd,
-    differentiable,
-    is_differentiated,
-)
+from masked_loss._op.autograd import Inputs, are_plain, below_autograd, is_differentiated
 from masked_loss._op.cross_entropy import require_writable
+from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like, fake_nothing
 from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import log_prob_fields, loss_dtype, ops
@@ -41,7 +36,9 @@ def _call(
     entropy: bool, inputs: Inputs, scoring: Scoring, *, inplace_backward: bool
 ) -> tuple[Tensor, ...]:
     """log_probs, and the entropy if it is asked for."""
-    logits, *_ = inputs
+    logits, target, mask, *more = inputs
+    if mask is not None and mask.requires_grad:  # it selects
+        inputs = logits, target, mask.detach(), *more
     inplace = inplace_backward and are_plain(logits)
     how = How(scoring, entropy, inplace)
     if not is_differentiated(logits):
@@ -60,14 +57,14 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    logits, target, _, _, temperatures = inputs
-    return logits, target, outputs[-1], temperatures
+    logits, target, _, *more = inputs
+    return logits, target, None, *more, outputs[-1]  # the mask's weights are in the table
 
 
 def _backward(
     saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
 ) -> Inputs:
-    logits, target, tokens, temperatures = saved
+    logits, target, _, _, temperatures, tokens = saved
     dlog_probs, *dentropy = upstream
     if dlog_probs is None:
         dlog_probs = torch.zeros(target.shape, dtype=tokens.dtype, device=tokens.device)
@@ -85,10 +82,31 @@ def _backward(
     return gradient, None, None, None, None
 
 
+def reference_of(saved: Inputs, how: How) -> tuple[Tensor, ...]:
+    logits, target, mask, cu_seqlens, temperatures, *rest = saved
+    if rest:
+        mask = (rest[0][0] != 0).reshape(logits.shape[:-1])  # a sum of exponentials, or 0
+    options = how.scoring._asdict()
+    if temperatures is not None:
+        options["temperature"] = temperatures
+    results: Any = reference.token_log_probs(
+        logits.to(loss_dtype(logits)), target, mask, cu_seqlens=cu_seqlens, **options,
+        return_entropy=how.entropy,
+    )  # fmt: skip
+    return results if how.entropy else (results,)
+
+
 _without_entropy, _with_entropy = (
-    differentiable(Formulas("TokenLogProbs", _forward, _save, _backward, results, results))
+    differentiable(
+        Formulas("TokenLogProbs", _forward, _save, _backward, reference_of, results, results)
+    )
     for results in (1, 2)
 )
+
+
+def _check(a: SimpleNamespace) -> None:
+    check_weights(a)
+    checks.formula(WHO, a)
 
 
 def _fake(a: SimpleNamespace, entropy: bool) -> tuple[Tensor, ...]:
@@ -106,7 +124,7 @@ def _fake_weigh(a: SimpleNamespace) -> tuple[Tensor]:
     return (fake_weights(a),)
 
 
-def fake_weights(a: SimpleNamespace) -> Tensor:
+def check_weights(a: SimpleNamespace) -> None:
     checks.floating(WHO, "logits", a.logits)
     if a.logits.dim() == 0:
         checks.fail(ValueError, WHO, "logits must have shape [..., V], got []")
@@ -123,7 +141,11 @@ def fake_weights(a: SimpleNamespace) -> Tensor:
     if a.mask is not None:
         checks.mask_of(WHO, a.mask, tokens)
     checks.cu_seqlens(WHO, a.cu_seqlens)
-    return a.logits.new_empty((math.prod(tokens),), dtype=loss_dtype(a.logits))
+
+
+def fake_weights(a: SimpleNamespace) -> Tensor:
+    check_weights(a)
+    return a.logits.new_empty((math.prod(a.logits.shape[:-1]),), dtype=loss_dtype(a.logits))
 
 
 fake("token_log_probs")(lambda a: _fake(a, False))
@@ -134,6 +156,6 @@ fake_nothing("token_log_probs_backward_out")
 batch_by_loop("token_log_probs_forward", "token_log_probs_backward")
 
 token_log_probs, token_log_probs_entropy = (
-    Operator(name, INPUTS, partial(_call, entropy), options=Scoring)
+    Operator(name, INPUTS, partial(_call, entropy), options=Scoring, check=_check)
     for name, entropy in (("token_log_probs", False), ("token_log_probs_entropy", True))
 )

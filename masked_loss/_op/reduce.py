@@ -8,14 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from masked_loss import reference
 from masked_loss._op import checks, tables
-from masked_loss._op.autograd import (
-    Formulas,
-    Inputs,
-    differentiable,
-    is_differentiated,
-    may_require_grad,
-)
+from masked_loss._op.autograd import Inputs, is_differentiated, may_require_grad
+from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like
 from masked_loss._op.tables import ops
 from masked_loss.options import Meaning
@@ -42,15 +38,16 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
-    values, mask, *_ = inputs
+    values, mask, normalizer, cu_seqlens = inputs
     _, tokens, groups = outputs
-    return values, mask if may_require_grad(mask) else None, tokens, groups
+    mask = mask if may_require_grad(mask) else None  # its weights are in the table
+    return values, mask, normalizer, cu_seqlens, tokens, groups
 
 
 def _backward(
     saved: Inputs, how: How, upstream: Inputs, needs: tuple[bool, ...], plain: bool
 ) -> Inputs:
-    values, mask, tokens, groups = saved
+    values, mask, _, _, tokens, groups = saved
     (dloss,) = upstream
     needs_values, needs_mask, *_ = needs
     dvalues = dmask = None
@@ -65,11 +62,21 @@ def _backward(
     return dvalues, dmask, None, None
 
 
-_reduce = differentiable(Formulas("MaskedReduce", _forward, _save, _backward))
+def _reference(saved: Inputs, how: How) -> tuple[Tensor, ...]:
+    values, mask, normalizer, cu_seqlens, *rest = saved
+    if rest and mask is None:
+        mask = tables.weights(rest[0]).reshape(values.shape)
+    loss = reference.masked_reduce(
+        values.to(tables.loss_dtype(values)), mask, reduction=how.reduction, normalizer=normalizer,
+        cu_seqlens=cu_seqlens, dim=-1 if how.per_sequence else None,
+    )  # fmt: skip
+    return (loss,)
 
 
-@fake("masked_reduce", "masked_reduce_forward")
-def _fake(a: SimpleNamespace) -> tuple[Tensor, ...]:
+_reduce = differentiable(Formulas("MaskedReduce", _forward, _save, _backward, _reference))
+
+
+def _check(a: SimpleNamespace) -> None:
     who, shape = "masked_reduce", a.values.shape
     checks.floating(who, "values", a.values)
     if a.mask is not None:
@@ -78,6 +85,13 @@ def _fake(a: SimpleNamespace) -> tuple[Tensor, ...]:
     checks.cu_seqlens(who, a.cu_seqlens)
     if a.per_sequence:
         checks.per_sequence(who, a.reduction, len(shape))
+
+
+@fake("masked_reduce", "masked_reduce_forward")
+def _fake(a: SimpleNamespace) -> tuple[Tensor, ...]:
+    _check(a)
+    shape = a.values.shape
+    if a.per_sequence:
         sequences = shape[:-1] if a.cu_seqlens is None else (a.cu_seqlens.shape[0] - 1,)
         loss = a.values.new_empty(sequences, dtype=tables.loss_dtype(a.values))
     else:
@@ -92,4 +106,4 @@ def _fake(a: SimpleNamespace) -> tuple[Tensor, ...]:
 fake_like("values", "masked_reduce_backward")
 batch_by_loop("masked_reduce_forward", "masked_reduce_backward")
 
-masked_reduce = Operator("masked_reduce", INPUTS, _call)
+masked_reduce = Operator("masked_reduce", INPUTS, _call, check=_check)

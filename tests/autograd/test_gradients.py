@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Gradients under everything that autograd can do, and a clear no where it cannot."""
+"""First derivatives under everything that autograd can do; test_derivatives.py has the others."""
 
 from __future__ import annotations
 
@@ -228,59 +228,6 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     ),
 }
 all_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-refused_twice = pytest.raises(RuntimeError, match=r"masked_loss: .* cannot be differentiated twice")
-
-
-@all_losses
-def test_second_derivatives_are_refused(loss: Callable[..., Tensor]) -> None:
-    """Each would be a wrong number, often 0, or none at all; it says so instead."""
-    logits, target, mask = problem(3, 4)
-    grad = torch.autograd.grad
-    total = loss(logits, target, mask)
-    of_logits, of_mask = grad(total, (logits, mask), create_graph=True)
-    for penalty in ((of_logits**2).sum(), (of_mask**2).sum()):
-        for value in (penalty, total + penalty):
-            for x in (logits, mask):
-                with refused_twice:
-                    grad(value, x, retain_graph=True)
-    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    (of_logits,) = grad(loss(logits, target, mask) * scale, logits, create_graph=True)
-    with refused_twice:  # through the upstream gradient alone
-        grad((of_logits**2).sum() + scale, scale)
-
-
-@all_losses
-def test_second_derivatives_are_refused_by_transforms(loss: Callable[..., Tensor]) -> None:
-    logits, target, mask = problem(3, 4)
-    func, functional, x, ones = (
-        torch.func,
-        torch.autograd.functional,
-        logits.detach(),
-        mask.detach(),
-    )
-
-    def of_logits(x: Tensor) -> Tensor:
-        return loss(x, target, ones)
-
-    def penalty(x: Tensor) -> Tensor:
-        return func.grad(of_logits)(x).pow(2).sum()
-
-    calls: list[Callable[[], Any]] = [
-        lambda: func.grad(penalty)(x),
-        lambda: func.jacrev(func.jacrev(of_logits))(x),
-        lambda: func.vmap(func.grad(penalty))(torch.stack([x, x])),
-        lambda: func.grad(lambda m: func.grad(loss, 2)(x, target, m).pow(2).sum())(ones),
-        lambda: functional.hvp(of_logits, x, x),
-        lambda: functional.hessian(of_logits, x),
-        # A gradient step inside, a plain backward outside.
-        lambda: torch.autograd.grad(penalty(logits) + logits.sum(), logits),
-        lambda: torch.autograd.grad(
-            func.grad(lambda y: of_logits(y * logits.sum()))(x).pow(2).sum(), logits
-        ),
-    ]
-    for call in calls:
-        with refused_twice:
-            call()
 
 
 @all_losses
@@ -309,34 +256,6 @@ def test_batched_upstream_gradients(loss: Callable[..., Tensor], inplace: bool) 
     )
     (single,) = torch.autograd.grad(loss(logits, target, mask), logits)
     torch.testing.assert_close(batched, upstream[:, None, None, None] * single)
-
-
-def test_func_grad_of_the_operators_is_refused() -> None:
-    logits, target, _ = (x.detach() for x in problem(3, 4))
-    ops = torch.ops.masked_loss
-    for call in (
-        lambda x: ops.cross_entropy(x, target),
-        lambda x: ops.masked_reduce(x[..., 0]),
-        lambda x: ops.linear_cross_entropy(x, torch.eye(7, dtype=x.dtype), target),
-    ):
-        with pytest.raises(NotImplementedError, match=r"but not torch\.ops"):
-            torch.func.grad(call)(logits)
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_forward_mode_is_refused(reduction: str) -> None:
-    logits, target, _ = problem(3, 4)
-    logits = logits.detach()
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"[Ff]orward.mode|jvp"):
-        torch.func.jvp(
-            lambda x: masked_cross_entropy(x, target, reduction=reduction),
-            (logits,),
-            (torch.ones_like(logits),),
-        )
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits))
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"[Ff]orward.mode|jvp"):
-            masked_cross_entropy(dual, target, reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
