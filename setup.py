@@ -151,6 +151,9 @@ class Build(BuildExtension):
         self.build_temp = os.path.join("build", "objects")
 
     def run(self) -> None:
+        name = compiler()  # before torch looks for it, and warns that it is not the right one
+        if WINDOWS:  # elsewhere torch finds it the same way
+            os.environ["CXX"] = name
         with self.alone():
             super().run()
 
@@ -173,9 +176,6 @@ class Build(BuildExtension):
         return []
 
     def build_extension(self, ext: Extension) -> None:
-        name = compiler()
-        if WINDOWS:  # elsewhere torch finds it the same way
-            os.environ["CXX"] = name
         home = cuda_to_build_with()
         print(f"masked_loss: CUDA kernels {'from ' + str(home) if home else 'left out'}")
         if home is not None:
