@@ -163,7 +163,7 @@ def test_the_loss_function_alone(dtype: torch.dtype, ignore_index: int) -> None:
         ((labels, V), {"num_items_in_batch": torch.tensor(5)}),
         ((None, V), {"shift_labels": shifted}),
         ((labels, V, None), {"shift_labels": shifted.flatten()}),
-        ((labels, V), {"cu_seq_lens_q": torch.tensor([0, 9]), "output_attentions": True}),
+        ((labels, V), {"cu_seq_lens_q": torch.tensor([0, 9, 18, 27]), "output_attentions": True}),
     ]
     for args, kwargs in calls:
         kwargs["ignore_index"] = ignore_index
