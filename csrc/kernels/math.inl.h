@@ -2,7 +2,7 @@
 // The mathematics of masked_loss, written once.
 //
 // Included inside a backend's namespace, after the backend has defined, for its value type V,
-// arithmetic, fma, exp, log, tanh, max(a, b) = a > b ? a : b, any_greater and ML_FN. It has no
+// arithmetic, fma, exp, log, tanh, abs, max(a, b) = a > b ? a : b, any_greater and ML_FN. It has no
 // guard and includes nothing: an instruction set's code must be compiled inside that instruction
 // set's target region.
 //
@@ -125,7 +125,7 @@ ML_FN A entropy(A sum, A entropy_sum) {
 // target's. For one lane.
 template <class A>
 struct TargetSums : EntropySums<A> {
-  A soft_loss, soft_mass;  // sum_j q_j (top - y_j) and sum_j q_j over the soft part
+  A soft_loss, soft_mass;  // sum_j q_j (top - y_j) and sum_j q_j over the soft part, over its unit
   int beaten;
 
   ML_FN TargetSums() : soft_loss(A(0)), soft_mass(A(0)), beaten(0) {}
@@ -152,10 +152,13 @@ struct TargetSums : EntropySums<A> {
       if (with_entropy) this->entropy_sum = this->entropy_sum + entropy_term(e, y[i], this->top);
     }
   }
-  // After push() of the same y, so that top is not below it.
-  ML_FN void push_target(A y, A q) {
-    soft_loss = soft_loss + q * (this->top - y);
-    soft_mass = soft_mass + q;
+  // After push() of the same y, so that top is not below them. Overwrites q.
+  template <int N>
+  ML_FN void push_soft(const A (&y)[N], A (&q)[N]) {
+    A terms[N];
+    for (int i = 0; i < N; ++i) terms[i] = q[i] * (this->top - y[i]);
+    soft_loss = soft_loss + tree_sum(terms);
+    soft_mass = soft_mass + tree_sum(q);
   }
 
   ML_FN void add(const TargetSums& other) {
@@ -176,14 +179,22 @@ ML_FN void merge(Sums* all, Sums next) {
 
 // From a logit of the model to y.
 
-// y = cap tanh(x / cap), and dy/dx from t = tanh(x / cap).
+// y = cap tanh(x / cap). A quotient: where y is large, a rounded inverse would be many roundings of
+// exp(y).
 template <class V>
-ML_FN V softcap(V x, V cap, V inverse) {
-  return cap * tanh(x * inverse);
+ML_FN V softcap(V x, V cap) {
+  return cap * tanh(x / cap);
+}
+// rest = 1 - |tanh(u)|, u = x / cap, and dy/dx = 1 - tanh(u)^2 from it. Where tanh is almost 1 no
+// digits of it are left to subtract.
+template <class V>
+ML_FN V tanh_rest(V u) {
+  const V e = exp(V(-2) * abs(u));
+  return (e + e) / (V(1) + e);
 }
 template <class V>
-ML_FN V tanh_slope(V t) {
-  return V(1) - t * t;
+ML_FN V tanh_slope(V rest) {
+  return rest * (V(2) - rest);
 }
 
 // 1 / temperature = high + low, low > 0. x high + x low is x / temperature to one rounding, and an
@@ -209,6 +220,16 @@ ML_FN V cooled(V x, const InverseTemperature<A>& inverse) {
 template <class V>
 ML_FN V soft_target(V class_weight, V probs, V probs_scale, V uniform) {
   return class_weight * (probs_scale * probs + uniform);
+}
+// Its unit: where the soft part is uniform the sums are of c_j alone, and multiplied at the end.
+// The same share added up again and again would be rounded the same way each time.
+template <class A>
+ML_FN A soft_unit(bool probs, A uniform) {
+  return probs ? A(1) : uniform;
+}
+template <class A>
+ML_FN A uniform_in_units(bool probs, A uniform) {
+  return probs ? uniform : A(1);
 }
 
 // q_j (lse - y_j) of the hard part. (top - y) + log(sum), not lse - y: exact where logits are

@@ -78,6 +78,48 @@ def test_moments_hold_any_count() -> None:
     assert int(count) == (1 << 24) + 1
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("classes", [1000, 2049, 50_257])
+def test_equal_shares_add_up(classes: int, probabilities: bool) -> None:
+    """The same number, added up again and again, is rounded the same way each time."""
+    logits = 0.1 * torch.randn(4, classes)
+    target = torch.full((4, classes), 1 / classes) if probabilities else torch.zeros(4).long()
+    for weight in (None, torch.full((classes,), 0.3)):
+        wide = target.double() if probabilities else target
+        truth = masked_loss.reference.cross_entropy(
+            logits.double(), wide, None if weight is None else weight.double(),
+            label_smoothing=0.9, reduction="none",
+        )  # fmt: skip
+        loss = cross_entropy(logits, target, weight, label_smoothing=0.9, reduction="none")
+        torch.testing.assert_close(loss.double(), truth, rtol=2.4e-7, atol=0)  # two roundings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", ["cross entropy", "divergence", "log-probabilities"])
+def test_the_slope_of_a_softcap_has_all_its_digits(loss: str, dtype: torch.dtype) -> None:
+    """Where tanh is almost 1, 1 - tanh^2 has none left."""
+    target = torch.zeros(4).long()
+
+    def call(x: Tensor, softcap: float | None) -> Tensor:
+        if loss == "cross entropy":
+            return masked_cross_entropy(x, target, softcap=softcap)
+        if loss == "divergence":
+            teacher = torch.linspace(-3, 3, 50, dtype=x.dtype).expand(4, 50)
+            return masked_loss.masked_divergence(x, teacher, softcap=softcap)
+        return masked_loss.token_log_probs(x, target, softcap=softcap).sum()
+
+    u = torch.linspace(0.1, 19, 50).to(dtype)
+    logits = torch.stack([u, -u, u.flip(0), u * 100]).requires_grad_()
+    (gradient,) = torch.autograd.grad(call(logits, 2.0), logits)
+    x = logits.detach().double()
+    y = (2 * torch.tanh(x / 2)).requires_grad_()
+    (of_y,) = torch.autograd.grad(call(y, None), y)
+    e = torch.exp(-x.abs())
+    truth = of_y * 4 * e / (1 + e) ** 2
+    smallest = 1e-6 * of_y.abs().max() * e.amin(-1, keepdim=True).clamp(min=1e-30)
+    assert ((gradient - truth).abs() <= 1e-4 * truth.abs() + smallest).all()
+
+
 @pytest.mark.parametrize("value", [2, 1, 0, "yes", None])
 @pytest.mark.parametrize("name", ["shift", "inplace_backward", "return_stats"])
 def test_a_bool_is_a_bool(name: str, value: Any) -> None:

@@ -141,6 +141,11 @@ struct PairKernel {
   }
 
   template <class T>
+  const T* logits_of(const LogitRows& rows, int64_t row) const {
+    return static_cast<const T*>(rows.logits) + offset(row, rows.batch_stride, rows.step_stride);
+  }
+
+  template <class T>
   T* dlogits_of(int64_t row) const {
     return static_cast<T*>(args.dlogits) +
            offset(row, args.grad_batch_stride, args.grad_step_stride);
@@ -156,16 +161,14 @@ struct PairKernel {
     const A* found = nullptr;
     with_input_type(rows.dtype, [&](auto type) {
       using T = decltype(type);
-      const T* const x =
-          static_cast<const T*>(rows.logits) + offset(row, rows.batch_stride, rows.step_stride);
+      const T* const x = logits_of<T>(rows, row);
       const A t = temperature(rows, token), cap = static_cast<A>(rows.softcap);
       if constexpr (std::is_same_v<T, A>) {
         if (cap == 0 && t == 1) return static_cast<void>(found = x);
       }
-      const V inverse_cap(cap == 0 ? A(0) : 1 / cap);
       for_each_vector<V>(0, args.cols, [&](int64_t j, auto count) {
         V y = load<V>(x + j, count);
-        if (cap != 0) y = softcap(y, V(cap), inverse_cap);
+        if (cap != 0) y = softcap(y, V(cap));
         if (t != 1) y = y / V(t);
         store(y, copy + j, count);
       });
@@ -296,17 +299,18 @@ struct PairKernel {
   template <class T>
   struct Writer {
     T* dx;
-    const A* y;
-    V scale, to_tanh;
+    const T* x;
+    V scale, cap;
     bool capped, around;  // around the caches, in aligned pairs
     mutable V held;
 
-    ML_FN V finish(V d, V y_at) const {
+    template <class Count>
+    ML_FN V finish(V d, int64_t j, Count count) const {
       d = d * scale;
-      return capped ? d * tanh_slope(y_at * to_tanh) : d;
+      return capped ? d * tanh_slope(tanh_rest(load<V>(x + j, count) / cap)) : d;
     }
     ML_FN void put(int64_t j, Full, V d) const {
-      d = finish(d, capped ? V::load(y + j) : d);
+      d = finish(d, j, Full{});
       if (!around) return store(d, dx + j, Full{});
       if (j % (2 * V::kLanes) == 0) {
         held = d;
@@ -315,9 +319,7 @@ struct PairKernel {
         V::stream2(dx + j - V::kLanes, held, d);
       }
     }
-    ML_FN void put(int64_t j, Part part, V d) const {
-      store(finish(d, capped ? load<V>(y + j, part) : d), dx + j, part);
-    }
+    ML_FN void put(int64_t j, Part part, V d) const { store(finish(d, j, part), dx + j, part); }
     int64_t cols;
   };
 
@@ -331,9 +333,9 @@ struct PairKernel {
     const bool around = args.stream && aligned && std::is_same_v<T, A> &&
                         static_cast<const void*>(dx) != static_cast<const void*>(r.y);
     return {dx,
-            r.y,
+            logits_of<T>(args.student, r.row),
             V(static_cast<A>(upstream(r.token) * factor_of<Kind>() / t)),
-            V(cap == 0 ? A(0) : t / cap),
+            V(cap),
             cap != 0,
             around,
             V(0),

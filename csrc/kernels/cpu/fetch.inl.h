@@ -54,13 +54,18 @@ void for_each_run(int64_t begin, int64_t end, int64_t terms, const F& f) {
 // lanes that are not there left out.
 template <class V, int N, class F>
 void add_up(int64_t cols, double (&sums)[N], const F& f) {
-  for_each_run<V>(0, cols, 64, [&](int64_t begin, int64_t end) {
+  for_each_run<V>(0, cols, 64, [&](int64_t first, int64_t last) {
     V lanes[N];
     for (V& lane : lanes) lane = V(0);
-    for_each_vector<V>(begin, end, [&](int64_t j, auto count) {
-      V terms[N];
-      f(j, count, terms);
-      for (int i = 0; i < N; ++i) lanes[i] = lanes[i] + keep(terms[i], count, 0);
+    for_each_run<V>(first, last, 8, [&](int64_t begin, int64_t end) {
+      V few[N];
+      for (V& lane : few) lane = V(0);
+      for_each_vector<V>(begin, end, [&](int64_t j, auto count) {
+        V terms[N];
+        f(j, count, terms);
+        for (int i = 0; i < N; ++i) few[i] = few[i] + keep(terms[i], count, 0);
+      });
+      for (int i = 0; i < N; ++i) lanes[i] = lanes[i] + few[i];
     });
     for (int i = 0; i < N; ++i) sums[i] += lane_sum(lanes[i]);
   });

@@ -97,7 +97,6 @@ struct RowKernel {
   };
 
   const A cap = static_cast<A>(args.softcap);
-  const A inverse_cap = args.softcap != 0 ? 1 / cap : A(0);
   const bool capped = mapped && args.softcap != 0;
   const bool cooling = mapped && (args.temperatures || args.temperature != 1);
   const A probs_scale = args.probs ? static_cast<A>(1 - args.label_smoothing) : A(0);
@@ -152,7 +151,7 @@ struct RowKernel {
 
   ML_FN V logit(const Row& r, V raw) const {
     if constexpr (mapped) {
-      if (capped) raw = softcap(raw, V(cap), V(inverse_cap));
+      if (capped) raw = softcap(raw, V(cap));
       if (cooling) raw = cooled(raw, r.cool);
     }
     return raw;
@@ -166,14 +165,14 @@ struct RowKernel {
 
   A slope_at(const Row& r, int64_t j) const {
     if (!capped) return A(1);
-    const V t = tanh(load<V>(r.x + j, Part{1}) * V(inverse_cap));
-    return lane_sum(keep(tanh_slope(t), Part{1}, A(0)));
+    const V rest = tanh_rest(load<V>(r.x + j, Part{1}) / V(cap));
+    return lane_sum(keep(tanh_slope(rest), Part{1}, A(0)));
   }
 
   template <class Count>
-  ML_FN V soft_target_at(const Row& r, int64_t j, Count count) const {
+  ML_FN V soft_target_at(const Row& r, int64_t j, Count count, A share) const {
     return soft_target(class_weight ? load<V>(class_weight + j, count) : V(1),
-                       r.probs ? load<V>(r.probs + j, count) : V(0), V(probs_scale), V(uniform));
+                       r.probs ? load<V>(r.probs + j, count) : V(0), V(probs_scale), V(share));
   }
 
   A soft_target_at(const Row& r, int64_t j) const {
@@ -250,12 +249,13 @@ struct RowKernel {
     TargetSums<double> all;
     all.top = sums.top, all.sum = sums.sum;
     if constexpr (Loss::kSoft) {
+      const A unit = soft_unit(args.probs, uniform), share = uniform_in_units(args.probs, uniform);
       double soft[2] = {0, 0};
       add_up<V>(args.cols, soft, [&](int64_t j, auto count, V(&terms)[2]) {
-        terms[1] = soft_target_at(r, j, count);
+        terms[1] = soft_target_at(r, j, count, share);
         terms[0] = terms[1] * (V(sums.top) - logit(r, load<V>(r.x + j, count)));
       });
-      all.soft_loss = soft[0], all.soft_mass = soft[1];
+      all.soft_loss = unit * soft[0], all.soft_mass = unit * static_cast<A>(soft[1]);
     }
     Loss::finish(r.token, all, r.target >= 0 ? logit_at(r, r.target) : A(0), r.hard);
     if (!args.stats) return;
@@ -364,17 +364,18 @@ struct RowKernel {
                               V(static_cast<A>(g.gamma))};
     const Targets targets(*this, r, g, begin, end);
     const auto of_raw = [&](V raw, V q) {
-      V y = raw, t(0);
+      V y = raw, rest(1);
       if constexpr (mapped) {
-        if (capped) t = tanh(raw * V(inverse_cap)), y = V(cap) * t;
+        if (capped) y = softcap(raw, V(cap)), rest = tanh_rest(raw / V(cap));
         if (cooling) y = cooled(y, r.cool);
       }
       const V d = gradient_term<Loss>(y, top, of_lanes, q);
-      if constexpr (mapped) return d * tanh_slope(t);
+      if constexpr (mapped) return d * tanh_slope(rest);
       return d;
     };
     const auto at = [&](int64_t j, auto count) {
-      return of_raw(load<V>(x + j, count), Loss::kSoft ? soft_target_at(r, j, count) : V(0));
+      return of_raw(load<V>(x + j, count),
+                    Loss::kSoft ? soft_target_at(r, j, count, uniform) : V(0));
     };
     int64_t j = begin;
     if constexpr (!Loss::kSoft) {

@@ -16,7 +16,7 @@ ML_FN V exp2_fraction(V f) {
 }
 
 // tanh(x) / x - 1 over x^2 for |x| <= 0.625, as a polynomial in x^2: of the Cephes library's form
-// (fp32), minimax to 1e-17 (fp64). From kOne on tanh is 1 to the last bit.
+// (fp32), minimax to 1e-17 (fp64).
 template <class A>
 struct Tanh;
 template <>
@@ -24,7 +24,6 @@ struct Tanh<float> {
   static constexpr float kCoefficients[] = {-5.70498872745e-3f, 2.06390887954e-2f,
                                             -5.37397155531e-2f, 1.33314422036e-1f,
                                             -3.33332819422e-1f};
-  static constexpr float kOne = 10;
 };
 template <>
 struct Tanh<double> {
@@ -33,10 +32,9 @@ struct Tanh<double> {
       5.8631653991530045001e-4,  -1.4549588779078006955e-3, 3.5919891738119406436e-3,
       -8.8632210026321532294e-3, 2.1869487576095108e-2,     -5.3968253931267726014e-2,
       1.3333333333262091411e-1,  -3.3333333333332855266e-1};
-  static constexpr double kOne = 20;
 };
 
-// Near 0 the polynomial, elsewhere 1 - 2 / (e^(2|x|) + 1). A NaN passes both.
+// Near 0 the polynomial, elsewhere 1 - rest (math.inl.h). A NaN passes both.
 template <class V>
 ML_FN V tanh_wide(V x) {
   using T = Tanh<typename V::Scalar>;
@@ -47,8 +45,6 @@ ML_FN V tanh_wide(V x) {
     p = fma(p, square, V(T::kCoefficients[i]));
   }
   const V near = fma(p * square, x, x);
-  const V one(1), two(2);
-  const V bounded = if_less(V(T::kOne), magnitude, V(T::kOne), magnitude);
-  const V far = one - two / (exp(bounded + bounded) + one);
+  const V far = V(1) - tanh_rest(x);
   return if_less(magnitude, V(0.625f), near, with_sign(far, x));
 }

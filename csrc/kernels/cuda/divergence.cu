@@ -14,8 +14,6 @@ namespace {
 #include "kernels/cuda/functions.inl.cuh"
 
 ML_FN float exp(float x) { return ::expf(x); }
-ML_FN float abs(float x) { return ::fabsf(x); }
-ML_FN double abs(double x) { return ::fabs(x); }
 ML_FN float log1p(float x) { return ::log1pf(x); }
 ML_FN double log1p(double x) { return ::log1p(x); }
 ML_FN float if_less(float a, float b, float yes, float no) { return a < b ? yes : no; }
@@ -105,9 +103,11 @@ struct RowReader {
       return widen(static_cast<const Float16*>(x)[j]);
     }
   }
-  ML_FN A tanh_at(int64_t j) const { return tanh(raw(j) / cap); }
   ML_FN A operator()(int64_t j) const {
-    return (cap == A(0) ? raw(j) : cap * tanh_at(j)) / temperature;
+    return (cap == A(0) ? raw(j) : softcap(raw(j), cap)) / temperature;
+  }
+  ML_FN A slope(int64_t j) const {
+    return cap == A(0) ? A(1) : tanh_slope(tanh_rest(raw(j) / cap));
   }
 };
 
@@ -231,9 +231,7 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
       } else {
         d = Kind::slope(c);
       }
-      d = d * all;
-      if (student.cap != A(0)) d = d * tanh_slope(student.tanh_at(j));
-      write_gradient(args, to + j, d);
+      write_gradient(args, to + j, d * all * student.slope(j));
     }
   }
 }

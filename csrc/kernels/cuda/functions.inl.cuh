@@ -7,6 +7,8 @@ ML_FN float log(float x) { return ::logf(x); }
 ML_FN double log(double x) { return ::log(x); }
 ML_FN float tanh(float x) { return ::tanhf(x); }
 ML_FN double tanh(double x) { return ::tanh(x); }
+ML_FN float abs(float x) { return ::fabsf(x); }
+ML_FN double abs(double x) { return ::fabs(x); }
 // The number, where one of the two is NaN. A NaN still reaches every sum: exp(NaN) is added to it.
 ML_FN float max(float a, float b) { return ::fmaxf(a, b); }
 ML_FN double max(double a, double b) { return ::fmax(a, b); }

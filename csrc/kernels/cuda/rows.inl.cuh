@@ -62,7 +62,6 @@ struct RowKernel {
   const bool cooling = general && (args.temperatures || args.temperature != 1);
   const bool soft = general && (args.probs || args.label_smoothing != 0);
   const A cap = static_cast<A>(args.softcap);
-  const A inverse_cap = capped ? 1 / cap : A(0);
   const A probs_scale = args.probs ? static_cast<A>(1 - args.label_smoothing) : A(0);
   const A uniform = static_cast<A>(args.label_smoothing / static_cast<double>(args.classes));
 
@@ -85,13 +84,13 @@ struct RowKernel {
   ML_FN static int rank() { return static_cast<int>(threadIdx.x % kThreads); }
 
   ML_FN A logit(const Row& r, A x) const {
-    if (capped) x = softcap(x, cap, inverse_cap);
+    if (capped) x = softcap(x, cap);
     return cooling ? cooled(x, r.cool) : x;
   }
 
-  ML_FN A soft_target_at(const Row& r, int j) const {
+  ML_FN A soft_target_at(const Row& r, int j, A share) const {
     return soft_target(r.class_weight ? r.class_weight[j] : A(1),
-                       r.probs ? A(widen(r.probs[j])) : A(0), probs_scale, uniform);
+                       r.probs ? A(widen(r.probs[j])) : A(0), probs_scale, share);
   }
 
   ML_FN Row row_at(int64_t row, int64_t part) const {
@@ -147,8 +146,11 @@ struct RowKernel {
       for (int i = 0; i < N; ++i) y[i] = logit(r, x[i]);
       sums->push(y, args.stats);
       if (soft) {
+        const A share = uniform_in_units(args.probs, uniform);
+        A q[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) sums->push_target(y[i], soft_target_at(r, at + i));
+        for (int i = 0; i < N; ++i) q[i] = soft_target_at(r, at + i, share);
+        sums->push_soft(y, q);
       }
       if (args.stats) {
 #pragma unroll
@@ -203,8 +205,11 @@ struct RowKernel {
   ML_FN void finish(const Row& r, const Sums& sums) const {
     const double own = logit(r, r.own);
     if constexpr (general) {
-      Loss::finish(r.token, sums, own, r.hard);
-      if (args.stats) Loss::finish_stats(r.token, sums);
+      TargetSums<double> wide(sums);
+      wide.soft_loss *= soft_unit(args.probs, uniform);
+      wide.soft_mass = soft_mass_of(sums);
+      Loss::finish(r.token, wide, own, r.hard);
+      if (args.stats) Loss::finish_stats(r.token, wide);
     } else {
       TargetSums<double> wide;
       wide.top = sums.top, wide.sum = sums.sum;
@@ -214,8 +219,11 @@ struct RowKernel {
 
   // The sum of the target distribution.
   ML_FN A mass_of(const Row& r, const Sums& sums) const {
-    if constexpr (general) return static_cast<A>(r.hard + sums.soft_mass);
+    if constexpr (general) return r.hard + soft_mass_of(sums);
     return r.hard;
+  }
+  ML_FN A soft_mass_of(const Sums& sums) const {
+    return soft_unit(args.probs, uniform) * static_cast<A>(sums.soft_mass);
   }
 
   // The gradient
@@ -232,7 +240,7 @@ struct RowKernel {
     const auto g = Loss::grad(r.token, scale, lse, C(mass));
     // Added up in A, as the row's mass was: of one class alone nothing must be left.
     const bool here = 0 <= r.target && r.target < r.n;
-    const A q = r.hard + (here && soft ? soft_target_at(r, r.target) : A(0));
+    const A q = r.hard + (here && soft ? soft_target_at(r, r.target, uniform) : A(0));
     const C target = Loss::target_grad(C(logit(r, r.own)), lse.top, C(q), g);
     return {{A(g.alpha), A(g.beta), A(g.gamma)}, top, A(target)};
   }
@@ -242,13 +250,17 @@ struct RowKernel {
     A d[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (capped) x[i] = tanh(x[i] * inverse_cap);  // what the slope needs, to its last digit
-      A y = capped ? cap * x[i] : x[i];
+      A y = x[i];
+      if (capped) {
+        y = softcap(x[i], cap);
+        x[i] = tanh_rest(x[i] / cap);  // what the slope is made of
+      }
       if (cooling) y = cooled(y, r.cool);
       if constexpr (Loss::kManyTargets) {
         d[i] = gradient_term<Loss, A>(y, g.top, g, A(0));
       } else {
-        d[i] = soft ? gradient_term<CrossEntropy<true>, A>(y, g.top, g, soft_target_at(r, at + i))
+        d[i] = soft ? gradient_term<CrossEntropy<true>, A>(y, g.top, g,
+                                                           soft_target_at(r, at + i, uniform))
                     : gradient_term<CrossEntropy<false>, A>(y, g.top, g, A(0));
       }
     }
@@ -365,10 +377,10 @@ struct RowKernel {
     A* const derivatives = static_cast<A*>(args.scratch) + r.token.index * args.ids;
     for_each_id(r, [&](int64_t k, int64_t column) {
       if (column < 0) return;
-      const A x = A(widen(r.x[column])), t = capped ? tanh(x * inverse_cap) : A(0);
+      const A x = A(widen(r.x[column])), rest = capped ? tanh_rest(x / cap) : A(1);
       const double own = total_of(r, k) / r.token.temperature();
       const double d = Loss::target_grad(logit(r, x), top, g, own);
-      derivatives[k] = static_cast<A>(tanh_slope(t) * d);
+      derivatives[k] = static_cast<A>(tanh_slope(rest) * d);
     });
     team_barrier<kWarps>();  // dx may be x
     grad(r, {{A(g.alpha), A(g.beta), A(0)}, top, A(0)}, nullptr);
