@@ -75,7 +75,12 @@ def off(ours: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_option(kind: str, options: str, dtype: torch.dtype, device: str) -> None:
-    """Value and gradients no further from fp64 than PyTorch's in fp32, and six roundings."""
+    """No further from fp64 than PyTorch's in fp32, and a rounding of the value, six of gradients.
+
+    dD/dy is q (score - its mean), and a mask's gradient D - its mean: differences of numbers that
+    are several times larger, 1.2 against 0.02 where the student is sure of one class. One rounding
+    of these is several of the difference; in PyTorch up to 150, of JSD's gradient.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def results(function: Any, dtype: torch.dtype, inputs: Any) -> list[Tensor]:
@@ -95,8 +100,10 @@ def test_every_option(kind: str, options: str, dtype: torch.dtype, device: str) 
         eager = results(reference.masked_divergence, wide, inputs)
         truth = results(reference.masked_divergence, torch.float64, inputs)
         assert [x.dtype for x in ours[:2]] == [wide, dtype]
-        for errors, mine, theirs, true in zip(worst, ours, eager, truth, strict=True):
-            slack = 6 * torch.finfo(wide).eps * true.double().abs().max().item() + 1e-14
+        for errors, mine, theirs, true, roundings in zip(
+            worst, ours, eager, truth, (1, 6, 6), strict=True
+        ):
+            slack = roundings * torch.finfo(wide).eps * true.double().abs().max().item() + 1e-14
             errors[0] = max(errors[0], off(mine, true.double()) - slack)
             errors[1] = max(errors[1], (theirs.double() - true).abs().max().item())
         if all(mine <= theirs for mine, theirs in worst):
