@@ -11,6 +11,7 @@ from torch.nn import _reduction
 
 from masked_loss._op.arguments import (
     divisor_of,
+    name_of,
     require_bool,
     require_constant,
     require_tensors,
@@ -143,7 +144,9 @@ def masked_cross_entropy(
     require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, inplace_backward=inplace_backward, return_stats=return_stats)
     if target.is_floating_point():
-        raise TypeError(f"{who}: target must be int64 or int32 class indices, got {target.dtype}")
+        raise TypeError(
+            f"{who}: target must be int64 or int32 class indices, got {name_of(target)}"
+        )
     divisor = divisor_of(who, normalizer, logits)
     number, each = temperatures_of(who, "temperature", temperature, target.shape, logits)
     inputs = (logits, target, mask, divisor, class_weight, cu_seqlens, each)

@@ -58,32 +58,46 @@ def assert_as_accurate_as_eager(
     roundings: float = 1,
     **more: Any,
 ) -> None:
-    """|ours - truth| <= |eager - truth| + one rounding, for every result, at its worst element.
-
-    A result of few elements is sometimes right by luck, and eager PyTorch's then sets no measure:
-    where one draw of the numbers fails, the worst of DRAWS counts, for both sides.
-    """
+    """As :func:`assert_no_worse`, of a case."""
 
     def eager(values: Tensor, *args: Any, **options: Any) -> Any:
         options.pop("inplace_backward", None)
         return reference(values.to(accumulation_dtype(values.dtype)), *args, **options)
 
+    def results(draw: int) -> tuple[Results, Results, Results]:
+        ours, baseline, truth = (case.sample(dtype, device, draw=draw) for _ in range(3))
+        mine = run(function, ours, **more)
+        return mine, run(eager, baseline, **more), run(eager, truth.double(), **more)
+
+    assert_no_worse(results, dtype, str(case), roundings)
+
+
+def assert_no_worse(
+    results: Callable[[int], tuple[Results, Results, Results]],
+    dtype: torch.dtype,
+    what: str,
+    roundings: float,
+) -> None:
+    """|ours - truth| <= |eager - truth| + some roundings, for every result, at its worst element.
+
+    ``results(draw)`` gives ours, eager PyTorch's and the truth. A result of few elements is
+    sometimes right by luck, and eager PyTorch's then sets no measure: where one draw of the numbers
+    fails, the worst of DRAWS counts, for both sides.
+    """
     worst: dict[str, Errors] = {}
     for draw in range(DRAWS):
-        ours = run(function, case.sample(dtype, device, draw=draw), **more)
-        baseline = run(eager, case.sample(dtype, device, draw=draw), **more)
-        truth = run(eager, case.sample(dtype, device, draw=draw).double(), **more)
+        ours, baseline, truth = results(draw)
         assert ours.keys() == truth.keys()
         for name in truth:
-            results = (ours[name], baseline[name], truth[name])
-            errors = compare(*results, dtype, f"{case}: {name}", roundings)
+            of_draw = (ours[name], baseline[name], truth[name])
+            errors = compare(*of_draw, dtype, f"{what}: {name}", roundings)
             worst[name] = Errors(*map(max, zip(errors, worst.get(name, errors), strict=True)))
         failed = {name: e for name, e in worst.items() if not e.ours <= e.eager + e.rounding}
         if not failed:
             return
     raise AssertionError(
         "\n".join(
-            f"{case}: {name} is off by {e.ours:.3e}, eager PyTorch's by {e.eager:.3e}, "
+            f"{what}: {name} is off by {e.ours:.3e}, eager PyTorch's by {e.eager:.3e}, "
             f"{roundings} rounding is {e.rounding:.3e}"
             for name, e in failed.items()
         )

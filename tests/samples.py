@@ -172,17 +172,33 @@ class Case:
         if mask is not None and mask.is_floating_point():
             mask.requires_grad_(requires_grad)
 
-        options = dict(self.options)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        if options.get("class_weight") is True:
-            weight = 0.5 + torch.rand(self.classes or 0, generator=random, dtype=torch.float64)
-            options["class_weight"] = weight.to(device, wide)
-        if options.get("normalizer") == "tensor":
-            options["normalizer"] = torch.tensor(6.5, dtype=wide, device=device)
-        if options.get("temperature") == "each":
-            each = 0.5 + torch.rand(self.shape, generator=random, dtype=torch.float64)
-            options["temperature"] = each.to(device, wide)
+        options = concrete(self.options, self.shape, self.classes or 0, dtype, device, random)
         return Sample(values, target, mask, options)
+
+
+def concrete(
+    options: dict[str, Any],
+    shape: tuple[int, ...],
+    classes: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    random: torch.Generator | None = None,
+) -> dict[str, Any]:
+    """The options with numbers where OPTIONS has a word that stands for them."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    random = random or torch.Generator().manual_seed(3)
+
+    def numbers(*sizes: int) -> Tensor:
+        return (0.5 + torch.rand(sizes, generator=random, dtype=torch.float64)).to(device, wide)
+
+    options = dict(options)
+    if options.get("class_weight") is True:
+        options["class_weight"] = numbers(classes)
+    if options.get("normalizer") == "tensor":
+        options["normalizer"] = torch.tensor(6.5, dtype=wide, device=device)
+    if options.get("temperature") == "each":
+        options["temperature"] = numbers(*shape)
+    return options
 
 
 def strided(shape: tuple[int, ...], layout: str, make: Callable[..., Tensor]) -> Tensor:

@@ -46,6 +46,9 @@ def _hint(text: str, tensors: dict[str, Tensor | None]) -> str:
     """What to do about a shape that a known mistake explains."""
     target, mask = tensors.get("target"), tensors.get("mask")
     values = tensors.get("logits", tensors.get("values"))
+    hidden, weight = tensors.get("hidden"), tensors.get("weight")
+    if hidden is not None and weight is not None:  # their logits' shape
+        values = hidden.new_empty((), device="meta").expand(*hidden.shape[:-1], weight.shape[0])
     if text.startswith("mask must have shape") and mask is not None:
         like = target if target is not None else values
         if like is not None and mask.shape == (*like.shape, 1):

@@ -272,6 +272,7 @@ def _backward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
 
 def _check(head: Head, target: Tensor, temperatures: Tensor | None, chunking: Chunking) -> None:
     checks.head(_WHO, *head)
+    checks.class_indices(_WHO, target)
     checks.shape(_WHO, "target", target, head.hidden.shape[:-1])
     checks.chunking(_WHO, head.weight, chunking)
     checks.temperatures(_WHO, temperatures, target.shape)

@@ -273,9 +273,11 @@ def test_the_same_of_the_linear_form_and_of_masked_reduce_on_meta_tensors() -> N
         if "device" in name:
             continue
         wrong = {key: x for key, x in wrong.items() if key != "logits"}
-        cases: list[tuple[Any, dict[str, Any]]] = [
-            (linear_cross_entropy, {"hidden": hidden, "weight": weight, "target": TARGET} | wrong)
-        ]
+        linear = {"hidden": hidden, "weight": weight, "target": TARGET} | wrong
+        cases: list[tuple[Any, dict[str, Any]]] = [(linear_cross_entropy, linear)]
+        if wrong and not wrong.get("shift"):
+            same = text_of(masked_cross_entropy, {"logits": LOGITS, "target": TARGET} | wrong)
+            assert text_of(linear_cross_entropy, linear) == same.replace("masked_", "linear_"), name
         if not wrong.keys() - {"mask", "reduction", "normalizer"}:
             cases.append((masked_reduce, {"values": torch.zeros(4, 7), "mask": MASK} | wrong))
         if wrong.get("shift"):

@@ -11,7 +11,7 @@ import torch
 from accuracy import assert_as_accurate_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import OPTIONS, REDUCTIONS, Case
+from samples import OPTIONS, REDUCTIONS, Case, concrete
 from torch import Tensor
 
 import masked_loss
@@ -66,15 +66,10 @@ def losses(kind: str, x: dict[str, Any], options: dict[str, Any], bounds: list[i
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_packed_is_padded(reduction: str, name: str, shift: bool) -> None:
     x = packed(bounds=BOUNDS, tokens=TOKENS)
-    options = {"reduction": reduction, **OPTIONS[name], "shift": shift, "ignore_index": -1}
-    if options.get("class_weight") is True:
-        options["class_weight"] = 0.5 + torch.rand(CLASSES, dtype=torch.float64)
-    if options.get("temperature") == "each":
-        options["temperature"] = 0.5 + torch.rand(TOKENS, dtype=torch.float64)
-    if "normalizer" in options:
-        options["normalizer"] = 6.5
-        if reduction == "none":
-            del options["normalizer"]
+    options = concrete(OPTIONS[name], (TOKENS,), CLASSES, torch.float64)
+    options |= {"reduction": reduction, "shift": shift, "ignore_index": -1}
+    if reduction == "none":
+        options.pop("normalizer", None)
     options.pop("inplace_backward", None)
     x["target"] = x["target"].where(x["target"] >= 0, -1)
     expected = losses("padded", {**x, "target": x["target"]}, options, BOUNDS)
