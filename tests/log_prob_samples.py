@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.7},
     "temperatures": {"temperature": "tokens", "return_entropy": True},
     "shift": {"shift": True, "return_entropy": True},
+    "packed": {"cu_seqlens": "tokens", "shift": True, "return_entropy": True},
     "everything": {
         "temperature": "tokens",
         "softcap": 4.0,
@@ -69,6 +70,9 @@ def sample(
     chosen = dict(OPTIONS[options])
     if chosen.get("temperature") == "tokens":
         chosen["temperature"] = 0.5 + torch.rand(shape, generator=random)
+    if chosen.get("cu_seqlens") == "tokens":  # an empty sequence, and tokens behind the last
+        tokens = mask.numel()
+        chosen["cu_seqlens"] = torch.tensor([0, tokens // 3, tokens // 3, tokens - 1])
     return LogProbSample(logits, target, mask, chosen)
 
 

@@ -92,9 +92,17 @@ struct Pieces {
     return quotient(group_end(groups, group) - group_begin(groups, group) + size - 1, size);
   }
   ML_FN Piece operator[](int64_t piece) const {
-    const int64_t group =
-        groups.bounds ? last_where(groups.count, [&](int64_t g) { return first_of(g) <= piece; })
-                      : quotient(piece, per_group);
+    if (!groups.bounds) return of(quotient(piece, per_group), piece);
+    return of(last_where(groups.count, [&](int64_t g) { return first_of(g) <= piece; }), piece);
+  }
+  // The next one in order: to search for each would cost more than short sequences do.
+  ML_FN Piece after(const Piece& last, int64_t piece) const {
+    if (!groups.bounds) return (*this)[piece];
+    int64_t group = last.group;
+    while (group + 1 < groups.count && first_of(group + 1) <= piece) ++group;
+    return of(group, piece);
+  }
+  ML_FN Piece of(int64_t group, int64_t piece) const {
     const int64_t end = group_end(groups, group);
     const int64_t begin = group_begin(groups, group) + (piece - first_of(group)) * size;
     // CUDA finds wrong bounds while it runs: until then nothing is read beside the tokens.

@@ -562,6 +562,7 @@ def test_divergences(kind: str, dtype: torch.dtype) -> None:
     student[0, 0] = float("nan")  # the row of the token that is masked
     options = {"kind": kind, "beta": 0.3, "softcap": 6.0, "shift": True, "return_stats": True}
     options |= {"teacher_softcap": 9.0, "temperature": 0.5 + torch.rand(2, 3)}
+    options |= {"reduction": "sequence_mean", "cu_seqlens": torch.tensor([0, 2, 2, 3, 5])}
     found = []
     for function, wide in (
         (masked_divergence, dtype),

@@ -21,7 +21,11 @@ void for_each_piece(const Groups& groups, const Threads& threads, const F& f) {
   const Pieces pieces = pieces_of(groups, kPiece);
   const int64_t work = groups.tokens / std::max<int64_t>(1, pieces.count);
   share(pieces.count, work, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) f(p, pieces[p]);
+    Piece piece{};
+    for (int64_t p = begin; p < end; ++p) {
+      piece = p == begin ? pieces[p] : pieces.after(piece, p);
+      f(p, piece);
+    }
   });
 }
 
@@ -62,7 +66,8 @@ int64_t weigh(const WeighArgs& args, const Threads& threads) {
     for_each_piece(args.groups, threads, [&](int64_t p, const Piece& piece) {
       const WeighArgs copy = args;
       const Groups sequences = args.sequences;
-      int64_t sequence = sequences.count ? group_of(sequences, piece.begin) : 0;
+      int64_t sequence = piece.group;  // of tokens that are grouped by sequence
+      if (!copy.groups.bounds) sequence = sequences.count ? group_of(sequences, piece.begin) : 0;
       int64_t next = sequences.count ? group_end(sequences, sequence) : sequences.tokens;
       WeightSums sums;
       for (int64_t i = piece.begin; i < piece.end; ++i) {
