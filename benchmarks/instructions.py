@@ -23,6 +23,7 @@ COLS = 16000
 FEW, MORE = 1, 3
 PER_LOGIT = ("forward", "step", "backward", "masked")
 PER_TOKEN = ("weigh", "reduce")
+LENGTHS = (0, 1, 10, 1000, 100_000)  # of packed sequences; 0: the tokens are in no sequences
 TYPES = {"avx2": ("fp32", "bf16", "fp16", "fp64"), "default": ("fp32", "bf16", "fp16", "fp64")}
 
 
@@ -40,12 +41,15 @@ def build() -> Path:
 
 
 @cache
-def instructions(driver: Path, isa: str, kernel: str, dtype: str, rows: int, cols: int) -> int:
+def instructions(
+    driver: Path, isa: str, kernel: str, dtype: str, rows: int, cols: int, length: int = 0
+) -> int:
     """All that one run executes."""
+    sizes = [str(rows), str(cols), str(length)]
     with TemporaryDirectory() as folder:
         output = f"--callgrind-out-file={folder}/callgrind.out"
         result = subprocess.run(
-            ["valgrind", "--tool=callgrind", output, driver, kernel, dtype, str(rows), str(cols)],
+            ["valgrind", "--tool=callgrind", output, driver, kernel, dtype, *sizes],
             env={"ATEN_CPU_CAPABILITY": isa},
             check=True,
             text=True,
@@ -72,6 +76,14 @@ def count(driver: Path, isa: str, kernel: str, dtype: str) -> float:
     return (more_rows - few_rows) / ((more - few) * cols)
 
 
+def packed(driver: Path, kernel: str, length: int, tokens: int = 200_000) -> float:
+    """Instructions for each token of packed sequences, each of which has a mean."""
+    ours, nothing = (
+        instructions(driver, "avx2", k, "fp32", tokens, 1, length) for k in (kernel, "nothing")
+    )
+    return (ours - nothing) / tokens
+
+
 def main() -> None:
     if missing := tools():
         sys.exit(f"instructions.py: not found: {', '.join(missing)}")
@@ -85,6 +97,11 @@ def main() -> None:
     }
     timing.save("instructions", counts)
     print(table(counts))
+    print()
+    sequences = [[f"{packed(driver, k, n):.0f}" for k in PER_TOKEN] for n in LENGTHS]
+    names = ["none", *(f"{n:,}" for n in LENGTHS[1:])]
+    rows = ([name, *found] for name, found in zip(names, sequences, strict=True))
+    print(timing.markdown(("tokens of a packed sequence", *PER_TOKEN), rows))
 
 
 def table(counts: dict[str, dict[str, dict[str, float]]]) -> str:

@@ -111,7 +111,8 @@ def masked_divergence(
         cu_seqlens: int32 or int64 [S + 1], the bounds of sequences packed one after the other in
             the flattened tokens, see :func:`masked_loss.cu_seqlens`: ``shift`` does not cross
             them, the means of ``"sequence_mean"`` are theirs, and tokens behind the last have
-            weight 0. None: the last dimension is one sequence.
+            weight 0. None: the last dimension is one sequence; jagged nested tensors have their
+            own.
         inplace_backward: backward overwrites the student's logits with their gradient, instead of
             allocating it. The logits must not be used afterwards. No effect under torch.compile.
         return_stats: returns ``(loss, DivergenceStats)``.

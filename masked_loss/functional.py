@@ -105,9 +105,10 @@ def masked_cross_entropy(
             without a copy of the logits. ``mask`` stays aligned with ``target``, and so is the
             result of ``"none"``; the first token of a sequence takes no part.
         cu_seqlens: int32 or int64 [S + 1], from 0 ascending: sequences packed one after the other
-            in the flattened tokens. The means of ``"sequence_mean"`` are theirs, ``shift`` does not
-            cross their bounds, and tokens behind the last have weight 0. None: the last dimension
-            is one sequence.
+            in the flattened tokens, see :func:`masked_loss.cu_seqlens`. The means of
+            ``"sequence_mean"`` are theirs, ``shift`` does not cross their bounds, and tokens behind
+            the last have weight 0. None: the last dimension is one sequence; jagged nested tensors
+            (``layout=torch.jagged``) have their own.
         inplace_backward: backward overwrites the logits with their gradient, instead of
             allocating it. The logits must not be used afterwards. No effect under torch.compile.
         return_stats: returns ``(loss, LossStats)``.

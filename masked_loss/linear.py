@@ -107,9 +107,10 @@ def linear_cross_entropy(
             broadcasts to target. It has no gradient.
         shift: for causal language models: ``hidden[..., t, :]`` scores ``target[..., t + 1]``.
         cu_seqlens: int32 or int64 [S + 1], from 0 ascending: sequences packed one after the other
-            in the flattened tokens. The means of ``"sequence_mean"`` are theirs, ``shift`` does not
-            cross their bounds, and tokens behind the last have weight 0. None: the last dimension
-            is one sequence.
+            in the flattened tokens, see :func:`masked_loss.cu_seqlens`. The means of
+            ``"sequence_mean"`` are theirs, ``shift`` does not cross their bounds, and tokens behind
+            the last have weight 0. None: the last dimension is one sequence; jagged nested tensors
+            (``layout=torch.jagged``) have their own.
         return_stats: returns ``(loss, LossStats)``.
         chunk_tokens: how many tokens' logits exist at a time. None: as many as 64 MiB hold (512
             on CUDA; on the CPU half of it for float32 and float64, if that is 128 tokens).

@@ -109,7 +109,8 @@ def linear_divergence(
         cu_seqlens: int32 or int64 [S + 1], the bounds of sequences packed one after the other in
             the flattened tokens, see :func:`masked_loss.cu_seqlens`: ``shift`` does not cross
             them, the means of ``"sequence_mean"`` are theirs, and tokens behind the last have
-            weight 0. None: the last dimension is one sequence.
+            weight 0. None: the last dimension is one sequence; jagged nested tensors have their
+            own.
         return_stats: returns ``(loss, DivergenceStats)``.
         chunk_tokens: how many tokens' logits exist at a time. None: as many as 64 MiB hold (512
             on CUDA).

@@ -87,7 +87,8 @@ def linear_token_log_probs(
         shift: for causal language models: ``hidden[..., t, :]`` scores ``target[..., t + 1]``.
         cu_seqlens: int32 or int64 [S + 1], the bounds of sequences packed one after the other in
             the flattened tokens, see :func:`masked_loss.cu_seqlens`: ``shift`` does not cross
-            them, and tokens behind the last are masked. None: the last dimension is a sequence.
+            them, and tokens behind the last are masked. None: the last dimension is a sequence;
+            jagged nested tensors have their own.
         return_entropy: returns ``(log_probs, entropy)``.
         chunk_tokens: how many tokens' logits exist at a time. None: as many as 64 MiB hold (512
             on CUDA).

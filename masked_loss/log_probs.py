@@ -90,7 +90,8 @@ def token_log_probs(
             target; the first token of a sequence is 0.
         cu_seqlens: int32 or int64 [S + 1], the bounds of sequences packed one after the other in
             the flattened tokens, see :func:`masked_loss.cu_seqlens`: ``shift`` does not cross
-            them, and tokens behind the last are masked. None: the last dimension is a sequence.
+            them, and tokens behind the last are masked. None: the last dimension is a sequence;
+            jagged nested tensors have their own.
         inplace_backward: backward overwrites the logits with their gradient, instead of
             allocating it. The logits must not be used afterwards. No effect under torch.compile.
         return_entropy: returns ``(log_probs, entropy)``.

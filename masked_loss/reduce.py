@@ -50,7 +50,8 @@ def masked_reduce(
             ``"mean"`` and ``"sum"``; a slice without an active token gives 0. None: all.
         cu_seqlens: int32 or int64 [S + 1], from 0 ascending: sequences packed one after the other
             in the flattened tokens. ``"sequence_mean"`` is over them, ``dim=-1`` gives [S] numbers,
-            and tokens behind the last have weight 0. None: the last dimension is one sequence.
+            and tokens behind the last have weight 0. None: the last dimension is one sequence;
+            jagged nested tensors have their own.
 
     Returns:
         float32 (float64 for float64 values), of the shape of values for ``"none"``, else 0-dim, or

@@ -52,12 +52,18 @@ HEAD = ("weight", "bias")
 TEACHERS = ("teacher_weight",)
 OF_HEAD = ("hidden", "weight", "bias")
 CASES = [
-    Case(masked_loss.masked_cross_entropy, LOGITS, (), {}, ALL, True, ("logits", "mask")),
+    Case(
+        masked_loss.masked_cross_entropy, (*LOGITS, "temperature"), (), {}, ALL, True,
+        ("logits", "mask"),
+    ),
     Case(
         masked_loss.masked_cross_entropy, LOGITS, ("class_weight",),
         {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}, ALL, True, ("logits", "mask"),
     ),
-    Case(masked_loss.linear_cross_entropy, HIDDEN, HEAD, {"z_loss": 0.1}, ALL, True, OF_HEAD),
+    Case(
+        masked_loss.linear_cross_entropy, (*HIDDEN, "temperature"), HEAD, {"z_loss": 0.1}, ALL,
+        True, OF_HEAD,
+    ),
     Case(masked_loss.token_log_probs, (*LOGITS, "temperature"), (), {"return_entropy": True}),
     Case(masked_loss.token_log_probs, ("logits", "target", "mask"), (), {"K": 3}),
     Case(
@@ -251,7 +257,36 @@ def test_gradients_of_jagged_leaves_are_jagged() -> None:
         flat, target.values(), reduction="sum", shift=True, cu_seqlens=bounds
     ).mul(2).backward()
     torch.testing.assert_close(logits.grad.values(), flat.grad)
-    masked_loss.masked_cross_entropy(logits, target, inplace_backward=True)
+    leaf = logits.detach().requires_grad_()
+    own = leaf * 1  # is overwritten
+    options = {"reduction": "none", "shift": True, "inplace_backward": True}
+    each = masked_loss.masked_cross_entropy(own, target, **options)
+    (each * 2).values().sum().backward()
+    torch.testing.assert_close(leaf.grad.values(), flat.grad)
+    assert torch.equal(own.values(), leaf.grad.values())
+
+
+def test_modules_and_fused_models_take_jagged_tensors() -> None:
+    hidden = nested(2, 3, more=(WIDTH,))
+    target = torch.nested.nested_tensor_from_jagged(torch.arange(5), hidden.offsets())
+    mask = torch.nested.nested_tensor_from_jagged(torch.tensor([1, 0, 1, 1, 1]), hidden.offsets())
+    model = torch.nn.Module()
+    model.lm_head = torch.nn.Linear(WIDTH, CLASSES)
+    logits = model.lm_head(hidden)
+    options = {"reduction": "sequence_mean", "shift": True}
+    expected = masked_loss.masked_cross_entropy(logits, target, mask, **options)
+    ours = masked_loss.MaskedCrossEntropyLoss(**options)(logits, target, mask)
+    assert torch.equal(ours, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that its logits are computed
+        logits = masked_loss.fuse_linear_loss(model).lm_head(hidden)
+    ours = masked_loss.masked_cross_entropy(logits, target, mask, **options)
+    torch.testing.assert_close(ours, expected)
+    ours = masked_loss.LinearCrossEntropyLoss(**options)(
+        hidden, model.lm_head.weight, target, mask, bias=model.lm_head.bias
+    )
+    torch.testing.assert_close(ours, expected)
+    assert masked_loss.masked_mean(hidden.sum(-1), mask) == WIDTH
 
 
 def nested(*lengths: int, more: tuple[int, ...] = (), layout: Any = torch.jagged) -> Tensor:
