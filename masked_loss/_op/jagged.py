@@ -51,7 +51,9 @@ def call(function: Callable[..., Any], arguments: dict[str, Any], who: str = "")
             )
     if arguments.get("cu_seqlens") is not None:
         raise ValueError(f"{who}: cu_seqlens are the offsets of jagged tensors, got both")
-    plain = {name: x.values() for name, x in nested.items()}
+    plain: dict[str, Any] = {name: x.values() for name, x in nested.items()}
+    if "inplace_backward" in arguments:  # autograd cannot follow a write below a nested tensor
+        plain["inplace_backward"] = False
     if arguments.get("dim") == 1:  # of [B, j]
         plain["dim"] = -1
     results = function(**{**arguments, **plain, "cu_seqlens": offsets})
