@@ -2,25 +2,29 @@
 """Finds losses that were reduced before their mask, and related mistakes, in source code.
 
 Run it as ``masked-loss-lint PATH ...``. The rules are described in docs/lint.md. Files are read,
-never executed. `source` reads a file; `walk` (with `expressions`, `calls`) makes of each function
-one summary of `values`; `program` knows which file means which by an import; `resolve` brings the
-summaries together and hands what happens in them to `rules`; `local` judges what one function alone
-decides.
+never executed. `source` reads a file; `walk` looks at each function, first with unknown arguments,
+then as it is called, with `expressions`, `tensors`, `calls` and `objects`, which say what an
+expression is (`values`); `program` knows which file means which by an import; `rules` and `local`
+say what is wrong.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from masked_loss_lint.program import Module, Program
-from masked_loss_lint.resolve import Resolver
-from masked_loss_lint.rules import RULES, Finding
+from masked_loss_lint.rules import NOTE, RULES, Finding
 from masked_loss_lint.source import UnreadableError, read
-from masked_loss_lint.walk import walk
+from masked_loss_lint.walk import Walker
 
 __all__ = ["RULES", "Finding", "Report", "check"]
+
+_FRAMES = 5000  # eight calls within calls, each in ninety expressions and blocks, need 4000
+_TREES = 128  # as many are kept at a time
 
 
 @dataclass
@@ -35,35 +39,45 @@ class Report:
 
 def check(paths: Iterable[Path], codes: Collection[str] = tuple(RULES)) -> Report:
     """What the rules named by `codes` find in these files, as one program, in order of place."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, _FRAMES))
+    try:
+        return _check(paths, codes)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def _check(paths: Iterable[Path], codes: Collection[str]) -> Report:
     report = Report()
-    modules: list[Module] = []
-    findings: list[Finding] = []
+    cached = lru_cache(maxsize=_TREES)(read)
+    program = Program(Module(path, lambda path=path: cached(path)) for path in paths)  # type: ignore[misc]
+    walker = Walker(program)
     silenced: dict[str, dict[int, str]] = {}
-    for path in sorted(paths, key=str):
+    looked_at: list[Module] = []
+    for module in program.modules:
         try:
-            source = read(path)
+            source = module.source()
         except UnreadableError as error:
             report.unreadable.append(str(error))
             continue
         report.files += 1
-        module = Module(path, source.imports())
-        modules.append(module)
-        if source.relevant:
-            findings += walk(module, source)
-            silenced[str(path)] = source.silenced()
-
-    resolver = Resolver(Program(modules, lambda module: walk(module, read(module.path))))
-    resolver.run()
-    findings += resolver.findings.values()
+        module.imports, module.fills = source.imports, source.fills()
+        if module.relevant:
+            silenced[str(module.path)] = source.silenced()
+            looked_at.append(module)
+            walker.look_at(module)
+    walker.finish(looked_at)
 
     def is_silenced(finding: Finding) -> bool:
         places = (finding.place, finding.met)
         comments = (silenced.get(p.path, {}).get(line) for p in places for line in p.lines)
         return any(c is not None and (not c or finding.code in c) for c in comments)
 
-    unique = {(f.place, f.code): f for f in findings if f.code in codes and not is_silenced(f)}
-    report.findings = sorted(unique.values())
-    report.unclear = [
-        f"{place}:{place.column}: {text}" for place, text in sorted(resolver.unclear.items())
-    ]
+    unique: dict[tuple[object, str], Finding] = {}
+    for finding in sorted(walker.findings(), key=lambda f: f.message, reverse=True):
+        if finding.code in (*codes, NOTE) and not is_silenced(finding):
+            unique[finding.place, finding.code] = finding
+    report.findings = sorted(f for f in unique.values() if f.code != NOTE)
+    notes = sorted(f for f in unique.values() if f.code == NOTE)
+    report.unclear = [f"{f.place}:{f.place.column}: {f.message}" for f in notes]
     return report

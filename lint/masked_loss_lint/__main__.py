@@ -11,21 +11,32 @@ import argparse
 import gc
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from masked_loss_lint import Finding, Report, check
+from masked_loss_lint import RULES, Finding, Report, check
 from masked_loss_lint.config import ConfigError, codes, read_config
 from masked_loss_lint.output import FORMATS, statistics, summary
-from masked_loss_lint.rules import RULES
 from masked_loss_lint.source import find
 
 
-def _codes(text: str) -> tuple[str, ...]:
+def _codes(text: str) -> list[str]:
     try:
         return codes(text.replace(" ", "").split(","))
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--select": {"type": _codes, "help": "only these rules"},
+    "--ignore": {"type": _codes, "help": "not these rules"},
+    "--exclude": {"action": "append", "metavar": "GLOB", "default": []},
+    "--format": {"choices": FORMATS, "default": "text"},
+    "--fix": {"action": "store_true", "help": "rewrite what ML002 finds (needs libcst)"},
+    "--statistics": {"action": "store_true", "help": "count the findings of each rule"},
+    "--strict": {"action": "store_true", "help": "fail where a file cannot be read"},
+    "--verbose": {"action": "store_true", "help": "name what was not understood"},
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,71 +47,55 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files and folders")
-    parser.add_argument("--select", type=_codes, help="only these rules")
-    parser.add_argument("--ignore", type=_codes, help="not these rules")
-    parser.add_argument("--exclude", action="append", default=[], metavar="GLOB")
-    parser.add_argument("--format", choices=FORMATS, default="text")
-    parser.add_argument(
-        "--fix", action="store_true", help="rewrite what ML002 finds (needs libcst)"
-    )
-    parser.add_argument("--statistics", action="store_true", help="count the findings of each rule")
-    parser.add_argument("--strict", action="store_true", help="fail where a file cannot be read")
-    parser.add_argument("--verbose", action="store_true", help="name what was not understood")
+    for name, settings in _OPTIONS.items():
+        parser.add_argument(name, **settings)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    errors = [f"{path}: no such file or folder" for path in arguments.paths if not path.exists()]
+    given = _parser().parse_args(argv)
+    errors = [f"{path}: no such file or folder" for path in given.paths if not path.exists()]
     try:
-        config = read_config(arguments.paths)
+        config = read_config(given.paths)
     except ConfigError as error:
         errors.append(str(error))
-    for text in errors:
-        print(f"error: {text}", file=sys.stderr)
     if errors:
-        return 2
-    config = replace(
-        config,
-        select=arguments.select or config.select,
-        ignore=arguments.ignore or config.ignore,
-        exclude=(*config.exclude, *arguments.exclude),
-    )
+        return _fail(errors)
+    ignored = given.ignore or config["ignore"]
+    selected = [code for code in given.select or config["select"] if code not in ignored]
     collecting = gc.isenabled()
     gc.disable()  # what is made lives until the end
     try:
-        report = check(find(arguments.paths, config.exclude), config.codes)
+        report = check(find(given.paths, [*config["exclude"], *given.exclude]), selected)
     finally:
         if collecting:
             gc.enable()
-    return _print(arguments, report)
+    return _print(given, report)
 
 
-def _print(arguments: argparse.Namespace, report: Report) -> int:
-    fixed, errors = 0, list(report.unreadable)
-    if arguments.fix:
-        before = len(report.findings)
+def _fail(errors: Sequence[str]) -> int:
+    for text in errors:
+        print(f"error: {text}", file=sys.stderr)
+    return 2 if errors else 0
+
+
+def _print(given: argparse.Namespace, report: Report) -> int:
+    found, errors = len(report.findings), list(report.unreadable)
+    if given.fix:
         try:
             report.findings = _fixed(report.findings, errors)
         except ModuleNotFoundError:
-            print("error: --fix needs libcst: pip install libcst", file=sys.stderr)
-            return 2
-        fixed = before - len(report.findings)
-    for text in errors:
-        print(f"error: {text}", file=sys.stderr)
-    if arguments.verbose:
-        for text in report.unclear:
-            print(f"note: {text}", file=sys.stderr)
-    printed = FORMATS[arguments.format](report.findings)
-    if printed:
-        print(printed)
-    if arguments.statistics and report.findings:
+            return _fail(["--fix needs libcst: pip install libcst"])
+    _fail(errors)
+    for text in report.unclear if given.verbose else ():
+        print(f"note: {text}", file=sys.stderr)
+    if report.findings or given.format == "json":
+        print(FORMATS[given.format](report.findings))
+    if given.statistics and report.findings:
         print(statistics(report.findings), file=sys.stderr)
-    unread = len(report.unreadable)
-    print(summary(report.findings, report.files, fixed, unread), file=sys.stderr)
-    if len(errors) > unread or (unread and arguments.strict):
-        return 2
-    return 1 if report.findings else 0
+    print(summary(report, found - len(report.findings)), file=sys.stderr)
+    failed = len(errors) > len(report.unreadable) or (report.unreadable and given.strict)
+    return 2 if failed else int(bool(report.findings))
 
 
 def _fixed(findings: list[Finding], errors: list[str]) -> list[Finding]:

@@ -1,199 +1,273 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Calls of one file as values: losses, Python's own functions, and those of other files."""
+"""Calls: of losses, of Python's own functions, of functions and objects of the program."""
 
 from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
-from masked_loss_lint import local, names
+from masked_loss_lint import names
 from masked_loss_lint import values as V
-from masked_loss_lint.tensors import Tensors
-from masked_loss_lint.torch_losses import SPECS
-from masked_loss_lint.values import NONE, NUMBER, UNKNOWN, Value, bounded
+from masked_loss_lint.local import legacy_arguments
+from masked_loss_lint.objects import Objects
+from masked_loss_lint.program import ClassInfo
+from masked_loss_lint.rules import Finding
+from masked_loss_lint.torch_losses import REDUCTIONS, SPECS, LossSpec, legacy_reduction
+from masked_loss_lint.values import FOREIGN, NONE, NUMBER, UNKNOWN, Given, Value, text_of
 
 _MODELS = {"model", "module", "net", "network", "engine", "self"}
-_MAPPERS = {"map", "vmap", "starmap", "grad", "vmap_"}
-_NUMERIC = {"float", "int", "len", "bool", "round", "max", "min", "abs"}
+_MODEL_METHODS = {"train", "eval", "apply", "compile", "share_memory", *names.VIEWS}
+_MAPPERS = {"map", "vmap", "starmap", "grad"}
+_NUMERIC = {"float", "int", "len", "bool"}
+_SOME_LOSS = {"torch.nn": "CrossEntropyLoss", "torch.nn.functional": "cross_entropy"}
+_UNREDUCED = {"reduction", "reduce", "loss_reduction", "num_items_in_batch"}
+_SHIFTED = {"cross_entropy", "nll_loss", "masked_cross_entropy"}
+_COPIED = (
+    "shifting the logits with .contiguous() copies the largest tensor of the step: shift the "
+    "labels instead (labels = F.pad(labels, (0, 1), value=-100)[..., 1:]), or call "
+    "masked_loss.masked_cross_entropy(logits, target, shift=True)"
+)
+IMPLIED = V.Const(-100)  # the ignore_index of a model of transformers
 
 
-class Calls(Tensors):
-    def call(self, node: ast.Call) -> Value:
-        function = node.func
+class Calls(Objects):
+    def of_call(self, node: ast.Call) -> Value:
+        function, reads = node.func, len(self.frame.read)
+        receiver: Value = UNKNOWN
         if isinstance(function, ast.Attribute):
-            if isinstance(function.value, ast.Call) and names.text(function.value.func) == "super":
-                return self._called(node, V.Member(self._super(), function.attr, self.module))
-            reads = len(self.frame.read)
-            receiver = self.value(function.value)
+            receiver = self._super(function.value) or self.value(function.value)
             result = self._method(node, function, receiver, reads)
             if result is not None:
                 return result
-        return self._call(self.value(function), node)
-
-    def _super(self) -> Value:
-        owner = self.frame.info.owner
-        return UNKNOWN if owner is None else V.Super(owner, self.receiver())
-
-    def receiver(self) -> Value:
-        """What `self` is here."""
-        params = self.frame.info.params
-        return (params and self.frame.scope.lookup(params[0])) or UNKNOWN
-
-    def _arguments(self, node: ast.Call) -> tuple[list[Value], dict[str, Value]]:
-        positional = [self.value(argument) for argument in node.args]
-        keywords = {k.arg or "**": self.value(k.value) for k in node.keywords}
-        for value in (*positional, *keywords.values()):
-            if isinstance(value, V.Function) and value.info.name == "<lambda>":
-                value.info.given_away = True
-        return positional, keywords
-
-    def _call(self, callee: Value, node: ast.Call) -> Value:
-        if isinstance(callee, V.External):
-            return self._external(callee, node)
-        return self._called(node, callee)
-
-    def _called(self, node: ast.Call, callee: Value) -> Value:
-        """A call that is understood when all files are known."""
-        reads = len(self.frame.read)
-        positional, keywords = self._arguments(node)
-        self._note_loss(node, callee, [*positional, *map(keywords.get, ("input", "target"))], reads)
-        starred = any(isinstance(argument, ast.Starred) for argument in node.args)
-        last = names.last_name(node.func)
-        if last in _MAPPERS:
-            self.module.mapped += positional
-        if last[:1].isupper() or last == "dict":
-            for name, value in keywords.items():
-                self.store(name, value)
-        self._note_fills(node, last)
-        wraps = next(
-            (i for i, a in enumerate(node.args) if _MODELS & set(names.words(names.last_name(a)))),
-            -1,
-        )
-        known = isinstance(
-            callee,
-            (V.Function, V.Class, V.Instance, V.Super, V.External, V.Partial, V.Record, *V.TERMS),
-        )
-        if not known and "labels" not in keywords:
-            return UNKNOWN
-        items = tuple((name, value) for name, value in keywords.items() if name != "**")
-        spread = starred or "**" in keywords
-        place = self.place(node)
-        call = V.Called(callee, tuple(positional), items, place, self.module, wraps, spread)
-        call = bounded(call, callee, *positional, *keywords.values())  # type: ignore[assignment]
-        if isinstance(call, V.Called):
-            self.frame.info.calls.append((call, tuple(self.frame.conditions)))
-            owner = self.frame.info.owner
-            inherited = isinstance(callee, V.Member) and isinstance(callee.owner, V.Super)
-            if owner is not None and inherited and getattr(callee, "key", "") == "__init__":
-                owner.base_init = call
-        return call
-
-    def _note_loss(self, node: ast.Call, callee: Value, inputs: list[Any], reads: int) -> None:
-        """Tells the rule of copied logits of a call of a loss, or of a module made here."""
-        made = callee.callee if isinstance(callee, V.Called) else callee
-        spec = SPECS.get(made.path) if isinstance(made, V.External) else None
-        if spec is not None and spec.is_module == isinstance(callee, V.Called):
-            local.copied_logits(self, node, spec, [v for v in inputs if v is not None], reads)
-
-    # PyTorch, masked_loss, Python
-
-    def _external(self, callee: V.External, node: ast.Call) -> Value:
-        path, last = callee.path, callee.path.rpartition(".")[2]
-        spec = SPECS.get(path)
-        if spec is not None:
-            local.legacy_arguments(self, node, spec)
-            return self._called(node, callee)
-        if path.startswith("torch.") or last in {"max", "min"}:
-            result = self._torch(last, node)
+            callee = self.member(receiver, function.attr)
+        else:
+            callee = self.value(function)
+        last, path = names.last_name(function), getattr(callee, "path", "")
+        if (path.startswith("torch.") and path not in SPECS) or path in {
+            "builtins.max",
+            "builtins.min",
+        }:
+            result = self.torch(last, node)
             if result is not None:
                 return result
-        positional, keywords = self._arguments(node)
-        first = positional[0] if positional else UNKNOWN
-        if last in _MAPPERS:
-            for value in positional:
-                if isinstance(value, V.Function):
-                    value.info.per_sample = True
-            self.module.mapped += positional
-            return UNKNOWN
-        partial = SPECS.get(first.path) if isinstance(first, V.External) else None
-        if path == "functools.partial" and partial is not None:
-            later = ast.copy_location(ast.Call(node.func, node.args[1:], node.keywords), node)
-            local.legacy_arguments(self, later, partial, partial=True)
-        if path == "builtins.getattr" and len(node.args) > 1:
-            return self._getattr(node, first, positional[1])
-        if path == "builtins.setattr" and len(node.args) == 3:
-            self._setattr(node, positional[1], positional[2])
-            return NONE
-        if path == "builtins.sum":
-            return first.each if isinstance(first, V.Many) else UNKNOWN
-        if path in {"builtins.dict", "types.SimpleNamespace"} and "**" not in keywords:
-            for name, value in keywords.items():
-                self.store(name, value)
-            return bounded(V.Record(NUMBER, tuple(keywords.items())), *keywords.values())
-        if path.startswith("builtins."):
-            if hasattr(builtins, last):
-                return NUMBER if last in _NUMERIC and not isinstance(first, V.TERMS) else UNKNOWN
-            return self._called(node, UNKNOWN)
-        if path.startswith(("random.", "math.")):
-            return NUMBER
-        if path.endswith(("ModuleDict", "ModuleList")) and isinstance(first, (V.Record, V.Many)):
-            return first
-        return self._called(node, callee)
+        given = self._given(node)
+        for value in given.args if last in _MAPPERS else ():
+            if isinstance(value, V.Function):
+                value.info.given_away = True
+        for name, value in given.keywords if last[:1].isupper() or last == "dict" else ():
+            self.store(name, value)
+        self._note_copy(callee, given, reads)
+        if isinstance(callee, V.Super):
+            return self._of_base(callee, last, given)
+        return self.invoke(callee, given)
 
-    def _getattr(self, node: ast.Call, owner: Value, name: Value) -> Value:
-        text = V.text_of(name)
-        if text is not None:
-            return self.member(owner, text)
-        some = {"torch.nn": "CrossEntropyLoss", "torch.nn.functional": "cross_entropy"}
-        path = owner.path if isinstance(owner, V.External) else ""
-        if path in some and names.is_loss(names.text(node.args[1])):
-            return V.External(f"{path}.{some[path]}")  # a loss of torch, whichever it is
-        return UNKNOWN
+    def _super(self, node: ast.expr) -> Value | None:
+        owner, params = self.frame.info.owner, self.frame.info.params
+        if owner is None or not isinstance(node, ast.Call) or names.text(node.func) != "super":
+            return None
+        return V.Super(owner, (params and self.frame.scope.lookup(params[0])) or UNKNOWN)
 
-    def _setattr(self, node: ast.Call, name: Value, value: Value) -> None:
-        """setattr(owner, name, value); a name that is not known may be that of the reduction."""
-        attribute = V.text_of(name)
-        target = ast.Attribute(node.args[0], attribute or "reduction", ast.Store())
-        self.assign(ast.copy_location(target, node), value if attribute else UNKNOWN)
+    def _given(self, node: ast.Call) -> Given:
+        args = tuple(self.value(argument) for argument in node.args)
+        keywords = tuple((k.arg or "", self.value(k.value)) for k in node.keywords)
+        for value in (*args, *(value for _, value in keywords)):
+            if isinstance(value, V.Function) and value.info.lambda_:
+                value.info.given_away = True
+        spread = any(isinstance(a, ast.Starred) for a in node.args) or "" in dict(keywords)
+        return Given(args, tuple(k for k in keywords if k[0]), spread, node)
 
-    # Methods
+    def _note_copy(self, callee: Value, given: Given, reads: int) -> None:
+        """ML005: logits[..., :-1, :].contiguous(), read by nothing but the loss."""
+        path = getattr(callee.callee if isinstance(callee, V.Partial) else callee, "path", "")
+        inputs = given.by(("input", "target"))
+        logits, target = inputs.get("input"), inputs.get("target")
+        if path not in SPECS or not (isinstance(logits, V.Sliced) and isinstance(target, V.Sliced)):
+            return
+        function = SPECS[path].function
+        fits = function in _SHIFTED and not (logits.second and not SPECS[path].is_ours)
+        if fits and logits.copied and target.tail and not logits.tail:
+            read, met = self.frame.read, self.place(given.node)
+            read[reads:] = [place for place in read[reads:] if place != logits.copied]
+            self.frame.copies.append(Finding(logits.copied, "ML005", _COPIED, met))
 
     def _method(
         self, node: ast.Call, function: ast.Attribute, receiver: Value, reads: int
     ) -> Value | None:
-        """A method of a tensor, a list or a dictionary; None: something else is called."""
-        name = function.attr
+        """A method of a tensor, list or dictionary; None: something else is called."""
+        name, owner = function.attr, function.value
         if name in {"size", "dim", "numel"}:
             del self.frame.read[reads:]
-        if isinstance(receiver, (V.External, V.Function, V.Class)):
-            return None
+        match receiver:
+            case V.Instance() if name in _MODEL_METHODS and not self.method(receiver.info, name):
+                return receiver
+            case V.Record() if name == "append" and len(node.args) == 1:
+                number = len(receiver.fields)
+                self.assign(owner, receiver.set(min(number, 7), self.value(node.args[0])))
+                return NONE
         if name == "__setitem__" and len(node.args) == 2:
-            item = ast.Subscript(function.value, node.args[0], ast.Store())
+            item = ast.Subscript(owner, node.args[0], ast.Store())
             self.assign(ast.copy_location(item, node), self.value(node.args[1]))
             return NONE
-        if isinstance(receiver, V.Record) and name in {"get", "pop"} and node.args:
-            key = V.text_of(self.value(node.args[0]))
-            return UNKNOWN if key is None else self.member(receiver, key)
-        if name == "update" and isinstance(receiver, V.Record):
-            for name_node, written in self._updates(node):
-                field = ast.Subscript(function.value, name_node, ast.Store())
-                self.assign(ast.copy_location(field, node), self.value(written))
-            if not all(isinstance(argument, ast.Dict) for argument in node.args):
-                self.assign(function.value, UNKNOWN)
-            return NONE
-        if isinstance(receiver, V.Many) and name == "append" and len(node.args) == 1:
-            value = self.value(node.args[0])
-            empty = receiver.each is UNKNOWN and receiver.depth == 0
-            self.assign(function.value, self.many([value] if empty else [receiver.each, value]))
-            return NONE
-        return self._tensor_method(node, function.value, name, receiver)
+        if isinstance(
+            receiver, (V.External, V.Function, V.Class, V.ModuleRef, V.Instance, V.Super)
+        ):
+            return None
+        return self.tensor_method(node, owner, name, receiver)
 
-    def _updates(self, node: ast.Call) -> Iterator[tuple[ast.expr, ast.expr]]:
-        """The keys and values of dict.update(loss=..., **more) and dict.update({"loss": ...})."""
-        yield from ((ast.Constant(k.arg), k.value) for k in node.keywords if k.arg)
-        for argument in node.args:
-            if isinstance(argument, ast.Dict):
-                pairs = zip(argument.keys, argument.values, strict=True)
-                yield from ((key, value) for key, value in pairs if key is not None)
+    # What a call returns
+
+    def invoke(self, callee: Value, given: Given) -> Value:
+        match callee:
+            case V.Function():
+                return self.call(callee, self.bind(callee, given)).value
+            case V.Class():
+                return self._construct(callee.info, given)
+            case V.Partial():
+                args, keywords = (
+                    callee.given.args + given.args,
+                    callee.given.keywords + given.keywords,
+                )
+                return self.invoke(callee.callee, replace(given, args=args, keywords=keywords))
+            case V.Instance():
+                for name in ("__call__", "forward"):
+                    method = self.in_class(callee.info, name, callee)
+                    if isinstance(method, V.Function):
+                        return self.invoke(method, given)
+                base = self._criterion(callee)
+                return self.invoke(base, given) if base else self._stranger(FOREIGN, given)
+            case V.Record():
+                return self.invoke(callee.base, given)
+            case V.External():
+                return self._external(callee, given)
+        return self._stranger(callee, given)
+
+    def _external(self, callee: V.External, given: Given) -> Value:
+        path, last, args, node = callee.path, callee.path.rpartition(".")[2], given.args, given.node
+        assert node is not None
+        first = args[0] if args else UNKNOWN
+        if path in SPECS:
+            self._legacy(SPECS[path], node, 0)
+            return self._loss(SPECS[path], given)
+        if path == "functools.partial" and args:
+            if isinstance(first, V.External) and first.path in SPECS:
+                self._legacy(SPECS[first.path], node, 1)
+            return V.bounded(V.Partial(first, replace(given, args=args[1:])), *args)
+        if path == "builtins.getattr" and len(args) > 1:
+            return self._getattr(node, first, args[1])
+        if path == "builtins.setattr" and len(args) == 3:
+            name = text_of(args[1])  # one that is not known may be that of the reduction
+            target = ast.Attribute(node.args[0], name or "reduction", ast.Store())
+            self.assign(ast.copy_location(target, node), args[2] if name else UNKNOWN)
+        if path == "builtins.sum":
+            return self.member(first, None) if isinstance(first, V.Record) else UNKNOWN
+        if path == "builtins.dict" and not given.spread:
+            return V.record(NUMBER, dict(given.keywords))
+        if path.startswith("builtins.") and hasattr(builtins, last):
+            return NUMBER if last in _NUMERIC or V.is_number(first) else UNKNOWN
+        if path.startswith(("random.", "math.")):
+            return NUMBER
+        if path.endswith(("ModuleDict", "ModuleList")) and isinstance(first, V.Record):
+            return first
+        return self._stranger(UNKNOWN if path.startswith("builtins.") else callee, given)
+
+    def _legacy(self, spec: LossSpec, node: ast.Call, skip: int) -> None:
+        found = legacy_arguments(spec, node, skip)
+        if found is not None:
+            place = self.place(node)
+            self.report(Finding(place, "ML002", found[0], place, found[1] and not place.cell))
+
+    def _getattr(self, node: ast.Call, owner: Value, name: Value) -> Value:
+        text, path = text_of(name), getattr(owner, "path", "")
+        if text is not None:
+            return self.member(owner, text)
+        if path in _SOME_LOSS and names.is_loss(names.text(node.args[1])):
+            return V.External(f"{path}.{_SOME_LOSS[path]}")  # a loss of torch, whichever it is
+        return UNKNOWN
+
+    def _stranger(self, callee: Value, given: Given) -> Value:
+        """What code outside the analysed files returns."""
+        keywords = dict(given.keywords)
+        assert given.node is not None
+        if keywords.get("labels", NONE) != NONE and not _UNREDUCED & keywords.keys():
+            return self._model_output(given)
+        for value, argument in zip(given.args, given.node.args, strict=False):
+            if _MODELS & set(names.last_words(argument)):
+                if isinstance(value, (V.Thing, V.Instance, V.Partial)):
+                    return value  # model = DistributedDataParallel(model)
+                break
+        return FOREIGN if callee is FOREIGN or isinstance(callee, V.External) else UNKNOWN
+
+    def _model_output(self, given: Given) -> Value:
+        """A model that is given labels returns its mean loss first, as all of transformers do."""
+        known = self.by_name("loss")
+        if known is V.ASKED:
+            known = V.Loss("the model", "mean", self.place(given.node), IMPLIED)
+        return V.record(FOREIGN, {"loss": known, 0: known})
+
+    def _construct(self, info: ClassInfo, given: Given) -> Value:
+        init, made = self.method(info, "__init__"), V.Instance(info, given)
+        bound = self.bind(init, given) if init else {}
+        telling = any(self.tells(*item) for item in bound.items())
+        instance: Value = V.Instance(info)
+        if telling or (not init and self.loss_base(info)):
+            instance = V.bounded(made, *given.args, *dict(given.keywords).values())
+            if instance is made and made not in info.made and len(info.made) < 8:
+                info.made.append(made)
+        order = [name for base in self.family(info)[0][::-1] for name in base.order]
+        fields = given.by(order)
+        if init is None and (order or any(map(names.is_loss, fields))):
+            return V.record(instance, fields)  # a dataclass, a named tuple
+        return instance
+
+    # Losses
+
+    def _of_base(self, callee: V.Super, method: str, given: Given) -> Value:
+        """super().__init__(...), .forward(...), .compute_loss(...) of a base that is not read."""
+        if method == "compute_loss":
+            return self._trainer_loss(callee.info, given)
+        if method == "__init__":
+            self.frame.outcome.inherits = given
+        receiver = callee.receiver
+        own = receiver if isinstance(receiver, V.Instance) else V.Instance(callee.info)
+        base = self._criterion(own) if method in {"forward", "__call__"} else None
+        return self.invoke(base, given) if base else UNKNOWN
+
+    def _trainer_loss(self, info: ClassInfo, given: Given) -> Value:
+        outputs = given.get("return_outputs", V.Const(False))
+        trainer = any("Trainer" in getattr(base, "path", "") for base in self.family(info)[1])
+        if not trainer or not isinstance(outputs, V.Const):
+            return UNKNOWN
+        loss = V.Loss("compute_loss", "mean", self.place(given.node), IMPLIED)
+        return V.items([loss, UNKNOWN]) if outputs.value else loss
+
+    def _criterion(self, receiver: V.Instance) -> Value | None:
+        """The loss module that an object of a derived class is, with its settings."""
+        path, init = self.loss_base(receiver.info), self.method(receiver.info, "__init__")
+        if path is None:
+            return None
+        given = receiver.given or Given(spread=True)
+        if init is not None:
+            given = self.initialised(replace(init, receiver=receiver), receiver).inherits or Given()
+        return self._loss(SPECS[path], given)
+
+    def _loss(self, spec: LossSpec, given: Given) -> Value:
+        values = given.by(spec.parameters)
+        values.setdefault("reduction", UNKNOWN if given.spread else V.Const("mean"))
+        legacy = [values.pop(name, NONE) for name in ("size_average", "reduce")]
+        if legacy != [NONE, NONE]:
+            flags = [None if v == NONE else bool(v.value) for v in legacy if isinstance(v, V.Const)]
+            known = len(flags) == 2
+            values["reduction"] = V.Const(legacy_reduction(*flags)) if known else UNKNOWN
+        if spec.is_module:
+            return V.Partial(V.External(spec.forward), Given((), tuple(values.items())))
+        reduction, stats = text_of(values["reduction"]), values.get("return_stats", V.Const(False))
+        by_sequence = spec.is_ours and values.get("dim", NONE) != NONE
+        if reduction not in REDUCTIONS or not isinstance(stats, V.Const) or by_sequence:
+            return UNKNOWN
+        whole = values.get("normalizer", NONE) == NONE  # else: the count of the whole batch
+        masked = spec.name == "masked_mean" or values.get("mask", NONE) != NONE
+        ignores = values.get("ignore_index") if whole else None
+        uneven = spec.is_ours and masked and whole
+        loss = V.Loss(spec.name, reduction, self.place(given.node), ignores, uneven)
+        return V.items([loss, UNKNOWN]) if stats.value else loss

@@ -9,55 +9,38 @@ from functools import lru_cache
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _LOSS = re.compile(r"loss|nll|entropy|criterion", re.IGNORECASE)
-
-
-def _set(words: str) -> set[str]:
-    return set(words.split())
-
-
-_MASK = {"mask", "masks"}
-_NUMBERS = _set(
-    "w weight weights lambda lamb lam alpha beta gamma coef coeff scale factor rate ratio "
-    "prob p num n use has is with no do apply"
-)
-# A name with one of these is not the mask itself but a number, a flag or a tensor about it.
-_NOT_A_MASK = _set(
-    "token tokens id ids idx index loss losses logit logits head pred preds prediction "
-    "ratio prob probs probability p weight weights w scale coef coeff coefficient factor "
-    "lambda lamb lam alpha beta gamma rate lr sum count num n total len length size mean "
-    "avg value val type path file name fn func use has is with do no apply enable flag "
-    "penalty reg dice iou bce ce kl l embed embedding emb feature features per frac "
-    "fraction norm denom denominator"
-)
-_SAMPLES = {"sample", "samples", "token", "tokens", "example", "instance", "pixel", "importance"}
-_MANY_LABELS = {"labels", "targets", "ids", "tokens", "inputs"}
-_LABELS = {"label", "target", "tgt", "trg", "y", "gt"}  # of a batch, or of one sample
-_PADDING = {"pad", "padding", "ignore", "ignored", "eos", "bos"}
-# A name with one of these is one number: of a step, of a size, in a configuration.
-_TIMES = {"step", "epoch", "iter", "iteration", "progress", "warmup", "phase", "stage"}
-_SCALAR_WORDS = (
-    "steps epochs iters iterations rank world max min num n len length size count coef coeff lr "
-    "temperature threshold"
-)
-_SCALARS = _TIMES | set(_SCALAR_WORDS.split())
-_CONFIGURATION = {"cfg", "config", "conf", "args", "opt", "opts", "options", "hparams", "settings"}
-_NOT_LABELS = _SCALARS | {"domain", "name", "type", "kind", "class", "path", "weight", "smoothing"}
-_NOT_LABELS |= {"seen", "processed", "consumed", "total", "limit", "budget"}
-_AUXILIARY = _set("aux auxiliary balance balancing router moe reg vq commitment")
-_COEFFICIENTS = _set("lambda lamb lam alpha beta gamma coef coeff coefficient scale rate ratio")
-_SEQUENCE = _set("attention attn att length lengths len lens seq sequence pad padding src key")
-_ACCUMULATION = ("accum", "micro", "iter_size", "grad_acc", "gradient_acc")
-
-# Methods and functions that leave a tensor the same for our purpose.
-_VIEW_NAMES = (
-    "view reshape flatten squeeze unsqueeze contiguous float double half bfloat16 long int "
-    "bool to type type_as cpu cuda clone detach requires_grad_ view_as expand expand_as "
-    "ravel byte transpose permute t masked_fill masked_fill_ ne eq ge gt le lt logical_not "
-    "repeat"
-)
-VIEWS = frozenset(_VIEW_NAMES.split())
-_SHAPE_NAMES = "view reshape flatten squeeze unsqueeze view_as ravel transpose permute t"
-SHAPES = frozenset(_SHAPE_NAMES.split())
+_TABLE = """
+mask: mask masks
+number: w weight weights lambda lamb lam alpha beta gamma coef coeff scale factor rate ratio
+number: prob p num n use has is with no do apply
+about: token tokens id ids idx index loss losses logit logits head pred preds prediction ratio prob
+about: probs probability p weight weights w scale coef coeff coefficient factor lambda lamb lam
+about: alpha beta gamma rate lr sum count num n total len length size mean avg value val type path
+about: file name fn func use has is with do no apply enable flag penalty reg dice iou bce ce kl l
+about: embed embedding emb feature features per frac fraction norm denom denominator
+labels: labels targets ids tokens inputs
+label: label target tgt trg y gt
+padding: pad padding ignore ignored eos bos
+time: step epoch iter iteration progress warmup phase stage
+scalar: steps epochs iters iterations rank world max min num n len length size count coef coeff lr
+scalar: temperature threshold
+settings: cfg config conf args opt opts options hparams settings
+unlabelled: domain name type kind class path weight smoothing seen processed consumed total limit
+unlabelled: budget
+auxiliary: aux auxiliary balance balancing router moe reg vq commitment
+coefficient: lambda lamb lam alpha beta gamma coef coeff coefficient scale rate ratio
+sequence: attention attn att length lengths len lens seq sequence pad padding src key
+view: view reshape flatten squeeze unsqueeze contiguous float double half bfloat16 long int bool to
+view: type type_as cpu cuda clone detach requires_grad_ view_as expand expand_as ravel byte
+view: transpose permute t masked_fill masked_fill_ ne eq ge gt le lt logical_not repeat
+shape: view reshape flatten squeeze unsqueeze view_as ravel transpose permute t
+"""
+_KINDS: dict[str, set[str]] = {}
+for _kind, _words in re.findall("(.+): (.+)", _TABLE):
+    _KINDS.setdefault(_kind, set()).update(_words.split())
+VIEWS = _KINDS["view"]  # methods that leave a tensor the same for our purpose
+SHAPES = _KINDS["shape"]
+_NOT_LABELS = _KINDS["scalar"] | _KINDS["time"] | _KINDS["unlabelled"]
 
 
 @lru_cache(maxsize=65536)
@@ -66,29 +49,36 @@ def words(name: str) -> tuple[str, ...]:
     return tuple(word.lower() for word in _WORDS.findall(name))
 
 
+def _has(found: tuple[str, ...], *kinds: str) -> bool:
+    return any(not _KINDS[kind].isdisjoint(found) for kind in kinds)
+
+
 def is_loss(name: str) -> bool:
     return _LOSS.search(name) is not None
 
 
 def last_name(node: ast.expr) -> str:
     """The name that speaks for an expression: c of a.b.c, "m" of batch["m"], x of x.view(-1)."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    if isinstance(node, ast.Subscript):
-        index = node.slice
-        if isinstance(index, ast.Constant) and isinstance(index.value, str):
-            return index.value
-        return last_name(node.value) if slices_time(index) else ""
-    if isinstance(node, ast.Call) and _is_getattr(node):
-        name = node.args[1]
-        return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else ""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        return last_name(node.func.value) if node.func.attr in VIEWS else ""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
-        return last_name(node.operand)
-    return ""
+    while True:
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name):
+                return name
+            case ast.Subscript(slice=ast.Constant(value=str(name))):
+                return name
+            case ast.Subscript() if slices_time(node.slice):
+                node = node.value
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                return name
+            case ast.Call(func=ast.Attribute(attr=name)) if name in VIEWS:
+                node = node.func.value  # type: ignore[attr-defined]
+            case ast.UnaryOp(op=ast.Invert()):
+                node = node.operand
+            case _:
+                return ""
+
+
+def last_words(node: ast.expr) -> tuple[str, ...]:
+    return words(last_name(node))
 
 
 def slices_time(index: ast.expr) -> bool:
@@ -103,36 +93,22 @@ def slices_time(index: ast.expr) -> bool:
 
 def is_mask(node: ast.expr) -> bool:
     """True for mask, loss_mask, mask_flat; not for mask_weight, w_mask, mask_ratio, mask_loss."""
-    found = words(last_name(node))
-    if not found or not _MASK & set(found):
+    found = last_words(node)
+    if not _has(found, "mask"):
         return False
-    return not set(found) & (_NUMBERS if found[-1] in _MASK else _NOT_A_MASK)
-
-
-def is_weights(node: ast.expr) -> bool:
-    """True for weights, sample_weight, token_weights: one weight per token or sample."""
-    found = words(last_name(node))
-    if not found or found[-1] not in {"weight", "weights"}:
-        return False
-    return found == ("weights",) or bool(_SAMPLES & set(found))
+    return not _has(found, "number" if found[-1] in _KINDS["mask"] else "about")
 
 
 def is_labels(node: ast.expr) -> bool:
-    found = set(words(last_name(node)))
-    return bool(found & (_MANY_LABELS | _LABELS)) and not found & _NOT_LABELS
+    found = last_words(node)
+    return _has(found, "label", "labels") and _NOT_LABELS.isdisjoint(found)
 
 
 def compares_labels(labels: ast.expr, other: ast.expr) -> bool:
-    """True for labels > 0 and target != pad; `target == 1` may be the label of one sample."""
-    many = _MANY_LABELS & set(words(last_name(labels)))
-    return is_labels(labels) and (bool(many) or _is_padding(other))
-
-
-def _is_padding(node: ast.expr) -> bool:
-    """True for pad_id, self.ignore_index, -100."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return isinstance(node.operand, ast.Constant)
-    return bool(set(words(last_name(node))) & _PADDING)
+    """True for labels > 0 and target != pad_id; `target == 1` may be the label of one sample."""
+    negative = isinstance(other, ast.UnaryOp) and isinstance(other.operand, ast.Constant)
+    padding = negative or _has(last_words(other), "padding")
+    return is_labels(labels) and (padding or _has(last_words(labels), "labels"))
 
 
 def is_scalar(node: ast.expr) -> bool:
@@ -140,14 +116,13 @@ def is_scalar(node: ast.expr) -> bool:
     if isinstance(node, ast.Constant):
         return isinstance(node.value, (int, float))
     if isinstance(node, (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare)):
-        operands = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)]
-        return all(map(is_scalar, operands))
-    found = set(words(last_name(node)))
-    if isinstance(node, ast.Call) and not _is_getattr(node):  # a schedule, np.exp(-step)
+        return all(is_scalar(n) for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr))
+    found = last_words(node)
+    if isinstance(node, ast.Call) and not found:  # a schedule, np.exp(-step)
         return bool(node.args) and all(map(_is_time, node.args))
-    if isinstance(node, ast.Attribute) and set(words(last_name(node.value))) & _CONFIGURATION:
+    if isinstance(node, ast.Attribute) and _has(last_words(node.value), "settings"):
         return True
-    return bool(found & _SCALARS) or bool(found & _MASK and not is_mask(node))
+    return _has(found, "scalar", "time") or (_has(found, "mask") and not is_mask(node))
 
 
 def _is_time(node: ast.expr) -> bool:
@@ -155,11 +130,7 @@ def _is_time(node: ast.expr) -> bool:
         return _is_time(node.operand)
     if isinstance(node, ast.BinOp):
         return is_scalar(node) and (_is_time(node.left) or _is_time(node.right))
-    return bool(set(words(last_name(node))) & _TIMES)
-
-
-def _is_getattr(node: ast.Call) -> bool:
-    return isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1
+    return _has(last_words(node), "time")
 
 
 def is_auxiliary(node: ast.expr) -> bool:
@@ -167,36 +138,32 @@ def is_auxiliary(node: ast.expr) -> bool:
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
         operands = node.left, node.right
         return any(map(is_auxiliary, operands)) and not any(map(is_mask, operands))
-    found = set(words(last_name(node)))
-    return bool(found & {"loss", "losses"} and found & _AUXILIARY)
+    found = last_words(node)
+    return not {"loss", "losses"}.isdisjoint(found) and _has(found, "auxiliary")
 
 
 def is_accumulation(node: ast.expr) -> bool:
     """True for gradient_accumulation_steps, cfg.accum, self.grad_accum_steps."""
-    name = last_name(node).lower()
-    return any(part in name for part in _ACCUMULATION)
+    return re.search("accum|micro|iter_size|grad(ient)?_acc", last_name(node).lower()) is not None
 
 
 def is_coefficient(node: ast.expr) -> bool:
     """True for alpha, self.ce_weight, loss_weight, cfg.scale: one number that scales a loss."""
-    found = set(words(last_name(node)))
-    if found & _COEFFICIENTS or is_scalar(node):
-        return True
+    found = last_words(node)
     on_self = isinstance(node, ast.Attribute) and last_name(node.value) == "self"
-    return "weight" in found and (on_self or bool(found & {"loss", "lambda"}))
+    scales = "weight" in found and (on_self or "loss" in found)
+    return scales or _has(found, "coefficient") or is_scalar(node)
 
 
 def is_never_empty(name: str) -> bool:
     """True for attention_mask, src_pad_mask, sequence_mask(lengths): a sequence has a token."""
-    return bool(_SEQUENCE & set(words(name)))
+    return _has(words(name), "sequence")
 
 
 def text(node: ast.AST) -> str:
     """The source of an expression, "" where it is nested too deeply to be written out."""
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.Constant):
-        return repr(node.value)
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         return f"{node.value.id}.{node.attr}"
     try:
@@ -212,16 +179,3 @@ def key(node: ast.expr) -> str:
             break
         node = node.func.value
     return text(node)
-
-
-def path(node: ast.expr) -> str:
-    """The text of a.b, a.b.c or a["b"], the places a value is put; "" for anything else."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        owner = path(node.value)
-        return f"{owner}.{node.attr}" if owner else ""
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-        owner = path(node.value)
-        return f"{owner}[{node.slice.value!r}]" if owner else ""
-    return ""

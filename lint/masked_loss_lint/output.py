@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 
-from masked_loss_lint.rules import RULES, Finding
+from masked_loss_lint import RULES, Finding, Report
 
 
 def text(findings: Sequence[Finding]) -> str:
@@ -15,39 +16,32 @@ def text(findings: Sequence[Finding]) -> str:
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    rows = [
-        {
-            "path": f.place.path,
-            "cell": f.place.cell or None,
-            "line": f.place.line,
-            "column": f.place.column,
-            "code": f.code,
-            "message": f.message,
-            "fixable": f.fixable,
-        }
-        for f in findings
-    ]
+    keys = ("path", "cell", "line", "column")
+    rows = [{**{key: getattr(f.place, key) or None for key in keys}, **_plain(f)} for f in findings]
     return json.dumps(rows, indent=2)
+
+
+def _plain(finding: Finding) -> dict[str, object]:
+    return {key: getattr(finding, key) for key in ("code", "message", "fixable")}
 
 
 def github(findings: Sequence[Finding]) -> str:
     """Workflow commands, see docs.github.com: Workflow commands for GitHub Actions."""
+    return "\n".join(map(_command, findings))
 
-    def escape(value: str, extra: str = "") -> str:
-        for character in "%\r\n" + extra:
-            value = value.replace(character, f"%{ord(character):02X}")
-        return value
 
-    def command(f: Finding) -> str:
-        place, message = f.place, f.message
-        where = f"file={escape(place.path, ':,')}"
-        if place.cell:  # a line of a cell is not a line of the file
-            message = f"cell {place.cell}, line {place.line}: {message}"
-        else:
-            where += f",line={place.line},col={place.column}"
-        return f"::error {where},title={f.code}::{escape(message)}"
+def _command(finding: Finding) -> str:
+    place, message = finding.place, finding.message
+    where = f"file={_escape(place.path, ':,')}"
+    if place.cell:  # a line of a cell is not a line of the file
+        message = f"cell {place.cell}, line {place.line}: {message}"
+    else:
+        where += f",line={place.line},col={place.column}"
+    return f"::error {where},title={finding.code}::{_escape(message)}"
 
-    return "\n".join(map(command, findings))
+
+def _escape(value: str, extra: str = "") -> str:
+    return re.sub(f"[%\r\n{extra}]", lambda found: f"%{ord(found[0]):02X}", value)
 
 
 FORMATS = {"text": text, "json": as_json, "github": github}
@@ -58,15 +52,14 @@ def statistics(findings: Sequence[Finding]) -> str:
     return "\n".join(f"{n:6}  {code}  {RULES[code]}" for code, n in sorted(counts.items()))
 
 
-def summary(findings: Sequence[Finding], files: int, fixed: int, unreadable: int) -> str:
-    fixable = sum(finding.fixable for finding in findings)
-    parts = [
-        f"Found {len(findings)} in {files} files." if findings else f"{files} files are clean."
-    ]
-    if fixed:
-        parts.append(f"{fixed} fixed.")
-    if fixable:
-        parts.append(f"{fixable} can be fixed with --fix.")
-    if unreadable:
-        parts.append(f"{unreadable} could not be read.")
-    return " ".join(parts)
+def summary(report: Report, fixed: int = 0) -> str:
+    count, fixable = len(report.findings), sum(finding.fixable for finding in report.findings)
+    first = (
+        f"Found {count} in {report.files} files." if count else f"{report.files} files are clean."
+    )
+    counts = {
+        "fixed": fixed,
+        "can be fixed with --fix": fixable,
+        "could not be read": len(report.unreadable),
+    }
+    return " ".join([first, *(f"{n} {what}." for what, n in counts.items() if n)])

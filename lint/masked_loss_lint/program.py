@@ -5,30 +5,15 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from masked_loss_lint.values import NONE, Called, Class, External, Place, Value
-
-FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-Conditions = tuple[tuple[Value, bool], ...]  # tests, and what they said on the way here
-
-
-@dataclass(eq=False, slots=True)
-class Event:
-    """Something a rule judges when all files are known.
-
-    kind: "product" (a mask multiplies), "reduced" (a sum or mean), "chosen" (a mask selects),
-    "accumulated" (divided by accumulation steps).
-    """
-
-    kind: str
-    place: Place
-    value: Value
-    text: str  # of the mask, or of the divisor
-    conditions: Conditions
+from masked_loss_lint.rules import Finding
+from masked_loss_lint.source import FunctionNode, Source, is_relevant
+from masked_loss_lint.values import NONE, Function, Given, Instance, Value
 
 
 @dataclass(eq=False)
@@ -36,8 +21,7 @@ class Scope:
     """The names of a function body, a class body or a module, inside another scope."""
 
     parent: Scope | None = None
-    names: dict[str, Value] = field(default_factory=dict)  # of variables, and of paths: "out.loss"
-    paths: set[str] = field(default_factory=set)  # the paths ever assigned to
+    names: dict[str, Value] = field(default_factory=dict)
 
     def lookup(self, name: str) -> Value | None:
         scope: Scope | None = self
@@ -49,23 +33,33 @@ class Scope:
 
 
 @dataclass(eq=False)
+class Outcome:
+    """What one look at a function has shown."""
+
+    value: Value = NONE  # what it returns
+    findings: list[Finding] = field(default_factory=list)
+    fields: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))  # of self
+    stored: list[tuple[str, Value]] = field(default_factory=list)  # losses, under any owner's name
+    inherits: Given | None = None  # super().__init__(...)
+    asked: bool = False  # it depends on what files store under some name
+
+
+@dataclass(eq=False)
 class FunctionInfo:
-    """A function and its one summary: what it returns, and what happens in it."""
+    """A function, and what it does for the arguments it was looked at with."""
 
     name: str
     module: Module
+    position: tuple[int, int] = (0, 0)
     owner: ClassInfo | None = None
+    lambda_: ast.Lambda | None = None
     params: tuple[str, ...] = ()  # positional ones
-    keyword_only: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()  # and those that only have a name
     defaults: dict[str, Value] = field(default_factory=dict)
     numbers: frozenset[str] = frozenset()  # parameters that hold one number
     decorators: frozenset[str] = frozenset()
-    opaque: bool = False  # a generator or a coroutine: a call returns something else
-    given_away: bool = False  # a lambda that is an argument: who takes it may give it one sample
-    per_sample: bool = False  # given to vmap or map: sees one sample, whose loss is per token
-    returns: Value = NONE
-    events: list[Event] = field(default_factory=list)
-    calls: list[tuple[Called, Conditions]] = field(default_factory=list)
+    given_away: bool = False  # to vmap, or a lambda as an argument: may be called for each sample
+    outcomes: dict[tuple[Any, ...], Outcome] = field(default_factory=dict)
 
     @property
     def bound(self) -> bool:
@@ -73,28 +67,9 @@ class FunctionInfo:
         static = "staticmethod" in self.decorators
         return self.owner is not None and bool(self.params) and not static
 
-
-Bindings = dict[tuple[FunctionInfo, str], Value]
-
-
-@dataclass(eq=False)
-class Env:
-    """The arguments of one evaluation of a function; empty: nothing is known of them."""
-
-    bindings: Bindings = field(default_factory=dict)
-    receiver: Value | None = None
-    depth: int = 0
-    memo: dict[int, tuple[Value, Value]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Given:
-    """The arguments of a call, and where in the program it is."""
-
-    args: tuple[Value, ...]
-    keywords: dict[str, Value]
-    term: Called
-    depth: int = 0
+    @property
+    def of_class(self) -> bool:
+        return "classmethod" in self.decorators
 
 
 @dataclass(eq=False)
@@ -102,87 +77,80 @@ class ClassInfo:
     name: str
     module: Module
     bases: list[Value] = field(default_factory=list)
-    order: list[str] = field(default_factory=list)  # annotated fields, as a dataclass has them
-    methods: dict[str, FunctionInfo] = field(default_factory=dict)
-    fields: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
-    made: list[Called] = field(default_factory=list)  # the calls that construct it
-    base_init: Called | None = None  # super().__init__(...)
+    order: dict[str, None] = field(
+        default_factory=dict
+    )  # annotated fields, as a dataclass has them
+    methods: dict[str, Function] = field(default_factory=dict)
+    fields: dict[str, Value] = field(default_factory=dict)
+    made: list[Instance] = field(default_factory=list)  # its objects
+    storing: dict[str, list[str]] | None = None  # of each field the methods that set it
 
 
 @dataclass(eq=False)
 class Module:
     path: Path
+    source: Callable[[], Source]  # parses it again where that was long ago
     imports: list[tuple[str, int]] = field(default_factory=list)  # dotted names, and their levels
+    fills: frozenset[object] = frozenset()  # constants that are put into labels
     scope: Scope = field(default_factory=Scope)
-    top: FunctionInfo = field(init=False)
-    functions: list[FunctionInfo] = field(default_factory=list)
+    infos: dict[tuple[int, int], FunctionInfo | ClassInfo] = field(default_factory=dict)
+    pending: list[Function] = field(default_factory=list)  # functions that nobody has called yet
     stars: list[tuple[str, int]] = field(default_factory=list)
-    stores: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
-    fills: set[object] = field(default_factory=set)  # constants that are put into labels
-    mapped: list[Value] = field(default_factory=list)  # functions given to vmap or map
-    walked: bool = False
+    loaded: bool = False
 
     def __post_init__(self) -> None:
         self.folder = self.path.absolute().parent.as_posix()
         self.top = FunctionInfo("<module>", self)
-        self.functions.append(self.top)
+
+    @cached_property
+    def relevant(self) -> bool:
+        return is_relevant(self.path)
+
+    def node(self, info: FunctionInfo) -> FunctionNode | ast.Module:
+        if info is self.top:
+            return self.source().tree
+        return info.lambda_ or self.source().definitions[info.position]
 
 
 class Program:
-    def __init__(self, modules: Iterable[Module], walk: Callable[[Module], object]) -> None:
+    def __init__(self, modules: Iterable[Module]) -> None:
         self.modules = sorted(modules, key=lambda module: str(module.path))
-        self._walk = walk
+        self.by_path = {str(module.path): module for module in self.modules}
         self._files = {f"{m.folder}/{m.path.name}": m for m in self.modules}
         self._known_names = {part for m in self.modules for part in (m.path.stem, *m.path.parts)}
         self._above: dict[str, list[str]] = {}  # of each folder where its imports are looked for
-
-    def walked(self, module: Module) -> Module:
-        """The module with its names; one that says nothing of losses is walked when it is asked."""
-        if not module.walked:
-            self._walk(module)
-        return module
 
     def find(self, dotted: str, importer: Module, level: int = 0) -> Module | None:
         """The module that `import dotted` (or `from ..dotted`) means in `importer`, or None.
 
         Scripts import from their own folder and from the folders above it, the nearest first.
         """
-        root = dotted.partition(".")[0]
-        if not level and root not in self._known_names:
+        if not level and dotted.partition(".")[0] not in self._known_names:
             return None
         folder, inside = importer.folder, dotted.replace(".", "/")
         if level:
             folder = "/".join(folder.split("/")[: 1 - level or None])
-            return self._at(f"{folder}/{inside}" if inside else folder)
+            return self.at(f"{folder}/{inside}" if inside else folder)
         if folder not in self._above:
             parts = folder.split("/")
             above = ["/".join(parts[:n]) for n in range(len(parts), 0, -1)]
             self._above[folder] = [f"{f}{more}" for f in above for more in ("", "/src", "/lib")]
-        return next((m for f in self._above[folder] if (m := self._at(f"{f}/{inside}"))), None)
+        return next((m for f in self._above[folder] if (m := self.at(f"{f}/{inside}"))), None)
 
-    def _at(self, path: str) -> Module | None:
+    def at(self, path: str) -> Module | None:
         return self._files.get(f"{path}.py") or self._files.get(f"{path}/__init__.py")
-
-    def submodule(self, package: Module, name: str) -> Module | None:
-        return self._at(f"{package.folder}/{name}")
-
-    def _imported(self, module: Module) -> Iterator[Module]:
-        for dotted, level in module.imports:
-            found = self.find(dotted, module, level)
-            if found is not None and found is not module:
-                yield found
 
     @cached_property
     def _importers(self) -> dict[Module, int]:
         """Of each file the files that import it, directly or not, and itself, as bits."""
         masks = {module: 1 << number for number, module in enumerate(self.modules)}
-        direct = {module: list(dict.fromkeys(self._imported(module))) for module in self.modules}
+        direct = {m: dict.fromkeys(self.find(d, m, level) for d, level in m.imports) for m in masks}
         pending = dict.fromkeys(self.modules)
         while pending:
             module = next(iter(pending))
             del pending[module]
             for imported in direct[module]:
-                if masks[module] & ~masks[imported]:
+                if imported is not None and masks[module] & ~masks[imported]:
                     masks[imported] |= masks[module]
                     pending[imported] = None
         return masks
@@ -190,24 +158,3 @@ class Program:
     def met(self, a: Module, b: Module) -> bool:
         """True for files of one folder, and for two of which one, or a third, imports the other."""
         return a.folder == b.folder or bool(self._importers[a] & self._importers[b])
-
-    # Classes
-
-    def family(
-        self, info: ClassInfo, resolve: Callable[[Value], Value]
-    ) -> tuple[list[ClassInfo], list[Value]]:
-        """A class with its bases, the nearest first, and its bases of other libraries."""
-        found: list[ClassInfo] = []
-        others: list[Value] = []
-        pending: list[ClassInfo] = [info]
-        while pending:
-            current = pending.pop(0)
-            if current in found:
-                continue  # a class that is its own base, by names that resolve in a circle
-            found.append(current)
-            for base in map(resolve, current.bases):
-                if isinstance(base, Class):
-                    pending.append(base.info)
-                elif not (isinstance(base, External) and base.path == "builtins.object"):
-                    others.append(base)
-        return found, others

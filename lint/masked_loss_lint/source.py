@@ -22,7 +22,13 @@ _SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "build", "di
 _NOQA = re.compile(r"#\s*noqa(?P<codes>\s*:\s*[A-Z]+\d+(?:[\s,]+[A-Z]+\d+)*)?", re.IGNORECASE)
 _MAGIC = re.compile(r"^\s*[%!?]|^\s*[\w.]+\?{1,2}\s*$")
 # A file without any of these has nothing to report; its names are looked up when others ask.
-_RELEVANT = re.compile(r"loss|entropy|criteri|nll|kl_div|accum|size_average", re.IGNORECASE)
+_RELEVANT = re.compile(rb"loss|entropy|criteri|nll|kl_div|accum|size_average", re.IGNORECASE)
+_FILL = re.compile(
+    r"(?:fill_?|full|full_like|where|pad)\([^=]{0,80}?, *(-\d+|\w*(?:ignore|pad)\w*)\s*[,)]"
+    r"|(?:\] *|value *|^[\w. ]*ignore\w* *|label_pad_token_id *)= *(-\d+|[\w.]*(?:ignore|pad)\w*)",
+    re.IGNORECASE | re.MULTILINE,
+)
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
 class UnreadableError(Exception):
@@ -36,63 +42,59 @@ class Source:
     path: Path
     text: str
     tree: ast.Module
-    cells: list[int] = field(default_factory=list)  # the first line of each code cell
-    cell_numbers: list[int] = field(default_factory=list)
+    cells: list[tuple[int, int]] = field(default_factory=list)  # their first lines and numbers
 
     def __post_init__(self) -> None:
-        self._name = str(self.path)
-        lines = split(self.text)
-        self.ascii_lines = lines if self.text.isascii() else []
-        self._lines = [] if self.ascii_lines else lines
-
-    @property
-    def relevant(self) -> bool:
-        averages = "sum(" in self.text and "mask" in self.text
-        return averages or _RELEVANT.search(self.text) is not None
-
-    def place(self, node: ast.expr | ast.stmt) -> Place:
-        line, column = node.lineno, node.col_offset
-        lines = (line, node.end_lineno or line)
-        if self._lines:  # the tree counts bytes
-            column = len(self._lines[line - 1].encode()[:column].decode(errors="ignore"))
-        if not self.cells:
-            return Place(self._name, 0, line, column + 1, lines)
-        index = bisect_right(self.cells, line) - 1
-        return Place(
-            self._name, self.cell_numbers[index], line - self.cells[index] + 1, column + 1, lines
-        )
-
-    def segment(self, node: ast.expr) -> str:
-        """The text of an expression of one line, "" for others."""
-        if node.lineno != node.end_lineno or not self.ascii_lines:
-            return ""
-        return self.ascii_lines[node.lineno - 1][node.col_offset : node.end_col_offset]
-
-    def imports(self) -> list[tuple[str, int]]:
-        """The dotted names that are imported anywhere in it, with their levels."""
-        found: list[tuple[str, int]] = []
+        self.imports: list[tuple[str, int]] = []  # dotted names, and their levels
+        self.definitions: dict[tuple[int, int], FunctionNode] = {}
+        self._lines = split(self.text)
+        self._ascii = self.text.isascii()
         pending: list[Any] = [self.tree]
         while pending:
             node = pending.pop()
             if isinstance(node, ast.Import):
-                found += [(alias.name, 0) for alias in node.names]
+                self.imports += [(alias.name, 0) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                found.append((node.module or "", node.level))
-                inside = f"{node.module}." if node.module else ""
-                found += [(inside + alias.name, node.level) for alias in node.names]
+                names = [f"{node.module or ''}.{a.name}".lstrip(".") for a in node.names]
+                self.imports += [(name, node.level) for name in (node.module or "", *names)]
             else:
-                for name in ("body", "handlers", "orelse", "finalbody", "cases"):
-                    children = getattr(node, name, ())
-                    if isinstance(children, list):
-                        pending += children
-        return found
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    self.definitions[node.lineno, node.col_offset] = node
+                for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+                    children = getattr(node, part, ())
+                    pending += children if isinstance(children, list) else ()
+
+    def fills(self) -> frozenset[object]:
+        """The negative constants that are put in the place of labels; "any": a name of one."""
+        found = _FILL.findall(self.text)
+        return frozenset(int(n) if n[0] == "-" else "any" for pair in found for n in pair if n)
+
+    def place(self, node: ast.expr | ast.stmt) -> Place:
+        line, column = node.lineno, node.col_offset
+        lines = (line, node.end_lineno or line)
+        if not self._ascii:  # the tree counts bytes
+            column = len(self._lines[line - 1].encode()[:column].decode(errors="ignore"))
+        cell = 0
+        if self.cells:
+            first, cell = self.cells[bisect_right(self.cells, (line, len(self.text))) - 1]
+            line -= first - 1
+        return Place(str(self.path), cell, line, column + 1, lines)
 
     def silenced(self) -> dict[int, str]:
         """The lines with a `# noqa` comment, and the codes it names ("": all)."""
         if "noqa" not in self.text.lower():
             return {}
-        matches = ((n, _NOQA.search(line)) for n, line in enumerate(split(self.text), start=1))
+        matches = ((n, _NOQA.search(line)) for n, line in enumerate(self._lines, start=1))
         return {number: (match["codes"] or "").upper() for number, match in matches if match}
+
+
+def is_relevant(path: Path) -> bool:
+    """Whether a file may have something to report."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return (b"sum(" in data and b"mask" in data) or _RELEVANT.search(data) is not None
 
 
 def split(text: str) -> list[str]:
@@ -135,8 +137,7 @@ def read(path: Path) -> Source:
 
 def _read_notebook(path: Path) -> Source:
     lines: list[str] = []
-    cells: list[int] = []
-    numbers: list[int] = []
+    cells: list[tuple[int, int]] = []
     for number, cell in enumerate(_cells(json.loads(path.read_text(encoding="utf-8"))), start=1):
         if cell.get("cell_type") != "code":
             continue
@@ -150,11 +151,10 @@ def _read_notebook(path: Path) -> Source:
             ast.parse(code)
         except SyntaxError:
             continue  # a shell script, or a cell that was left unfinished
-        cells.append(len(lines) + 1)
-        numbers.append(number)
+        cells.append((len(lines) + 1, number))
         lines += split(code)
     text = "\n".join(lines) + "\n"
-    return Source(path, text, ast.parse(text), cells, numbers)
+    return Source(path, text, ast.parse(text), cells)
 
 
 def _cells(notebook: object) -> list[dict[str, Any]]:

@@ -1,95 +1,56 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the linter knows about PyTorch's losses: their arguments and their reductions."""
+"""What the linter knows about PyTorch's losses and ours: their arguments and reductions."""
 
 from __future__ import annotations
 
-import ast
 from dataclasses import dataclass
 
-_CLASS = "weight size_average ignore_index reduce reduction"
-_LEGACY = "size_average reduce reduction"
-
-# Positional parameters, as in torch.nn.functional. A test compares them with the installed torch.
-_FUNCTIONS = {
-    "cross_entropy": f"input target {_CLASS} label_smoothing",
-    "nll_loss": f"input target {_CLASS}",
-    "binary_cross_entropy": f"input target weight {_LEGACY}",
-    "binary_cross_entropy_with_logits": f"input target weight {_LEGACY} pos_weight",
-    "mse_loss": f"input target {_LEGACY} weight",
-    "l1_loss": f"input target {_LEGACY} weight",
-    "smooth_l1_loss": f"input target {_LEGACY} beta",
-    "huber_loss": "input target reduction delta weight",
-    "kl_div": f"input target {_LEGACY} log_target",
-    "poisson_nll_loss": "input target log_input full size_average eps reduce reduction",
-    "soft_margin_loss": f"input target {_LEGACY}",
-    "multilabel_margin_loss": f"input target {_LEGACY}",
-    "multilabel_soft_margin_loss": f"input target weight {_LEGACY}",
-    "multi_margin_loss": f"input target p margin weight {_LEGACY}",
-    "hinge_embedding_loss": f"input target margin {_LEGACY}",
-    "cosine_embedding_loss": f"input1 input2 target margin {_LEGACY}",
-    "margin_ranking_loss": f"input1 input2 target margin {_LEGACY}",
-    "triplet_margin_loss": f"anchor positive negative margin p eps swap {_LEGACY}",
-    "triplet_margin_with_distance_loss": (
-        "anchor positive negative distance_function margin swap reduction"
-    ),
-    "gaussian_nll_loss": "input target var full eps reduction",
-    "ctc_loss": "log_probs targets input_lengths target_lengths blank reduction zero_infinity",
+# One line for each function, the module that calls it, and the positional parameters of both:
+# tensors of a call | settings, which the module's constructor has too. A trailing | brings more of
+# a call. A test compares them with the installed torch.
+_TORCH = """
+cross_entropy CrossEntropyLoss input target | CLASS label_smoothing
+nll_loss NLLLoss input target | CLASS
+binary_cross_entropy BCELoss input target | weight OLD
+binary_cross_entropy_with_logits BCEWithLogitsLoss input target | weight OLD pos_weight
+mse_loss MSELoss input target | OLD | weight
+l1_loss L1Loss input target | OLD | weight
+smooth_l1_loss SmoothL1Loss input target | OLD beta
+huber_loss HuberLoss input target | reduction delta | weight
+kl_div KLDivLoss input target | OLD log_target
+poisson_nll_loss PoissonNLLLoss input target | log_input full size_average eps reduce reduction
+soft_margin_loss SoftMarginLoss input target | OLD
+multilabel_margin_loss MultiLabelMarginLoss input target | OLD
+multilabel_soft_margin_loss MultiLabelSoftMarginLoss input target | weight OLD
+multi_margin_loss MultiMarginLoss input target | p margin weight OLD
+hinge_embedding_loss HingeEmbeddingLoss input target | margin OLD
+cosine_embedding_loss CosineEmbeddingLoss input1 input2 target | margin OLD
+margin_ranking_loss MarginRankingLoss input1 input2 target | margin OLD
+triplet_margin_loss TripletMarginLoss anchor positive negative | margin p eps swap OLD
+triplet_margin_with_distance_loss TripletMarginWithDistanceLoss anchor positive negative | DISTANCE
+gaussian_nll_loss GaussianNLLLoss input target var | full eps reduction
+ctc_loss CTCLoss log_probs targets input_lengths target_lengths | blank reduction zero_infinity
+"""
+_OURS = """
+cross_entropy CrossEntropyLoss input target | CLASS label_smoothing
+masked_cross_entropy MaskedCrossEntropyLoss logits target mask | reduction NORMALIZER MASKED
+linear_cross_entropy LinearCrossEntropyLoss hidden weight target mask bias | reduction NORMALIZER MASKED
+masked_divergence MaskedDivergenceLoss logits teacher_logits mask | KIND NORMALIZER shift
+linear_divergence - hidden weight TEACHER mask bias teacher_bias | KIND NORMALIZER shift
+topk_divergence - log_probs teacher_log_probs mask | kind beta tail reduction NORMALIZER
+masked_reduce - values mask | reduction NORMALIZER dim
+masked_mean - values mask |
+"""  # noqa: E501
+_SHORT = {
+    "CLASS": "weight size_average ignore_index reduce reduction",
+    "OLD": "size_average reduce reduction",
+    "DISTANCE": "distance_function margin swap reduction",
+    "MASKED": "ignore_index class_weight label_smoothing z_loss softcap shift",
+    "KIND": "kind beta temperature teacher_temperature softcap teacher_softcap reduction",
+    "TEACHER": "teacher_hidden teacher_weight",
+    "NORMALIZER": "normalizer",  # which our modules are given with each call
 }
-
-# The modules of torch.nn, and the function each one calls. Its constructor has the parameters of
-# that function that are no tensors of a call.
-_MODULES = {
-    "CrossEntropyLoss": "cross_entropy",
-    "NLLLoss": "nll_loss",
-    "BCELoss": "binary_cross_entropy",
-    "BCEWithLogitsLoss": "binary_cross_entropy_with_logits",
-    "MSELoss": "mse_loss",
-    "L1Loss": "l1_loss",
-    "SmoothL1Loss": "smooth_l1_loss",
-    "HuberLoss": "huber_loss",
-    "KLDivLoss": "kl_div",
-    "PoissonNLLLoss": "poisson_nll_loss",
-    "SoftMarginLoss": "soft_margin_loss",
-    "MultiLabelMarginLoss": "multilabel_margin_loss",
-    "MultiLabelSoftMarginLoss": "multilabel_soft_margin_loss",
-    "MultiMarginLoss": "multi_margin_loss",
-    "HingeEmbeddingLoss": "hinge_embedding_loss",
-    "CosineEmbeddingLoss": "cosine_embedding_loss",
-    "MarginRankingLoss": "margin_ranking_loss",
-    "TripletMarginLoss": "triplet_margin_loss",
-    "TripletMarginWithDistanceLoss": "triplet_margin_with_distance_loss",
-    "GaussianNLLLoss": "gaussian_nll_loss",
-    "CTCLoss": "ctc_loss",
-}
-_INPUTS = "input target input1 input2 anchor positive negative var log_probs targets input_lengths"
-_TENSORS = {*_INPUTS.split(), "target_lengths"}
-_WEIGHT_IN_CALL = {"mse_loss", "l1_loss", "huber_loss"}
-
 REDUCTIONS = {"none", "mean", "sum", "elementwise_mean", "batchmean", "sequence_mean"}
-_MASKED = "reduction normalizer ignore_index class_weight label_smoothing z_loss softcap shift"
-_DIVERGENCE = "kind beta temperature teacher_temperature softcap teacher_softcap reduction"
-_TEACHER = "teacher_hidden teacher_weight mask bias teacher_bias"
-_OURS = {
-    "cross_entropy": f"input target {_CLASS} label_smoothing",
-    "masked_cross_entropy": f"logits target mask {_MASKED}",
-    "linear_cross_entropy": f"hidden weight target mask bias {_MASKED}",
-    "masked_divergence": f"logits teacher_logits mask {_DIVERGENCE} normalizer shift",
-    "linear_divergence": f"hidden weight {_TEACHER} {_DIVERGENCE} normalizer shift",
-    "topk_divergence": "log_probs teacher_log_probs mask kind beta tail reduction normalizer",
-    "masked_reduce": "values mask reduction normalizer dim",
-    "masked_mean": "values mask",
-}
-_OUR_OPERATORS = {
-    "cross_entropy": _OURS["masked_cross_entropy"],
-    "masked_reduce": _OURS["masked_reduce"],
-}
-_AS_MODULE = _MASKED.replace("normalizer ", "")  # which a module is given with each call
-_OUR_MODULES = {
-    "CrossEntropyLoss": ("cross_entropy", f"{_CLASS} label_smoothing"),
-    "MaskedCrossEntropyLoss": ("masked_cross_entropy", _AS_MODULE),
-    "LinearCrossEntropyLoss": ("linear_cross_entropy", _AS_MODULE),
-    "MaskedDivergenceLoss": ("masked_divergence", f"{_DIVERGENCE} shift"),
-}
 
 
 @dataclass(frozen=True)
@@ -97,42 +58,51 @@ class LossSpec:
     """One loss function, or the constructor of a loss module."""
 
     path: str  # torch.nn.functional.cross_entropy, torch.nn.CrossEntropyLoss
-    function: str  # the function behind it: cross_entropy
+    forward: str  # the path of the function behind it
     parameters: tuple[str, ...]  # in positional order
-    is_module: bool
+
+    @property
+    def is_module(self) -> bool:
+        return self.path != self.forward
 
     @property
     def is_ours(self) -> bool:
         return "masked_loss." in self.path
 
     @property
+    def function(self) -> str:
+        return self.forward.rpartition(".")[2]
+
+    @property
     def name(self) -> str:
-        return self.path.rsplit(".", 1)[1]
+        return self.path.rpartition(".")[2]
 
 
-def _specs() -> dict[str, LossSpec]:
-    specs: dict[str, LossSpec] = {}
-
-    def add(path: str, function: str, parameters: str, is_module: bool) -> None:
-        specs[path] = LossSpec(path, function, tuple(parameters.split()), is_module)
-
-    for name, parameters in _FUNCTIONS.items():
-        add(f"torch.nn.functional.{name}", name, parameters, False)
-    for name, function in _MODULES.items():
-        tensors = _TENSORS | ({"weight"} if function in _WEIGHT_IN_CALL else set())
-        parameters = " ".join(p for p in _FUNCTIONS[function].split() if p not in tensors)
-        add(f"torch.nn.{name}", function, parameters, True)
-        add(f"torch.nn.modules.loss.{name}", function, parameters, True)
-    for name, parameters in _OURS.items():
-        add(f"masked_loss.{name}", name, parameters, False)
-    for name, parameters in _OUR_OPERATORS.items():
-        add(f"torch.ops.masked_loss.{name}", name, parameters, False)
-    for name, (function, parameters) in _OUR_MODULES.items():
-        add(f"masked_loss.{name}", function, parameters, True)
+def _specs(table: str, functions: list[str], modules: list[str]) -> dict[str, LossSpec]:
+    specs = {}
+    for line in table.strip().splitlines():
+        names, settings, *more = line.split("|")
+        function, module, *tensors = names.split()
+        groups = [settings.replace("NORMALIZER", ""), " ".join([*tensors, settings, *more])]
+        for short, text in _SHORT.items():
+            groups = [group.replace(short, text) for group in groups]
+        forward = f"{functions[0]}.{function}"
+        for owner, name, parameters in (
+            *((owner, module, groups[0]) for owner in modules if module != "-"),
+            *((owner, function, groups[1]) for owner in functions),
+        ):
+            path = f"{owner}.{name}"
+            is_function = name == function
+            spec = LossSpec(path, path if is_function else forward, tuple(parameters.split()))
+            specs[path] = spec
     return specs
 
 
-SPECS = _specs()
+SPECS = _specs(_TORCH, ["torch.nn.functional"], ["torch.nn", "torch.nn.modules.loss"])
+SPECS |= _specs(_OURS, ["masked_loss"], ["masked_loss"])
+for _name, _function in (("cross_entropy", "masked_cross_entropy"), ("masked_reduce",) * 2):
+    _path = f"torch.ops.masked_loss.{_name}"
+    SPECS[_path] = LossSpec(_path, _path, SPECS[f"masked_loss.{_function}"].parameters)
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
@@ -144,11 +114,3 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     if reduce is not None and not reduce:
         return "none"
     return "mean" if size_average is None or size_average else "sum"
-
-
-def arguments_of(spec: LossSpec, node: ast.Call) -> dict[str, ast.expr] | None:
-    """The arguments of a call by parameter name, or None where * or ** hides some."""
-    if any(isinstance(a, ast.Starred) for a in node.args) or any(not k.arg for k in node.keywords):
-        return None
-    given = dict(zip(spec.parameters, node.args, strict=False))
-    return given | {k.arg: k.value for k in node.keywords if k.arg}

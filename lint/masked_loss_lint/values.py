@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What an expression is, as far as a loss and its mask are concerned.
-
-`walk` makes values from one file alone. What another function, class or file decides is a *term*
-there (`Param`, `Import`, `Member`, `Called`, ...), which `resolve` replaces when all are known.
-"""
+"""What an expression is, as far as a loss and its mask are concerned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ast
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from masked_loss_lint.torch_losses import SPECS
 
 if TYPE_CHECKING:
-    from masked_loss_lint.program import ClassInfo, FunctionInfo, Module
-    from masked_loss_lint.torch_losses import LossSpec
+    from masked_loss_lint.program import ClassInfo, FunctionInfo, Module, Scope
 
-_DEEPEST = 24  # terms inside terms; a program that nests more is not understood
+_DEEPEST = 7  # values inside values; what nests deeper is not understood
 
 
 @dataclass(frozen=True, order=True)
@@ -34,33 +33,25 @@ class Place:
 
 
 class Value:
-    """Base of all values; itself the value of which nothing is known."""
+    """Base of all values."""
 
-    __slots__ = ("_depth",)
-
-    @property
-    def depth(self) -> int:
-        return getattr(self, "_depth", 0)
+    depth = 0
 
 
-V = TypeVar("V", bound=Value)
+@dataclass(frozen=True)
+class Thing(Value):
+    """Something of which nothing is known; equal keys: the same thing."""
+
+    key: object = None
 
 
-def bounded(value: V, *inside: Value) -> V | Value:
-    """`value`, or UNKNOWN where the terms inside it are nested too deeply."""
-    depth = 1 + max((v.depth for v in inside), default=0)
-    if depth > _DEEPEST:
-        return UNKNOWN
-    object.__setattr__(value, "_depth", depth)
-    return value
-
-
-UNKNOWN = Value()
+UNKNOWN = Thing()
+ASKED = Thing("asked")  # what files store under a name, before all of them were looked at
 FOREIGN = Value()  # an object of another library: what its attributes hold is nobody's guess
 NUMBER = Value()  # a number, or a tensor of one element
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Const(Value):
     """None, a string, a bool, a number."""
 
@@ -73,7 +64,7 @@ NONE = Const(None)
 # Losses, masks and what is computed from them
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loss(Value):
     """What a loss function returned, or a number made of it."""
 
@@ -89,7 +80,7 @@ class Loss(Value):
         return self.reduction != "none"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mask(Value):
     """A tensor of zeros and ones, known by how it was computed."""
 
@@ -97,18 +88,7 @@ class Mask(Value):
     never_empty: bool = False  # made of lengths or of padding: a sequence has a token
 
 
-@dataclass(frozen=True, slots=True)
-class Count(Value):
-    """The sum of a tensor; `guarded` where it cannot be 0."""
-
-    key: object
-    dims: str
-    never_empty: bool = False
-    guarded: bool = False
-    of_mask: bool = False
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sliced(Value):
     """x[..., :-1, :], or x[..., 1:] (the tail); `copied`: by contiguous(), where."""
 
@@ -117,160 +97,130 @@ class Sliced(Value):
     copied: Place | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Factor:
-    value: Value
+    loss: Loss | None
     key: object  # equal keys: the same tensor
     text: str
-    kind: str  # "mask", "weights" by its name, or ""
+    mask: bool  # by its value or by its name
     never_empty: bool = False
+    known: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Product(Value):
     factors: tuple[Factor, ...]
     place: Place
 
 
-@dataclass(frozen=True, slots=True)
-class Reduced(Value):
-    """base.sum() or base.mean(); over `dims` only, if these are given."""
+@dataclass(frozen=True)
+class Total(Value):
+    """A sum or a mean, over `dims` only if these are given; a loss, where it is one.
+
+    One of something else than a product or a loss is a count, known by its `key`.
+    """
 
     op: str
-    base: Value
     place: Place
     dims: str = ""
-    is_loss: bool = False  # its name, or that of its function, says so
+    loss: Loss | None = None
+    factors: tuple[Factor, ...] = ()  # of the product that was summed
+    key: object = None
+    of_mask: bool = False
+    never_empty: bool = False
+    guarded: bool = False  # cannot be 0
+
+    @property
+    def counts(self) -> bool:
+        return self.op == "sum" and self.key is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Ratio(Value):
-    """A sum divided by the sum of a mask."""
-
-    base: Value
-    place: Place
-    is_loss: bool = False
-
-
-# Terms
-
-
-@dataclass(frozen=True, slots=True)
-class Param(Value):
-    function: FunctionInfo
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Import(Value):
-    paths: tuple[str, ...]  # of which the first that exists is meant
-    importer: Module
-    level: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Member(Value):
-    """owner.key, owner["key"] or owner[0]; key None: any of its elements."""
-
-    owner: Value
-    key: str | int | None
-    reader: Module
-
-
-@dataclass(frozen=True, slots=True)
-class Called(Value):
-    callee: Value
-    args: tuple[Value, ...]
-    keywords: tuple[tuple[str, Value], ...]
-    place: Place
-    reader: Module
-    wraps: int = -1  # which argument is a model by its name: a library may give it back
-    spread: bool = False  # *args or **kwargs may hold anything
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Either(Value):
-    test: Value
-    yes: Value
-    no: Value
+    """Tensors that the branches of a program leave."""
+
+    options: tuple[Value, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Test(Value):
-    op: str  # "==", "truth", "not"
-    left: Value
-    right: Value = NONE
-
-
-@dataclass(frozen=True, slots=True)
-class Changed(Value):
-    """A loss that is "detached", "selected" from by a mask, or "shaped" as one number cannot be."""
-
-    base: Value
-    how: str
-
-
-@dataclass(frozen=True, slots=True)
-class Added(Value):
-    left: Value
-    right: Value
+TENSORS = (Loss, Product, Total, Either)
 
 
 # Objects
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class External(Value):
-    """Something of torch, masked_loss or Python by its full name."""
+    """Something of torch, masked_loss, Python or another library by its full name."""
 
     path: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class Import(Value):
+    """A name of a file, looked up when it is used."""
+
+    paths: tuple[str, ...]  # of which the first that exists is meant
+    importer: Module
+    level: int = 0
+
+
+@dataclass(frozen=True)
 class ModuleRef(Value):
     module: Module
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Function(Value):
     info: FunctionInfo
+    scope: Scope  # where it is defined
     receiver: Value | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Class(Value):
     info: ClassInfo
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class Given:
+    """The arguments of a call; `spread`: * and ** may hold what is not seen."""
+
+    args: tuple[Value, ...] = ()
+    keywords: tuple[tuple[str, Value], ...] = ()
+    spread: bool = False
+    node: ast.Call | None = field(default=None, compare=False)
+
+    def by(self, parameters: Iterable[str]) -> dict[str, Value]:
+        """They and their names."""
+        return dict(zip(parameters, self.args, strict=False)) | dict(self.keywords)
+
+    def get(self, name: str, default: Value) -> Value:
+        return dict(self.keywords).get(name, default)
+
+
+@dataclass(frozen=True)
 class Instance(Value):
     info: ClassInfo
-    call: Called | None = None  # how it was made, if known
+    given: Given | None = None  # to its constructor, if that tells something
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Super(Value):
     info: ClassInfo
     receiver: Value
 
 
-@dataclass(frozen=True, slots=True)
-class LossModule(Value):
-    spec: LossSpec
-    reduction: str | None  # None: not known
-    ignores: Value | None = None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Partial(Value):
+    """A function some of whose arguments are known; a loss module is one of its function."""
+
     callee: Value
-    args: tuple[Value, ...]
-    keywords: tuple[tuple[str, Value], ...]
+    given: Given
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Record(Value):
-    """Named fields over a base: an output object, a dictionary."""
+    """Named fields over a base: an output object, a dictionary; a list or tuple has 0, 1, ..."""
 
     base: Value
     fields: tuple[tuple[str | int, Value], ...]
@@ -280,24 +230,28 @@ class Record(Value):
 
     def set(self, key: str | int, value: Value) -> Value:
         others = tuple(f for f in self.fields if f[0] != key)
-        return bounded(
-            Record(self.base, (*others, (key, value))), self.base, *(v for _, v in others), value
-        )
+        return bounded(Record(self.base, (*others, (key, value))), self.base, value, self)
 
 
-@dataclass(frozen=True, slots=True)
-class Tuple(Value):
-    items: tuple[Value, ...]
+def bounded(value: Value, *inside: Value) -> Value:
+    """`value`, or UNKNOWN where the values inside it are nested too deeply."""
+    depth = 1 + max((v.depth for v in inside), default=0)
+    object.__setattr__(value, "depth", depth)
+    return value if depth <= _DEEPEST else UNKNOWN
 
 
-@dataclass(frozen=True, slots=True)
-class Many(Value):
-    """A list of values of one kind."""
-
-    each: Value
+def record(base: Value, fields: Mapping[Any, Value]) -> Value:
+    return bounded(Record(base, tuple(fields.items())), base, *fields.values())
 
 
-TERMS = (Param, Import, Member, Called, Either, Changed, Added, Product, Reduced, Ratio)
+def items(values: Iterable[Value]) -> Value:
+    return record(NUMBER, dict(enumerate(values)))
+
+
+def any_of(values: Iterable[Value]) -> Value:
+    """What is known of something that is one of these."""
+    found = list(values)
+    return reduce(join, found) if found else UNKNOWN
 
 
 def text_of(value: Value | None) -> str | None:
@@ -305,67 +259,66 @@ def text_of(value: Value | None) -> str | None:
     return value.value if isinstance(value, Const) and isinstance(value.value, str) else None
 
 
+def is_count(value: Value) -> bool:
+    return isinstance(value, Total) and value.counts
+
+
 def is_number(value: Value) -> bool:
     if isinstance(value, Const):
         return isinstance(value.value, (int, float))
-    return value is NUMBER or isinstance(value, Count)
+    counts = is_count(value) and (not value.dims or value.of_mask)  # type: ignore[attr-defined]
+    return value is NUMBER or counts
 
 
-def same(a: Value, b: Value) -> bool:
-    """Equality, and False for terms that are too large to compare."""
-    return a is b or (type(a) is type(b) and a.depth < 8 and b.depth < 8 and a == b)
+def is_scalar(value: Value) -> bool:
+    """True for numbers, and for sums and means that are no losses."""
+    plain = isinstance(value, Total) and value.loss is None and not value.dims
+    return plain or is_number(value)
 
 
-def alternatives(value: Value) -> Iterator[Value]:
-    """The values that the branches of a program leave."""
-    pending = [value]
-    for _ in range(16):
-        if not pending:
-            return
-        current = pending.pop()
-        if isinstance(current, Either):
-            pending += [current.no, current.yes]
-        else:
-            yield current
+def as_loss(value: Value) -> Loss | None:
+    """The loss that a value is."""
+    if isinstance(value, Either):
+        joint = any_of(as_loss(option) or UNKNOWN for option in value.options)
+        return joint if isinstance(joint, Loss) else None
+    if isinstance(value, Total):
+        return None if value.dims else value.loss
+    return value if isinstance(value, Loss) else None
 
 
-def join(a: Value | None, b: Value | None) -> Value:
+def join(a: Value, b: Value) -> Value:
     """What is known of something that is either a or b."""
-    if a is None or b is None:
-        return a or b or UNKNOWN
-    if a is b or a == NONE or (is_number(a) and isinstance(b, Loss) and b.reduced):
-        return b
-    if b == NONE or (is_number(b) and isinstance(a, Loss) and a.reduced):
-        return a
+    for one, other in ((a, b), (b, a)):
+        loss = as_loss(other)
+        if one in (NONE, other) or (is_number(one) and loss is not None and loss.reduced):
+            return other
     if is_number(a) and is_number(b):
-        return a if a == b else NUMBER
+        return NUMBER
     match a, b:
         case Loss(), Loss():
             if a.reduced != b.reduced:
                 return UNKNOWN
-            first = min(a, b, key=lambda loss: loss.place)
-            return replace(first, uneven=a.uneven and b.uneven)
-        case LossModule(), LossModule():
-            known = None not in (a.reduction, b.reduction)
-            return a if known and (a.reduction == "none") == (b.reduction == "none") else UNKNOWN
+            return replace(min(a, b, key=lambda loss: loss.place), uneven=a.uneven and b.uneven)
         case Mask(), Mask():
             return a
-        case Tuple(), Tuple() if len(a.items) == len(b.items):
-            return Tuple(tuple(map(join, a.items, b.items)))
-        case Many(), Many():
-            return Many(join(a.each, b.each))
+        case Partial(), Partial():
+            kinds = [text_of(p.given.get("reduction", UNKNOWN)) for p in (a, b)]
+            return a if None not in kinds and len({k == "none" for k in kinds}) == 1 else UNKNOWN
+        case External(), External() if a.path in SPECS and b.path in SPECS:
+            return a if SPECS[a.path].is_module == SPECS[b.path].is_module else UNKNOWN
         case Instance(), Instance() if a.info is b.info:
-            return a if a.call == b.call else Instance(a.info)
+            return Instance(a.info)
         case (Record(), _) | (_, Record()):
             return _join_records(a, b)
-    return a if a.depth < 8 and type(a) is type(b) and a == b else UNKNOWN
+        case (Product() | Total() | Either(), _) | (_, Product() | Total() | Either()):
+            options = [o for v in (a, b) for o in (v.options if isinstance(v, Either) else (v,))]
+            return Either(tuple(dict.fromkeys(options))[:4])
+    return UNKNOWN
 
 
 def _join_records(a: Value, b: Value) -> Value:
     """The fields of both: what one branch adds to an object, the other may have too."""
     a, b = (v if isinstance(v, Record) else Record(v, ()) for v in (a, b))
-    if isinstance(a.base, LossModule) or isinstance(b.base, LossModule):
-        return UNKNOWN  # criterion.reduction = ... on one of them
-    names = dict.fromkeys([name for name, _ in (*a.fields, *b.fields)])
-    fields = tuple((name, join(a.get(name), b.get(name))) for name in names)
-    return Record(a.base if a.base is b.base else join(a.base, b.base), fields)
+    names = dict.fromkeys(name for name, _ in (*a.fields, *b.fields))
+    fields = {name: join(a.get(name) or NONE, b.get(name) or NONE) for name in names}
+    return record(a.base if a.base == b.base else join(a.base, b.base), fields)

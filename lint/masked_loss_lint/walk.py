@@ -1,330 +1,442 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Walks one file, each function once, and writes down what other files may ask of it.
+"""Looks at functions: their statements one by one, branches joined, loops once.
 
-Branches are walked one by one and joined, loops once. Nothing of the analysed program is executed.
+Nothing of the analysed program is executed.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
-from masked_loss_lint import local, names
+from masked_loss_lint import names
 from masked_loss_lint import values as V
-from masked_loss_lint.assign import Assignments
-from masked_loss_lint.expressions import Frame
-from masked_loss_lint.program import ClassInfo, FunctionInfo, FunctionNode, Module, Scope
-from masked_loss_lint.rules import Finding
-from masked_loss_lint.source import Source
-from masked_loss_lint.values import NONE, NUMBER, UNKNOWN, Value, same
+from masked_loss_lint.calls import IMPLIED, Calls
+from masked_loss_lint.expressions import KNOWN_ROOTS, Frame
+from masked_loss_lint.program import ClassInfo, FunctionInfo, Module, Outcome, Scope
+from masked_loss_lint.rules import LOCAL, Finding
+from masked_loss_lint.source import FunctionNode, UnreadableError
+from masked_loss_lint.torch_losses import REDUCTIONS, SPECS
+from masked_loss_lint.values import NONE, NUMBER, UNKNOWN, Given, Value, join
 
-_DEVICES = {"gpu", "gpus", "parallel", "dp", "device", "devices"}
-_ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
-
-
-def walk(module: Module, source: Source) -> list[Finding]:
-    """Fills in the module, and returns what one function alone decides."""
-    module.walked = True
-    walker = _Walker(module, source)
-    walker.block(source.tree.body)
-    while walker.pending:
-        walker.pending.pop(0)()
-    return walker.findings
+_ENDS = (ast.Raise, ast.Continue, ast.Break)
+_MAX_CONTEXTS = 8  # looks at one function with different arguments
+_MAX_DEPTH = 8  # of calls within calls
+_FLAGS = {"reduce", "reduction", "average", "mean", "sum", "loss", "token", "sample", "return"}
+_ROUNDS = 2  # what is stored under a name may depend on what is stored under another
 
 
-class _Walker(Assignments):
-    def __init__(self, module: Module, source: Source) -> None:
-        super().__init__(module, source)
-        self._lambdas: dict[ast.Lambda, FunctionInfo] = {}
+class Walker(Calls):
+    depth = 0
+
+    # The program
+
+    def look_at(self, module: Module) -> None:
+        """Looks at a file's functions, of whose arguments nothing is known."""
+        self.load(module)
+        self._look_at(module.pending)
+
+    def _look_at(self, functions: list[V.Function]) -> None:
+        for function in functions:
+            self.call(function)
+
+    def finish(self, modules: list[Module]) -> None:
+        """Looks at methods of the objects that are made, and again at what asked for names."""
+        for _ in range(_ROUNDS):
+            infos = [info for module in self.program.modules for info in module.infos.values()]
+            for info in infos:
+                if isinstance(info, ClassInfo):
+                    for receiver, method in product(info.made, info.methods.values()):
+                        self.initialised(replace(method, receiver=receiver), receiver)
+            stores: dict[str, list[tuple[Module, Value]]] = {}
+            for module, info in self._infos():
+                for key, outcome in info.outcomes.items():
+                    if key[1:] == (None, ()):
+                        for name, value in outcome.stored:
+                            stores.setdefault(name, []).append((module, value))
+            if stores == self.stores:
+                break
+            self.stores = stores
+            self.forget_asked()
+            for module, info in self._infos():
+                kept = {key: o for key, o in info.outcomes.items() if not o.asked}
+                module.loaded &= bool(kept) or info is not module.top
+                info.outcomes = kept
+            for module in modules:
+                self.look_at(module)
+
+    def _infos(self) -> list[tuple[Module, FunctionInfo]]:
+        return [
+            (module, info)
+            for module in self.program.modules
+            for info in (module.top, *module.infos.values())
+            if isinstance(info, FunctionInfo)
+        ]
+
+    def findings(self) -> Iterator[Finding]:
+        for _, info in self._infos():
+            for (_, _, telling), outcome in info.outcomes.items():
+                for f in outcome.findings:
+                    given_away = info.given_away and not telling and f.code not in LOCAL
+                    if not given_away and (f.loss is None or self._can_be_ignored(f.loss)):
+                        yield f
+
+    def _can_be_ignored(self, loss: V.Loss) -> bool:
+        """False where no target is ever the ignore_index: it is a number such as -1, and no file
+        that meets the loss puts it into labels. -100 is named by those who use it."""
+        index = -100 if loss.ignores is IMPLIED else getattr(loss.ignores, "value", None)
+        sure = index == -100 and loss.ignores is not IMPLIED
+        if sure or not isinstance(index, int) or index >= 0:
+            return True
+        home = self.program.by_path[loss.place.path]
+        filled = (m for m in self.program.modules if {index, "any"} & m.fills)
+        return any(self.program.met(home, module) for module in filled)
+
+    # Functions
+
+    def load(self, module: Module) -> None:
+        """Looks at the top level of a file, once."""
+        if module.loaded or self.depth >= _MAX_DEPTH:
+            return
+        module.loaded = True
+        try:
+            module.source()
+        except UnreadableError:
+            return
+        module.pending.clear()
+        self.call(V.Function(module.top, module.scope))
+
+    def call(self, function: V.Function, given: dict[str, Value] | None = None) -> Outcome:
+        """What a function does with these arguments; None: nothing is known of them."""
+        info = function.info
+        known = given or {}
+        tell = any(self.tells(name, value) for name, value in known.items())
+        telling = tuple((n, v) for n, v in known.items() if tell and not isinstance(v, V.Thing))
+        plain = info.owner is not None and function.receiver == V.Instance(info.owner)
+        key = (function.scope, None if plain else function.receiver, telling)
+        if key in info.outcomes:
+            self.asked += info.outcomes[key].asked
+            return info.outcomes[key]
+        if self.depth >= _MAX_DEPTH or (telling and len(info.outcomes) >= _MAX_CONTEXTS):
+            return Outcome(UNKNOWN)
+        outcome = info.outcomes[key] = Outcome()  # a recursive call adds nothing
+        asked, self.asked = self.asked, 0
+        outside = getattr(self, "frame", None)
+        scope = function.scope
+        if info is not info.module.top:
+            scope = Scope(scope, self._arguments(function, dict(telling)))
+        self.frame = Frame(info, scope, outcome)
+        self.depth += 1
+        try:
+            self._body(info.module.node(info))
+        except RecursionError:  # an expression far deeper than people write
+            outcome.value = UNKNOWN
+        self.depth -= 1
+        self.frame = outside  # type: ignore[assignment]
+        outcome.asked = bool(self.asked)
+        self.asked += asked
+        return outcome
+
+    def tells(self, name: str, value: Value) -> bool:
+        """True for an argument that may decide what a loss is."""
+        match value:
+            case V.Const():
+                flag = isinstance(value.value, bool) and bool(_FLAGS & set(names.words(name)))
+                return flag or value.value in REDUCTIONS
+            case V.External():
+                return value.path in SPECS
+            case V.Instance() | V.Class() | V.Function():
+                return value.info.module.relevant
+            case V.Record():
+                return any(self.tells(str(key), inside) for key, inside in value.fields)
+        return isinstance(value, (V.Partial, *V.TENSORS)) and not V.is_number(value)
+
+    def _arguments(self, function: V.Function, given: dict[str, Value]) -> dict[str, Value]:
+        """What the parameters are; of an unknown one only a default that is a loss is believed."""
+        info = function.info
+        found: dict[str, Value] = {name: V.Thing((info, name)) for name in info.parameters}
+        found |= dict.fromkeys(info.numbers, NUMBER)
+        for name, default in info.defaults.items():
+            loss = isinstance(default, V.External) and default.path in SPECS
+            if loss or isinstance(default, V.Partial) or default == IMPLIED:
+                found[name] = default
+        if info.owner is not None and info.bound:
+            receiver = function.receiver or V.Instance(info.owner)
+            found[info.params[0]] = V.Class(info.owner) if info.of_class else receiver
+        return found | given
+
+    def bind(self, function: V.Function, given: Given) -> dict[str, Value]:
+        """The parameters of a function in a call."""
+        info = function.info
+        skip = info.bound and (function.receiver is not None or info.of_class)
+        values = given.by(info.params[int(skip) :])
+        if not given.spread:  # -100 as a default says no more than PyTorch's own default
+            defaults = {n: IMPLIED if v == IMPLIED else v for n, v in info.defaults.items()}
+            values = defaults | values
+        return {name: values[name] for name in info.parameters if name in values}
+
+    def _body(self, node: FunctionNode | ast.Module) -> None:
+        frame = self.frame
+        if isinstance(node, ast.Lambda):
+            frame.outcome.value = self.value(node.body)
+            return
+        ended = self.block(node.body)
+        generator = isinstance(node, ast.AsyncFunctionDef) or frame.opaque
+        values = frame.returns if ended else [*frame.returns, NONE]
+        frame.outcome.value = UNKNOWN if generator else V.any_of(values or [NONE])
+        frame.outcome.findings += [f for f in frame.copies if f.place not in frame.read]
+        if frame.info is not frame.info.module.top:
+            self._look_at(frame.pending)
 
     # Statements; each returns True when control does not go past it
 
     def block(self, body: Iterable[ast.stmt]) -> bool:
-        conditions = len(self.frame.conditions)
-        ended = False
-        for statement in body:
-            if self.statement(statement):
-                ended = True
-                break
-        del self.frame.conditions[conditions:]
-        return ended
+        return any(self.statement(statement) for statement in body)
 
     def statement(self, node: ast.stmt) -> bool:
-        method = getattr(self, f"do_{type(node).__name__.lower()}", None)
-        if method is not None:
-            return bool(method(node))
-        self._of_parts(node)
-        return isinstance(node, _ENDS)
+        return self.handle(node) is True or isinstance(node, _ENDS)
 
-    def do_return(self, node: ast.Return) -> bool:
+    def of_return(self, node: ast.Return) -> bool:
         value = NONE if node.value is None else self.value(node.value)
-        self.frame.returns.append(self._named(value, self.frame.info.name))
+        self.frame.returns.append(_named(value, self.frame.info.name))
         return True
 
-    def do_assign(self, node: ast.Assign) -> None:
+    def of_assign(self, node: ast.Assign) -> None:
         reads = len(self.frame.read)
         value = self.value(node.value)
-        if isinstance(value, V.Sliced) and all(
-            isinstance(target, ast.Name) for target in node.targets
-        ):
+        if isinstance(value, V.Sliced) and isinstance(node.targets[0], ast.Name):
             del self.frame.read[reads:]  # x = x.view(-1, V) is the same copy
-        if isinstance(node.value, ast.List) and any(
-            isinstance(e, ast.Constant) for e in node.value.elts
-        ):
-            value = V.Many(UNKNOWN)
         for target in node.targets:
-            unknown = value is UNKNOWN or isinstance(value, V.TERMS)
-            if unknown and names.is_mask(target) and names.is_scalar(node.value):
-                value = NUMBER
-            if unknown and names.is_mask(target) and isinstance(node.value, ast.Call):
-                text = names.text(node.value)  # sequence_mask(lengths)
-                value = V.Mask(text, never_empty=True) if names.is_never_empty(text) else value
-            if isinstance(target, ast.Subscript) or "ignore" in names.words(
-                names.last_name(target)
+            named = value
+            if names.is_mask(target) and (
+                value is V.FOREIGN or isinstance(value, (V.Thing, *V.TENSORS))
             ):
-                self.note_fill(node.value)
-            self.assign(target, value)
+                text = names.text(node.value) if isinstance(node.value, ast.Call) else ""
+                if names.is_scalar(node.value):
+                    named = NUMBER
+                elif names.is_never_empty(text):  # sequence_mask(lengths)
+                    named = V.Mask(text, never_empty=True)
+            self.assign(target, named)
 
-    def do_annassign(self, node: ast.AnnAssign) -> None:
+    def of_annassign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
             self.assign(node.target, self.value(node.value))
 
-    def do_augassign(self, node: ast.AugAssign) -> None:
+    def of_augassign(self, node: ast.AugAssign) -> None:
         self.assign(node.target, self.operate(node, node.op, node.target, node.value))
 
-    def do_if(self, node: ast.If) -> bool:
-        """A chain of elif is walked as one statement, however long it is."""
-        tests: list[Value] = []
+    def of_if(self, node: ast.If) -> bool:
+        """A chain of elif is looked at as one statement, however long it is."""
         blocks: list[list[ast.stmt]] = []
-        devices = 0
         chain: list[ast.stmt] = [node]
         while len(chain) == 1 and isinstance(chain[0], ast.If):
-            tests.append(self.test(chain[0].test))
-            devices |= bool(_DEVICES & set(names.words(self.source.segment(chain[0].test))))
-            blocks.append(chain[0].body)
-            chain = chain[0].orelse
-        self.frame.devices += devices
-        ended = self._branches(tests, [*blocks, chain])
-        self.frame.devices -= devices
-        return ended
+            test, body, chain = chain[0].test, chain[0].body, chain[0].orelse
+            outcome = self.test(test)
+            if outcome is not False:
+                blocks.append(body)
+            if outcome:
+                chain = []
+                break
+        else:
+            blocks.append(chain)
+        return self._branches(blocks)
 
-    def _branches(self, tests: list[Value], blocks: list[list[ast.stmt]]) -> bool:
-        """Walks each block from the same start and joins where those that go on meet again.
-
-        `tests` decide which of the blocks but the last is taken.
-        """
-        frame, scope = self.frame, self.frame.scope
-        start, conditions = scope.names, len(frame.conditions)
-        ends: list[tuple[Value, dict[str, Value]]] = []
-        left: list[
-            tuple[Value, bool]
-        ] = []  # what is known where the blocks that end did not end it
-        for number, block in enumerate(blocks):
-            test = tests[number] if number < len(tests) else UNKNOWN
+    def _branches(self, blocks: list[list[ast.stmt]]) -> bool:
+        """Looks at each block from the same start, and joins where those that go on meet again."""
+        scope, start = self.frame.scope, self.frame.scope.names
+        merged: dict[str, Value] | None = None
+        self.frame.nested += 1
+        for block in blocks if self.frame.nested < 90 else ():
             scope.names = dict(start)
-            if test is not UNKNOWN:
-                frame.conditions.append((test, True))
-            if not self.block(block):
-                ends.append((test, scope.names))
-            elif frame.conditions[conditions:] and frame.conditions[-1][1]:
-                left.append((test, False))
-            if test is not UNKNOWN:
-                frame.conditions[-1] = (test, False)
-        del frame.conditions[conditions:]
-        frame.conditions += left
-        scope.names = start
-        if not ends:
-            return True
-        _, merged = ends.pop()
-        for test, names_there in reversed(ends):
-            merged = self._merge(test, names_there, merged)
-        scope.names = merged
-        return False
+            if self.block(block):
+                continue
+            if merged is not None:
+                for name in {**scope.names, **merged}:
+                    one, other = scope.names.get(name, NONE), merged.get(name, NONE)
+                    if one is not other:
+                        scope.names[name] = join(other, one)
+            merged = scope.names
+        self.frame.nested -= 1
+        scope.names = start if merged is None else merged
+        return merged is None and bool(blocks)
 
-    def _merge(self, test: Value, yes: dict[str, Value], no: dict[str, Value]) -> dict[str, Value]:
-        merged = dict(no)
-        for name, value in yes.items():
-            other = no.get(name, NONE)
-            if value is not other:
-                merged[name] = value if same(value, other) else self.either(test, value, other)
-        for name in no.keys() - yes.keys():
-            merged[name] = self.either(test, NONE, no[name])
-        return merged
-
-    def do_for(self, node: ast.For | ast.AsyncFor) -> None:
-        self.bind_elements(node.target, node.iter, alone=False)
-        self._loop(node)
-
-    do_asyncfor = do_for
-
-    def do_while(self, node: ast.While) -> None:
-        self.value(node.test)
-        self._loop(node)
-
-    def _loop(self, node: Any) -> None:
+    def of_for(self, node: Any) -> None:
+        if isinstance(node, ast.While):
+            self.value(node.test)
+        else:
+            self.bind_elements(node.target, node.iter, False)
         self.block(node.body)
         self.block(node.orelse)
 
-    def do_with(self, node: ast.With | ast.AsyncWith) -> bool:
+    of_asyncfor = of_while = of_for
+
+    def of_with(self, node: ast.With | ast.AsyncWith) -> bool:
         for item in node.items:
             value = self.value(item.context_expr)
             if item.optional_vars is not None:
                 self.assign(item.optional_vars, value)
         return self.block(node.body)
 
-    do_asyncwith = do_with
+    of_asyncwith = of_with
 
-    def do_try(self, node: ast.Try) -> bool:
+    def of_try(self, node: ast.Try) -> bool:
         handlers = [handler.body for handler in node.handlers]
-        unknown: list[Value] = [UNKNOWN] * len(handlers)
-        ended = self._branches(unknown, [*handlers, [*node.body, *node.orelse]])
+        ended = self._branches([*handlers, [*node.body, *node.orelse]])
         return self.block(node.finalbody) or ended
 
-    do_trystar = do_try
+    of_trystar = of_try
 
-    def do_match(self, node: ast.Match) -> bool:
+    def of_match(self, node: ast.Match) -> bool:
         self.value(node.subject)
-        return self._branches([UNKNOWN] * len(node.cases), [*(c.body for c in node.cases), []])
+        return self._branches([*(case.body for case in node.cases), []])
 
-    def do_global(self, node: ast.Global) -> None:
+    def of_global(self, node: ast.Global) -> None:
         for name in node.names:
-            self.frame.scope.names[name] = self.module.scope.names.get(name, UNKNOWN)
+            self.frame.scope.names[name] = self.frame.info.module.scope.names.get(name, UNKNOWN)
 
-    def do_delete(self, node: ast.Delete) -> None:
-        for target in node.targets:
-            self.assign(target, UNKNOWN)
+    # Assignments
+
+    def assign(self, target: ast.expr, value: Value) -> None:
+        if isinstance(target, ast.Name):
+            self.frame.scope.names[target.id] = _named(value, target.id)
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            starred = any(isinstance(element, ast.Starred) for element in target.elts)
+            known = isinstance(value, (V.Record, V.Loss)) and not starred
+            for number, element in enumerate(target.elts):
+                self.assign(element, self.member(value, number) if known else UNKNOWN)
+        elif isinstance(target, ast.Starred):
+            self.assign(target.value, UNKNOWN)
+        elif isinstance(target, ast.Attribute):
+            self._assign_member(target.value, target.attr, _named(value, target.attr))
+        elif isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
+            self._assign_member(target.value, str(target.slice.value), value)
+
+    def _assign_member(self, owner: ast.expr, key: str, value: Value) -> None:
+        self.store(key, value)
+        if isinstance(value, V.Sliced) and value.copied:
+            self.frame.read.append(value.copied)
+        if not isinstance(owner, (ast.Name, ast.Attribute)):
+            return
+        whole = self.value(owner)
+        if isinstance(whole, V.Partial):
+            keywords = (*whole.given.keywords, (key, value))
+            self.assign(owner, replace(whole, given=replace(whole.given, keywords=keywords)))
+            return
+        params = self.frame.info.params if self.frame.info.bound else ()
+        if isinstance(owner, ast.Name) and owner.id in params[:1]:
+            self.frame.outcome.fields[key].append(value)
+        if isinstance(whole, (V.Record, V.Instance, V.Thing)) or whole is V.FOREIGN:
+            record = whole if isinstance(whole, V.Record) else V.Record(whole, ())
+            self.assign(owner, record.set(key, value))  # the object gains a field
+
+    def bind_elements(self, target: ast.expr, iterable: ast.expr, alone: bool) -> None:
+        """Binds a loop's variables. Elements of zipped tensors may be scalars (`alone`: always)."""
+        value = self.value(iterable)
+        while (
+            isinstance(iterable, ast.Call)
+            and names.text(iterable.func) in {"enumerate", "tqdm"}
+            and iterable.args
+        ):
+            iterable = iterable.args[0]
+        self.assign(target, self.member(value, None) if isinstance(value, V.Record) else UNKNOWN)
+        zipped = isinstance(iterable, ast.Call) and names.text(iterable.func) == "zip"
+        loaders = "load" in names.text(iterable).lower() if zipped or alone else False
+        if alone or ((zipped or names.is_mask(iterable)) and not loaders):
+            for node in ast.walk(target):
+                if isinstance(node, ast.Name) and self.frame.scope.names.get(node.id) == UNKNOWN:
+                    self.frame.scope.names[node.id] = NUMBER
 
     # Definitions
 
-    def do_import(self, node: ast.Import) -> None:
+    def of_import(self, node: ast.Import) -> None:
         for alias in node.names:
             path = alias.name if alias.asname else alias.name.partition(".")[0]
-            self.frame.scope.names[alias.asname or path] = self.imported((path,), 0)
+            self._bind_import(alias.asname or path, path, 0)
 
-    def do_importfrom(self, node: ast.ImportFrom) -> None:
+    def of_importfrom(self, node: ast.ImportFrom) -> None:
         for alias in node.names:
             path = f"{node.module}.{alias.name}" if node.module else alias.name
             if alias.name == "*":
-                self.module.stars.append((node.module or "", node.level))
+                self.frame.info.module.stars.append((node.module or "", node.level))
             else:
-                name = alias.asname or alias.name
-                self.frame.scope.names[name] = self.imported((path,), node.level)
+                self._bind_import(alias.asname or alias.name, path, node.level)
 
-    def do_functiondef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        info = self._definition(node, None, self.frame.scope)
-        manager = {"contextmanager", "asynccontextmanager"} & info.decorators
-        self.frame.scope.names[node.name] = UNKNOWN if manager else V.Function(info)
+    def _bind_import(self, name: str, path: str, level: int) -> None:
+        known = level == 0 and path.partition(".")[0] in KNOWN_ROOTS
+        term = V.External(path) if known else V.Import((path,), self.frame.info.module, level)
+        self.frame.scope.names[name] = term
 
-    do_asyncfunctiondef = do_functiondef
+    def of_functiondef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self.frame.scope.names[node.name] = self._function(node, self.frame.scope)
 
-    def _definition(
-        self,
-        node: ast.FunctionDef | ast.AsyncFunctionDef,
-        owner: ClassInfo | None,
-        outside: Scope | None,
-    ) -> FunctionInfo:
-        for decorator in node.decorator_list:
-            self.value(decorator)
-        called = (d.func if isinstance(d, ast.Call) else d for d in node.decorator_list)
-        return self._function(
-            node, node.name, frozenset(map(names.last_name, called)), owner, outside
-        )
+    of_asyncfunctiondef = of_functiondef
 
-    def lambda_(self, node: ast.Lambda) -> Value:
-        if node not in self._lambdas:
-            self._lambdas[node] = self._function(
-                node, "<lambda>", frozenset(), None, self.frame.scope
-            )
-        return V.Function(self._lambdas[node])
+    def of_lambda(self, node: ast.Lambda) -> Value:
+        return self._function(node, self.frame.scope)
 
-    def _function(
-        self,
-        node: FunctionNode,
-        name: str,
-        decorators: frozenset[str],
-        owner: ClassInfo | None,
-        outside: Scope | None,
-    ) -> FunctionInfo:
-        arguments = node.args
-        positional = [*arguments.posonlyargs, *arguments.args]
-        keyword_only = arguments.kwonlyargs
-        pairs = list(zip(reversed(positional), reversed(arguments.defaults), strict=False))
-        pairs += [
-            (a, d)
-            for a, d in zip(keyword_only, arguments.kw_defaults, strict=True)
-            if d is not None
-        ]
-        numbers = {
-            a.arg
-            for a in (*positional, *keyword_only)
-            if names.last_name(a.annotation or ast.Name("")) in {"float", "int", "bool"}
-        }
-        numbers |= {a.arg for a, d in pairs if _is_switch(a, d)}
-        info = FunctionInfo(
-            name,
-            self.module,
-            owner,
-            tuple(a.arg for a in positional),
-            tuple(a.arg for a in keyword_only),
-            {a.arg: self.value(d) for a, d in pairs},
-            frozenset(numbers),
-            decorators,
-            per_sample="vmap" in decorators,
-        )
-        self.module.functions.append(info)
-        scope = Scope(outside, {a: V.Param(info, a) for a in (*info.params, *info.keyword_only)})
-        for extra in (arguments.vararg, arguments.kwarg):
-            if extra is not None:
-                scope.names[extra.arg] = UNKNOWN
-        self.pending.append(lambda: self._body(node, info, scope))
-        return info
+    def _function(self, node: Any, scope: Scope, owner: ClassInfo | None = None) -> V.Function:
+        given, module, position = node.args, self.frame.info.module, (node.lineno, node.col_offset)
+        params = [*given.posonlyargs, *given.args]
+        pairs = dict(zip(params[::-1], given.defaults[::-1], strict=False))
+        pairs |= {a: d for a, d in zip(given.kwonlyargs, given.kw_defaults, strict=True) if d}
+        info = module.infos.get(position)
+        if not isinstance(info, FunctionInfo):
+            info = FunctionInfo(getattr(node, "name", "<lambda>"), module, position, owner)
+            info.lambda_ = node if isinstance(node, ast.Lambda) else None
+            info.params = tuple(a.arg for a in params)
+            info.parameters = (*info.params, *(a.arg for a in given.kwonlyargs))
+            numbers = (a for a in (*params, *given.kwonlyargs) if _is_number(a, pairs.get(a)))
+            info.numbers = frozenset(a.arg for a in numbers)
+            called = (getattr(d, "func", d) for d in getattr(node, "decorator_list", ()))
+            info.decorators = frozenset(map(names.last_name, called))
+            info.given_away = "vmap" in info.decorators
+            module.infos[position] = info
+        info.defaults = {a.arg: self.value(d) for a, d in pairs.items()}
+        function = V.Function(info, scope)
+        pending = module.pending if self.frame.info is module.top else self.frame.pending
+        pending.append(function)
+        return function
 
-    def _body(self, node: FunctionNode, info: FunctionInfo, scope: Scope) -> None:
-        with self._inside(Frame(info, scope, node)):
-            if isinstance(node, ast.Lambda):
-                self.frame.returns.append(self.value(node.body))
-            else:
-                abstract = all(isinstance(s, (ast.Raise, ast.Pass, ast.Expr)) for s in node.body)
-                info.opaque = isinstance(node, ast.AsyncFunctionDef) or abstract
-                if not self.block(node.body):
-                    self.frame.returns.append(NONE)
-            info.returns = self._returned(self.frame.returns)
-            local.unread_copies(self)
-
-    def _returned(self, values: list[Value]) -> Value:
-        result: Value = NONE
-        for value in reversed(values):
-            alone = result == NONE or same(result, value)
-            result = value if alone else self.either(UNKNOWN, value, result)
-        return result
-
-    @contextmanager
-    def _inside(self, frame: Frame) -> Any:
-        outside, self.frame = self.frame, frame
-        try:
-            yield
-        finally:
-            self.frame = outside
-
-    def do_classdef(self, node: ast.ClassDef) -> None:
-        info = ClassInfo(node.name, self.module, [self.value(base) for base in node.bases])
+    def of_classdef(self, node: ast.ClassDef) -> None:
+        module, position = self.frame.info.module, (node.lineno, node.col_offset)
+        info = module.infos.get(position)
+        if not isinstance(info, ClassInfo):
+            info = module.infos[position] = ClassInfo(node.name, module)
+        info.bases = [self.value(base) for base in node.bases]
         self.frame.scope.names[node.name] = V.Class(info)
-        body = Scope(self.frame.scope)
-        with self._inside(Frame(self.frame.info, body, self.frame.node)):
-            for statement in node.body:
-                if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                    info.methods[statement.name] = self._definition(statement, info, body.parent)
-                    continue
-                if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                    info.order.append(statement.target.id)
-                self.statement(statement)
-        for name, value in body.names.items():
-            info.fields[name].append(value)
+        outside = self.frame.scope
+        body = self.frame.scope = Scope(outside)
+        for statement in node.body:
+            if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                info.methods[statement.name] = self._function(statement, outside, info)
+                continue
+            target = getattr(statement, "target", None)
+            if isinstance(statement, ast.AnnAssign) and isinstance(target, ast.Name):
+                info.order[target.id] = None
+            self.statement(statement)
+        self.frame.scope = outside
+        info.fields = body.names
 
 
-def _is_switch(argument: ast.arg, default: ast.expr) -> bool:
-    """True for mask=1.0: one number is enough for what is called a mask here."""
+def _named(value: Value, name: str) -> Value:
+    """A sum or a mean under the name of a loss is a loss."""
+    if not isinstance(value, V.Total) or value.loss or value.dims or value.of_mask:
+        return value
+    if isinstance(value.key, str) or not names.is_loss(name):
+        return value
+    ratio = value.op == "ratio"
+    loss = V.Loss(
+        "sum" if ratio else value.op, "mean" if ratio else value.op, value.place, None, ratio
+    )
+    return replace(value, loss=loss, key=None)
+
+
+def _is_number(argument: ast.arg, default: ast.expr | None) -> bool:
+    """True for scale: float, and for mask=1.0: one number is enough for a mask here."""
+    if argument.annotation and names.last_name(argument.annotation) in {"float", "int", "bool"}:
+        return True
     number = isinstance(default, ast.Constant) and type(default.value) in (int, float)
     return number and names.is_mask(ast.Name(argument.arg))

@@ -172,8 +172,11 @@ ODD_NOTEBOOKS = [
         + "".join("    " * n + f"if x > {n}:\n" for n in range(1, 80))
         + "    " * 80
         + "loss = x\n",
+        "".join(
+            f"def f{n}(loss):\n    return {'g(' * 80}f{n + 1}(loss){')' * 80}\n" for n in range(12)
+        ),
     ],
-    ids=["sum", "lambda", "elif", "methods", "statements", "blocks"],
+    ids=["sum", "lambda", "elif", "methods", "statements", "blocks", "calls"],
 )
 def test_nothing_is_nested_too_deeply(
     deep: str, buggy: Path, capsys: pytest.CaptureFixture[str]
