@@ -18,7 +18,7 @@ from pathlib import Path
 
 from masked_loss_lint.program import Module, Program
 from masked_loss_lint.rules import NOTE, RULES, Finding
-from masked_loss_lint.source import UnreadableError, read
+from masked_loss_lint.source import UnreadableError, is_relevant, read
 from masked_loss_lint.walk import Walker
 
 __all__ = ["RULES", "Finding", "Report", "check"]
@@ -61,7 +61,7 @@ def _check(paths: Iterable[Path], codes: Collection[str]) -> Report:
             report.unreadable.append(str(error))
             continue
         report.files += 1
-        module.imports, module.fills = source.imports, source.fills()
+        module.imports, module.relevant = source.imports, is_relevant(source.text)
         if module.relevant:
             silenced[str(module.path)] = source.silenced()
             looked_at.append(module)

@@ -80,6 +80,12 @@ class Expressions:
                 self.value(child)
         return UNKNOWN
 
+    def of_expr(self, node: ast.Expr) -> None:
+        self.value(node.value)
+
+    def of_joinedstr(self, _: ast.JoinedStr) -> Value:
+        return UNKNOWN  # what a message prints does not matter
+
     def of_constant(self, node: ast.Constant) -> Value:
         return V.Const(node.value)
 

@@ -11,6 +11,7 @@ from masked_loss_lint import names
 from masked_loss_lint import values as V
 from masked_loss_lint.expressions import METADATA
 from masked_loss_lint.program import ClassInfo, Module, Outcome, Program
+from masked_loss_lint.source import statements
 from masked_loss_lint.tensors import Tensors
 from masked_loss_lint.torch_losses import SPECS
 from masked_loss_lint.values import (
@@ -175,14 +176,14 @@ class Objects(Tensors):
         if info.storing is None:
             info.storing = {}
             for name, method in info.methods.items():
-                for node in ast.walk(info.module.node(method.info)):
-                    if isinstance(getattr(node, "ctx", None), ast.Store):
-                        while isinstance(
-                            getattr(node, "value", None), (ast.Attribute, ast.Subscript)
-                        ):
-                            node = node.value  # type: ignore[attr-defined]
-                        if names.text(getattr(node, "value", node)) in method.info.params[:1]:
-                            setters = info.storing.setdefault(getattr(node, "attr", ""), [])
+                for node in statements(info.module.node(method.info)):
+                    targets = getattr(node, "targets", [getattr(node, "target", None)])
+                    for target in (t for whole in targets for t in getattr(whole, "elts", [whole])):
+                        field = None
+                        while isinstance(target, (ast.Attribute, ast.Subscript)):
+                            field, target = getattr(target, "attr", ""), target.value
+                        if field and getattr(target, "id", "") in method.info.params[:1]:
+                            setters = info.storing.setdefault(field, [])
                             setters += [name] if name not in setters else []
         return info.storing
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from masked_loss_lint.rules import Finding
-from masked_loss_lint.source import FunctionNode, Source, is_relevant
+from masked_loss_lint.source import FunctionNode, Source, fills, is_relevant
 from masked_loss_lint.values import NONE, Function, Given, Instance, Value
 
 
@@ -91,7 +91,6 @@ class Module:
     path: Path
     source: Callable[[], Source]  # parses it again where that was long ago
     imports: list[tuple[str, int]] = field(default_factory=list)  # dotted names, and their levels
-    fills: frozenset[object] = frozenset()  # constants that are put into labels
     scope: Scope = field(default_factory=Scope)
     infos: dict[tuple[int, int], FunctionInfo | ClassInfo] = field(default_factory=dict)
     pending: list[Function] = field(default_factory=list)  # functions that nobody has called yet
@@ -104,7 +103,14 @@ class Module:
 
     @cached_property
     def relevant(self) -> bool:
-        return is_relevant(self.path)
+        return is_relevant(self.text())
+
+    @cached_property
+    def fills(self) -> frozenset[object]:
+        return fills(self.text())
+
+    def text(self) -> str:
+        return self.path.read_text(encoding="utf-8", errors="replace")
 
     def node(self, info: FunctionInfo) -> FunctionNode | ast.Module:
         if info is self.top:
@@ -118,7 +124,7 @@ class Program:
         self.by_path = {str(module.path): module for module in self.modules}
         self._files = {f"{m.folder}/{m.path.name}": m for m in self.modules}
         self._known_names = {part for m in self.modules for part in (m.path.stem, *m.path.parts)}
-        self._above: dict[str, list[str]] = {}  # of each folder where its imports are looked for
+        self._found: dict[tuple[str, str, int], Module | None] = {}
 
     def find(self, dotted: str, importer: Module, level: int = 0) -> Module | None:
         """The module that `import dotted` (or `from ..dotted`) means in `importer`, or None.
@@ -127,15 +133,19 @@ class Program:
         """
         if not level and dotted.partition(".")[0] not in self._known_names:
             return None
-        folder, inside = importer.folder, dotted.replace(".", "/")
+        key = dotted, importer.folder, level
+        if key not in self._found:
+            self._found[key] = self._find(*key)
+        return self._found[key]
+
+    def _find(self, dotted: str, folder: str, level: int) -> Module | None:
+        inside, parts = dotted.replace(".", "/"), folder.split("/")
         if level:
-            folder = "/".join(folder.split("/")[: 1 - level or None])
+            folder = "/".join(parts[: 1 - level or None])
             return self.at(f"{folder}/{inside}" if inside else folder)
-        if folder not in self._above:
-            parts = folder.split("/")
-            above = ["/".join(parts[:n]) for n in range(len(parts), 0, -1)]
-            self._above[folder] = [f"{f}{more}" for f in above for more in ("", "/src", "/lib")]
-        return next((m for f in self._above[folder] if (m := self.at(f"{f}/{inside}"))), None)
+        above = ("/".join(parts[:n]) for n in range(len(parts), 0, -1))
+        places = (f"{folder}{more}/{inside}" for folder in above for more in ("", "/src", "/lib"))
+        return next(filter(None, map(self.at, places)), None)
 
     def at(self, path: str) -> Module | None:
         return self._files.get(f"{path}.py") or self._files.get(f"{path}/__init__.py")

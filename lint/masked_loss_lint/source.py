@@ -22,7 +22,7 @@ _SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "build", "di
 _NOQA = re.compile(r"#\s*noqa(?P<codes>\s*:\s*[A-Z]+\d+(?:[\s,]+[A-Z]+\d+)*)?", re.IGNORECASE)
 _MAGIC = re.compile(r"^\s*[%!?]|^\s*[\w.]+\?{1,2}\s*$")
 # A file without any of these has nothing to report; its names are looked up when others ask.
-_RELEVANT = re.compile(rb"loss|entropy|criteri|nll|kl_div|accum|size_average", re.IGNORECASE)
+_RELEVANT = re.compile(r"loss|entropy|criteri|nll|kl_div|accum|size_average", re.IGNORECASE)
 _FILL = re.compile(
     r"(?:fill_?|full|full_like|where|pad)\([^=]{0,80}?, *(-\d+|\w*(?:ignore|pad)\w*)\s*[,)]"
     r"|(?:\] *|value *|^[\w. ]*ignore\w* *|label_pad_token_id *)= *(-\d+|[\w.]*(?:ignore|pad)\w*)",
@@ -49,25 +49,14 @@ class Source:
         self.definitions: dict[tuple[int, int], FunctionNode] = {}
         self._lines = split(self.text)
         self._ascii = self.text.isascii()
-        pending: list[Any] = [self.tree]
-        while pending:
-            node = pending.pop()
+        for node in statements(self.tree):
             if isinstance(node, ast.Import):
                 self.imports += [(alias.name, 0) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [f"{node.module or ''}.{a.name}".lstrip(".") for a in node.names]
                 self.imports += [(name, node.level) for name in (node.module or "", *names)]
-            else:
-                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                    self.definitions[node.lineno, node.col_offset] = node
-                for part in ("body", "handlers", "orelse", "finalbody", "cases"):
-                    children = getattr(node, part, ())
-                    pending += children if isinstance(children, list) else ()
-
-    def fills(self) -> frozenset[object]:
-        """The negative constants that are put in the place of labels; "any": a name of one."""
-        found = _FILL.findall(self.text)
-        return frozenset(int(n) if n[0] == "-" else "any" for pair in found for n in pair if n)
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self.definitions[node.lineno, node.col_offset] = node
 
     def place(self, node: ast.expr | ast.stmt) -> Place:
         line, column = node.lineno, node.col_offset
@@ -88,13 +77,26 @@ class Source:
         return {number: (match["codes"] or "").upper() for number, match in matches if match}
 
 
-def is_relevant(path: Path) -> bool:
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """All statements in it, and the branches of `try` and `match`."""
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        yield node
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            children = getattr(node, part, ())
+            pending += children if isinstance(children, list) else ()
+
+
+def is_relevant(text: str) -> bool:
     """Whether a file may have something to report."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return False
-    return (b"sum(" in data and b"mask" in data) or _RELEVANT.search(data) is not None
+    return ("sum(" in text and "mask" in text) or _RELEVANT.search(text) is not None
+
+
+def fills(text: str) -> frozenset[object]:
+    """The negative constants that are put in the place of labels; "any": a name of one."""
+    found = (name for pair in _FILL.findall(text) for name in pair if name)
+    return frozenset(int(name) if name[0] == "-" else "any" for name in found)
 
 
 def split(text: str) -> list[str]:
@@ -133,6 +135,8 @@ def read(path: Path) -> Source:
         raise UnreadableError(f"{path}:{error.lineno or 1}: cannot parse: {error.msg}") from error
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise UnreadableError(f"{path}: cannot read: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UnreadableError(f"{path}: cannot read: not a notebook") from error
 
 
 def _read_notebook(path: Path) -> Source:
@@ -141,11 +145,8 @@ def _read_notebook(path: Path) -> Source:
     for number, cell in enumerate(_cells(json.loads(path.read_text(encoding="utf-8"))), start=1):
         if cell.get("cell_type") != "code":
             continue
-        source = cell.get("source", cell.get("input", ""))  # input: nbformat 3
-        if isinstance(source, list) and all(isinstance(line, str) for line in source):
-            source = "".join(source)
-        if not isinstance(source, str):
-            raise ValueError(f"not a notebook: cell {number} has no source")
+        source = cell["source"] if "source" in cell else cell["input"]  # input: nbformat 3
+        source = "".join(source) if isinstance(source, list) else source
         code = _without_magics(source)
         try:
             ast.parse(code)
@@ -157,18 +158,9 @@ def _read_notebook(path: Path) -> Source:
     return Source(path, text, ast.parse(text), cells)
 
 
-def _cells(notebook: object) -> list[dict[str, Any]]:
+def _cells(notebook: Any) -> list[Any]:
     """The cells of a notebook; nbformat 3 has them in worksheets."""
-    sheets = notebook.get("worksheets", [notebook]) if isinstance(notebook, dict) else None
-    if not isinstance(sheets, list) or not all(isinstance(sheet, dict) for sheet in sheets):
-        raise ValueError("not a notebook")
-    groups = [sheet.get("cells", []) for sheet in sheets]
-    if not all(isinstance(group, list) for group in groups):
-        raise ValueError("not a notebook")
-    cells = [cell for group in groups for cell in group]
-    if not all(isinstance(cell, dict) for cell in cells):
-        raise ValueError("not a notebook: a cell is no object")
-    return cells
+    return [cell for sheet in notebook.get("worksheets", [notebook]) for cell in sheet["cells"]]
 
 
 def _without_magics(code: str) -> str:
