@@ -30,10 +30,10 @@ from masked_loss_lint.values import (
 class Objects(Tensors):
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.asked = 0  # how often a name was looked up in all files
+        self.asked: set[str] = set()  # the names that were looked up in all files
         self.stores: dict[str, list[tuple[Module, Value]]] | None = None  # None: not known yet
         self._named: dict[tuple[str, Module], Value] = {}
-        self._fields: dict[tuple[Value, str], tuple[Value, bool]] = {}
+        self.fields: dict[tuple[Value, str], tuple[Value, set[str]]] = {}
         self._families: dict[ClassInfo, tuple[list[ClassInfo], list[Value]]] = {}
 
     # What walk.py adds
@@ -133,19 +133,14 @@ class Objects(Tensors):
     def in_class(self, info: ClassInfo, name: str, receiver: Value) -> Value:
         """An attribute of a class or of its object: a method, or what its methods set it to."""
         key = (receiver, name)
-        if key not in self._fields:
-            asked, self.asked = self.asked, 0
-            self._fields[key] = NONE, False  # while it is being found out: x = f(x) adds nothing
-            value = V.any_of([*self._held(info, name, receiver)] or [UNKNOWN])
-            self._fields[key] = value, bool(self.asked)
-            self.asked += asked
-        value, depends = self._fields[key]
-        self.asked += depends
+        if key not in self.fields:
+            asked, self.asked = self.asked, set()
+            self.fields[key] = NONE, set()  # while it is being found out: x = f(x) adds nothing
+            self.fields[key] = V.any_of(self._held(info, name, receiver)), self.asked
+            self.asked = asked
+        value, asked = self.fields[key]
+        self.asked |= asked
         return value
-
-    def forget_asked(self) -> None:
-        self._named.clear()
-        self._fields = {key: known for key, known in self._fields.items() if not known[1]}
 
     def _held(self, info: ClassInfo, name: str, receiver: Value) -> Iterable[Value]:
         family = self.family(info)[0]
@@ -197,7 +192,7 @@ class Objects(Tensors):
         """
         if not names.is_loss(name):
             return UNKNOWN
-        self.asked += 1
+        self.asked.add(name)
         if self.stores is None:
             return V.ASKED
         reader = self.frame.info.module

@@ -41,7 +41,7 @@ class Outcome:
     fields: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))  # of self
     stored: list[tuple[str, Value]] = field(default_factory=list)  # losses, under any owner's name
     inherits: Given | None = None  # super().__init__(...)
-    asked: bool = False  # it depends on what files store under some name
+    asked: set[str] = field(default_factory=set)  # it depends on what files store under these
 
 
 @dataclass(eq=False)

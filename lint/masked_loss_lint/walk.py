@@ -26,7 +26,6 @@ _ENDS = (ast.Raise, ast.Continue, ast.Break)
 _MAX_CONTEXTS = 8  # looks at one function with different arguments
 _MAX_DEPTH = 8  # of calls within calls
 _FLAGS = {"reduce", "reduction", "average", "mean", "sum", "loss", "token", "sample", "return"}
-_ROUNDS = 2  # what is stored under a name may depend on what is stored under another
 
 
 class Walker(Calls):
@@ -45,28 +44,27 @@ class Walker(Calls):
 
     def finish(self, modules: list[Module]) -> None:
         """Looks at methods of the objects that are made, and again at what asked for names."""
-        for _ in range(_ROUNDS):
-            infos = [info for module in self.program.modules for info in module.infos.values()]
-            for info in infos:
-                if isinstance(info, ClassInfo):
-                    for receiver, method in product(info.made, info.methods.values()):
-                        self.initialised(replace(method, receiver=receiver), receiver)
-            stores: dict[str, list[tuple[Module, Value]]] = {}
-            for module, info in self._infos():
-                for key, outcome in info.outcomes.items():
-                    if key[1:] == (None, ()):
-                        for name, value in outcome.stored:
-                            stores.setdefault(name, []).append((module, value))
-            if stores == self.stores:
-                break
-            self.stores = stores
-            self.forget_asked()
-            for module, info in self._infos():
-                kept = {key: o for key, o in info.outcomes.items() if not o.asked}
-                module.loaded &= bool(kept) or info is not module.top
-                info.outcomes = kept
-            for module in modules:
-                self.look_at(module)
+        self._look_at_objects()
+        self.stores = {}
+        for module, info in self._infos():
+            for (_, receiver, telling), outcome in info.outcomes.items():
+                for name, value in outcome.stored if (receiver, telling) == (None, ()) else ():
+                    self.stores.setdefault(name, []).append((module, value))
+        known = {n for n, stored in self.stores.items() if any(V.as_loss(v) for _, v in stored)}
+        self.fields = {k: (v, asked) for k, (v, asked) in self.fields.items() if not asked & known}
+        for module, info in self._infos():
+            info.outcomes = {k: o for k, o in info.outcomes.items() if not o.asked & known}
+            module.loaded &= bool(module.top.outcomes)
+        for module in modules:
+            self.look_at(module)
+        self._look_at_objects()
+
+    def _look_at_objects(self) -> None:
+        infos = [info for module in self.program.modules for info in module.infos.values()]
+        for info in infos:
+            if isinstance(info, ClassInfo):
+                for receiver, method in product(info.made, info.methods.values()):
+                    self.initialised(replace(method, receiver=receiver), receiver)
 
     def _infos(self) -> list[tuple[Module, FunctionInfo]]:
         return [
@@ -118,12 +116,12 @@ class Walker(Calls):
         plain = info.owner is not None and function.receiver == V.Instance(info.owner)
         key = (function.scope, None if plain else function.receiver, telling)
         if key in info.outcomes:
-            self.asked += info.outcomes[key].asked
+            self.asked |= info.outcomes[key].asked
             return info.outcomes[key]
         if self.depth >= _MAX_DEPTH or (telling and len(info.outcomes) >= _MAX_CONTEXTS):
             return Outcome(UNKNOWN)
         outcome = info.outcomes[key] = Outcome()  # a recursive call adds nothing
-        asked, self.asked = self.asked, 0
+        asked, self.asked = self.asked, set()
         outside = getattr(self, "frame", None)
         scope = function.scope
         if info is not info.module.top:
@@ -136,8 +134,8 @@ class Walker(Calls):
             outcome.value = UNKNOWN
         self.depth -= 1
         self.frame = outside  # type: ignore[assignment]
-        outcome.asked = bool(self.asked)
-        self.asked += asked
+        outcome.asked = self.asked
+        self.asked = asked | outcome.asked
         return outcome
 
     def tells(self, name: str, value: Value) -> bool:
