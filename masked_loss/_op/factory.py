@@ -7,7 +7,7 @@ or in the files beside this one reads an argument by its position.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,14 +105,20 @@ def batch_by_loop(*names: str) -> None:
         ) -> Any:
             def element(i: int) -> Any:
                 pairs = zip(args, in_dims, strict=True)
-                return _op(
-                    *(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in pairs)
-                )
+                return _op(*(one(x, dim, i) if isinstance(dim, int) else x for x, dim in pairs))
 
-            results = [element(i) for i in range(info.batch_size)]
+            def one(arg: Tensor, dim: int, i: int) -> Tensor:
+                if info.batch_size:
+                    return arg.select(dim, i)
+                return arg.new_zeros(arg.movedim(dim, 0).shape[1:])  # of none, for the shapes
+
+            def stacked(each: Iterable[Tensor]) -> Tensor:
+                return torch.stack(list(each))[: info.batch_size]
+
+            results = [element(i) for i in range(max(1, info.batch_size))]
             if isinstance(results[0], Tensor):
-                return torch.stack(results), 0
-            return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+                return stacked(results), 0
+            return tuple(map(stacked, zip(*results, strict=True))), (0,) * len(results[0])
 
         torch.library.register_vmap(overload, rule)
 

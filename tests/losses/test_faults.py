@@ -243,6 +243,30 @@ def test_dtensors_are_told_what_to_do() -> None:
         dist.destroy_process_group()
 
 
+EMPTY: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "masked_cross_entropy": (masked_cross_entropy, (X, T)),
+    "cross_entropy": (cross_entropy, (X, T)),
+    "masked_reduce": (masked_reduce, (X, X)),
+    "linear_cross_entropy": (linear_cross_entropy, (H, W, T)),
+    "token_log_probs": (masked_loss.token_log_probs, (X, T)),
+    "linear_token_log_probs": (masked_loss.linear_token_log_probs, (H, W, T)),
+    "masked_divergence": (masked_loss.masked_divergence, (X, X)),
+    "linear_divergence": (masked_loss.linear_divergence, (H, W, H, W)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_vmap_over_no_element(name: str) -> None:
+    """Is empty. So are gradients, where PyTorch can: it scales no batch of nothing by a number."""
+    function, args = EMPTY[name]
+    none = tuple(x.new_zeros((0, *x.shape)) for x in args)
+    result = torch.func.vmap(function)(*none)
+    assert result.shape == (0, *function(*args).shape)
+    if not name.startswith("linear"):
+        first = torch.func.grad(lambda *x: function(*x).sum())
+        assert torch.func.vmap(first)(*none).shape == none[0].shape
+
+
 def test_out_of_memory_is_pytorchs_error() -> None:
     """Which batch-size finders look for."""
     pool = memory.Pool(1, keeps=True)
