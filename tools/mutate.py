@@ -130,7 +130,8 @@ def changes_of(line: str) -> list[tuple[int, str, str, str]]:
     code = line[: comment.start()] if comment else line
     if re.match(r"\s*(template|using|static_assert|struct|enum|case|#|import|from|@)", code):
         return []
-    if re.search(r"constexpr|Lanes<|&terms\)|kMagic =|DType::k", code):  # what must be constant
+    constant = r"constexpr|Lanes<|&terms\)|kMagic =|DType::k|\b[A-Za-z]+ \w+\[\d+\]( =|;)"
+    if re.search(constant, code):
         return []
     changes = []
     for pattern, new, template in CHANGES:
