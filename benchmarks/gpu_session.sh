@@ -67,7 +67,7 @@ correct() {
 found = gpu_check.check("cpu", tokens=16); print(*found, sep="\n"); sys.exit(bool(found))'
   fi
   tests "streams, graphs, waits, asserts" 100 -m cuda tests/kernels/test_cuda.py \
-    tests/losses/test_linear.py
+    tests/losses/test_linear_chunks.py
   tests "operator table" 150 --maxfail=60 -k "$device" tests/losses/test_cross_entropy.py \
     tests/losses/test_masked_reduce.py tests/losses/test_semantics.py
   for tool in memcheck racecheck synccheck initcheck; do

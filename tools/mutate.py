@@ -38,6 +38,7 @@ ROWS = ["tests/losses/test_semantics.py", "tests/losses/test_masked_reduce.py",
         "tests/losses/test_layouts.py", "tests/kernels/test_determinism.py"]  # fmt: skip
 DIVERGENCE = ["tests/losses/test_divergence.py"]
 LINEAR = ["tests/losses/test_semantics.py", "tests/losses/test_linear.py"]
+LINEAR += [f"tests/losses/test_linear_{story}.py" for story in ("autograd", "chunks")]
 # What is changed, and the tests that must notice it.
 TARGETS = {
     "csrc/kernels/math.inl.h": ROWS + DIVERGENCE,
