@@ -7,8 +7,7 @@ F.linear in its own dtype, then the specification in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import samples
@@ -134,13 +133,3 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: Any) -
         torch.testing.assert_close(
             a[name], b[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
         )
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -60,7 +60,6 @@ TARGETS = {
     "masked_loss/_op/divergence.py": DIVERGENCE,
     "masked_loss/_op/linear.py": LINEAR,
     "masked_loss/_op/linear_chunks.py": LINEAR,
-    "masked_loss/_op/linear_rows.py": LINEAR,
 }
 # Float vectors that a machine with wider ones uses for doubles only.
 CAPABILITY = {"csrc/kernels/cpu/vec_portable.inl.h": "default"}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accuracy import Results, run
 from samples import CASES, REDUCE_CASES, REDUCTIONS, Case, Sample
+from threads import threads
 from torch import Tensor
 
 from masked_loss import cross_entropy, masked_cross_entropy, masked_reduce
@@ -25,16 +26,6 @@ SHAPES = {
     "many short rows": (20_000, 37),
     "many tiny rows": (100_000, 2),
 }
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

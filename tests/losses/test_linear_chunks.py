@@ -22,9 +22,9 @@ from linear_samples import (
     evaluate,
     problem,
     specification,
-    threads,
 )
 from samples import REDUCTIONS
+from threads import threads
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
