@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.vmap import restore_vmap as restore_vmap
 
 Inputs = tuple[Any, ...]
 """Tensors, and None for those that are not given."""
@@ -21,6 +22,8 @@ transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_a
 """Whether a torch.func transform is running, vmap included."""
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _is_legacy_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+_is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+_unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
 _Transform: Any = torch._C._functorch.TransformType
 
 
@@ -51,8 +54,12 @@ def may_require_grad(tensor: Tensor | None) -> bool:
         return False
     if tensor.requires_grad:
         return True
-    # Inside vmap a tensor does not tell whether it requires grad outside.
-    return tensor.is_floating_point() and transforms_are_active()
+    # Inside a transform a tensor does not tell whether it requires grad outside.
+    while _is_wrapped(tensor):
+        tensor = _unwrapped(tensor)
+        if tensor.requires_grad:
+            return True
+    return False
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
@@ -71,9 +78,19 @@ def is_forward_mode() -> bool:
     return transforms_are_active() and _is_within(_Transform.Jvp)
 
 
-def is_batched() -> bool:
-    """Whether this call is one for each element of a torch.func.vmap."""
-    return transforms_are_active() and _is_within(_Transform.Vmap)
+def only_innermost_differentiates(*tensors: Tensor | None) -> bool:
+    """Whether the innermost transform differentiates, and neither a transform around it nor plain
+    autograd differentiates these tensors: then nobody asks for the derivative of a gradient."""
+    innermost = torch._C._functorch.peek_interpreter_stack() if transforms_are_active() else None
+    if innermost is None or innermost.key() != _Transform.Grad:
+        return False
+    level = innermost.level()
+    for tensor in tensors:
+        if tensor is not None and torch._C._functorch.maybe_get_level(tensor) == level:
+            tensor = _unwrapped(tensor)
+        if may_require_grad(tensor):
+            return False
+    return True
 
 
 def _is_within(transform: Any) -> bool:

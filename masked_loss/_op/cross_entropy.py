@@ -20,8 +20,9 @@ from masked_loss._op.autograd import (
     keeps_graph,
     may_require_grad,
 )
+from masked_loss._op.batching import batch_reduced, batch_rows, weighted
 from masked_loss._op.derivatives import Formulas, differentiable, vjp
-from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like, fake_nothing
+from masked_loss._op.factory import Operator, fake, fake_like, fake_nothing
 from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import ops
 from masked_loss.options import Meaning
@@ -189,7 +190,18 @@ fake("cross_entropy_forward", "cross_entropy_fused")(lambda a: _fake(a, a.stats)
 fake_like("logits", "cross_entropy_backward")
 fake_like("mask", "mask_grad")
 fake_nothing("cross_entropy_backward_out")
-batch_by_loop("cross_entropy_forward", "cross_entropy_backward", "mask_grad")
+
+
+def _statistics(tokens: Tensor, a: SimpleNamespace) -> Tensor:
+    weight, _, top, exponentials, _, entropy, correct = tokens
+    z = a.z_loss * (top + exponentials.log()) ** 2
+    return weighted(weight, torch.ones_like(weight), correct, entropy, z)
+
+
+_ROWS = ("logits", "target", "mask", "temperatures")
+batch_reduced("cross_entropy_forward", _ROWS, _statistics)
+batch_rows("cross_entropy_backward", ("logits", "target", "temperatures"), ("tokens", "groups"))
+batch_rows("mask_grad", ("mask", "target"), ("tokens", "groups"))
 
 cross_entropy, cross_entropy_stats = (
     Operator(name, INPUTS, partial(_call, stats), check=_check)

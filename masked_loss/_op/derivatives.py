@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from masked_loss._op.autograd import Inputs, are_plain, is_forward_mode, transforms_are_active
+from masked_loss._op.autograd import (
+    Inputs,
+    are_plain,
+    is_forward_mode,
+    only_innermost_differentiates,
+    restore_vmap,
+    transforms_are_active,
+)
 
 Tensors = tuple[Tensor, ...]
 
@@ -88,7 +95,16 @@ def differentiable(formulas: Formulas) -> Callable[..., Tensors]:
         if not (torch.is_grad_enabled() or is_forward_mode()):
             plain = are_plain(saved[0], *upstream)
             return (*backward(saved, ctx.how, upstream, needs, plain), None)
+        if only_innermost_differentiates(*saved, *upstream) and not is_forward_mode():
+            with torch.no_grad():
+                return (*backward(saved, ctx.how, upstream, needs, False), None)
         return (*gradient(complete(saved, ctx.how), ctx.how, upstream, needs), None)
+
+    def batched(info: Any, in_dims: Any, *args: Any) -> Any:
+        """Forward alone, where vmap is around what differentiates: no derivative goes through."""
+        dims, size = in_dims[:-1], info.batch_size
+        run = restore_vmap(lambda *inputs: forward(inputs, args[-1].value), dims, size, "error")
+        return run(*args[:-1])
 
     def function(**methods: Any) -> Any:
         statics = {key: staticmethod(method) for key, method in methods.items()}
@@ -100,6 +116,13 @@ def differentiable(formulas: Formulas) -> Callable[..., Tensors]:
         setup_context=setup_transformed,
         backward=gradients,
     )
+    innermost = function(
+        forward=lambda *args: forward(args[:-1], args[-1].value),
+        setup_context=setup_transformed,
+        backward=gradients,
+        vmap=batched,
+    )
+    innermost.generate_vmap_rule = False
     apply_eager = super(torch.autograd.Function, eager).apply  # what Function.apply comes down to
 
     def call(*args: Any) -> Any:
@@ -107,7 +130,8 @@ def differentiable(formulas: Formulas) -> Callable[..., Tensors]:
             return reference(args[:-1], args[-1])
         if not transforms_are_active():
             return apply_eager(*args)
-        return transformed.apply(*args[:-1], _Constant(args[-1]))
+        chosen = innermost if only_innermost_differentiates(*args[:-1]) else transformed
+        return chosen.apply(*args[:-1], _Constant(args[-1]))
 
     return call
 

@@ -20,11 +20,11 @@ from masked_loss._op.autograd import (
     keeps_graph,
     may_require_grad,
 )
+from masked_loss._op.batching import batch_reduced, batch_rows, weighted
 from masked_loss._op.cross_entropy import require_writable
 from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import (
     Operator,
-    batch_by_loop,
     fake,
     fake_like,
     fake_nothing,
@@ -232,7 +232,17 @@ fake_nothing("divergence_rows")
 
 implement("masked_divergence_forward", _forward_kernel)
 implement("masked_divergence_backward", _backward_kernel)
-batch_by_loop("masked_divergence_forward", "masked_divergence_backward")
+
+
+def _statistics(tokens: Tensor, a: SimpleNamespace) -> Tensor:
+    weight, value, *_, entropy, teacher_entropy, agreement = tokens
+    ones = torch.ones_like(weight)
+    return weighted(weight, ones, value, entropy, teacher_entropy, agreement)
+
+
+_ROWS = ("logits", "teacher_logits", "temperatures", "teacher_temperatures")
+batch_reduced("masked_divergence_forward", (*_ROWS, "mask"), _statistics)
+batch_rows("masked_divergence_backward", _ROWS, ("tokens", "groups"))
 
 masked_divergence, masked_divergence_stats = (
     Operator(

@@ -7,7 +7,7 @@ or in the files beside this one reads an argument by its position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,34 +93,6 @@ def fake_like(argument: str, *names: str) -> None:
         return (torch.empty_like(like, memory_format=torch.contiguous_format),)
 
     fake(*names)(result)
-
-
-def batch_by_loop(*names: str) -> None:
-    """A vmap rule that calls the operator for each element: right for any operator."""
-    for name in names:
-        overload = getattr(ops, name).default
-
-        def rule(
-            info: Any, in_dims: tuple[int | None, ...], *args: Any, _op: Any = overload
-        ) -> Any:
-            def element(i: int) -> Any:
-                pairs = zip(args, in_dims, strict=True)
-                return _op(*(one(x, dim, i) if isinstance(dim, int) else x for x, dim in pairs))
-
-            def one(arg: Tensor, dim: int, i: int) -> Tensor:
-                if info.batch_size:
-                    return arg.select(dim, i)
-                return arg.new_zeros(arg.movedim(dim, 0).shape[1:])  # of none, for the shapes
-
-            def stacked(each: Iterable[Tensor]) -> Tensor:
-                return torch.stack(list(each))[: info.batch_size]
-
-            results = [element(i) for i in range(max(1, info.batch_size))]
-            if isinstance(results[0], Tensor):
-                return stacked(results), 0
-            return tuple(map(stacked, zip(*results, strict=True))), (0,) * len(results[0])
-
-        torch.library.register_vmap(overload, rule)
 
 
 class Operator:

@@ -25,11 +25,11 @@ from masked_loss._op.autograd import (
     may_require_grad,
     transforms_are_active,
 )
+from masked_loss._op.batching import batch_by_loop
 from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import (
     AUTOCAST,
     Operator,
-    batch_by_loop,
     fake,
     fake_nothing,
     implement,

@@ -17,9 +17,10 @@ from torch import Tensor
 from masked_loss import reference
 from masked_loss._op import checks, divergence, tables
 from masked_loss._op.autograd import Inputs, is_differentiated, keeps_graph, may_require_grad
+from masked_loss._op.batching import batch_by_loop
 from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.divergence import fake_statistics, statistics_of
-from masked_loss._op.factory import Operator, batch_by_loop, fake, implement, kernel, record
+from masked_loss._op.factory import Operator, fake, implement, kernel, record
 from masked_loss._op.linear_chunks import (
     Head,
     Places,

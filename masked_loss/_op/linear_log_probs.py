@@ -15,8 +15,9 @@ from torch import Tensor
 from masked_loss import reference
 from masked_loss._op import checks, log_probs
 from masked_loss._op.autograd import Inputs, is_differentiated
+from masked_loss._op.batching import batch_by_loop
 from masked_loss._op.derivatives import Formulas, differentiable
-from masked_loss._op.factory import Operator, batch_by_loop, fake, implement, kernel, record
+from masked_loss._op.factory import Operator, fake, implement, kernel, record
 from masked_loss._op.linear_chunks import (
     Head,
     Places,

@@ -14,9 +14,10 @@ from torch import Tensor
 from masked_loss import reference
 from masked_loss._op import checks
 from masked_loss._op.autograd import Inputs, are_plain, below_autograd, is_differentiated
+from masked_loss._op.batching import batch_rows
 from masked_loss._op.cross_entropy import require_writable
 from masked_loss._op.derivatives import Formulas, differentiable
-from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like, fake_nothing
+from masked_loss._op.factory import Operator, fake, fake_like, fake_nothing
 from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import log_prob_fields, loss_dtype, ops
 from masked_loss.options import Scoring
@@ -153,7 +154,9 @@ fake("token_log_probs_entropy")(lambda a: _fake(a, True))
 fake("token_log_probs_forward")(lambda a: _fake(a, a.entropy))
 fake_like("logits", "token_log_probs_backward")
 fake_nothing("token_log_probs_backward_out")
-batch_by_loop("token_log_probs_forward", "token_log_probs_backward")
+_ROWS = ("logits", "target", "temperatures")
+batch_rows("token_log_probs_forward", (*_ROWS, "mask"))
+batch_rows("token_log_probs_backward", (*_ROWS, "dlog_probs", "dentropy"), ("tokens",))
 
 token_log_probs, token_log_probs_entropy = (
     Operator(name, INPUTS, partial(_call, entropy), options=Scoring, check=_check)

@@ -11,8 +11,9 @@ from torch import Tensor
 from masked_loss import reference
 from masked_loss._op import checks, tables
 from masked_loss._op.autograd import Inputs, is_differentiated, may_require_grad
+from masked_loss._op.batching import batch_reduced, batch_rows
 from masked_loss._op.derivatives import Formulas, differentiable
-from masked_loss._op.factory import Operator, batch_by_loop, fake, fake_like
+from masked_loss._op.factory import Operator, fake, fake_like
 from masked_loss._op.tables import ops
 from masked_loss.options import Meaning
 
@@ -104,6 +105,7 @@ def _fake(a: SimpleNamespace) -> tuple[Tensor, ...]:
 
 
 fake_like("values", "masked_reduce_backward")
-batch_by_loop("masked_reduce_forward", "masked_reduce_backward")
+batch_reduced("masked_reduce_forward", ("values", "mask"), trailing=0)
+batch_rows("masked_reduce_backward", ("values",), ("tokens", "groups"))
 
 masked_reduce = Operator("masked_reduce", INPUTS, _call, check=_check)
