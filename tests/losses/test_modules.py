@@ -29,6 +29,7 @@ def test_masked_cross_entropy_loss(reduction: str) -> None:
         "label_smoothing": 0.1,
         "z_loss": 0.1,
         "softcap": 3.0,
+        "temperature": 0.7,
         "shift": True,
     }
     module = MaskedCrossEntropyLoss(**options)

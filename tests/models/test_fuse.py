@@ -142,6 +142,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     ),
     "drop-in, keywords": lambda x, y: masked_loss.cross_entropy(input=x.mT, target=y),
     "masked_loss, softcap": lambda x, y: masked_loss.masked_cross_entropy(x, y, softcap=0.5),
+    "masked_loss, temperature": lambda x, y: masked_loss.masked_cross_entropy(
+        x, y, temperature=0.5
+    ),
     "drop-in": lambda x, y: masked_loss.cross_entropy(x.mT, y, mask=y > 5),
     "sequence mean": lambda x, y: masked_loss.masked_cross_entropy(
         x, y, reduction="sequence_mean", z_loss=0.01
