@@ -95,34 +95,15 @@ def differentiable(formulas: Formulas) -> Callable[..., Tensors]:
         if not (torch.is_grad_enabled() or is_forward_mode()):
             plain = are_plain(saved[0], *upstream)
             return (*backward(saved, ctx.how, upstream, needs, plain), None)
-        if only_innermost_differentiates(*saved, *upstream) and not is_forward_mode():
-            with torch.no_grad():
-                return (*backward(saved, ctx.how, upstream, needs, False), None)
         return (*gradient(complete(saved, ctx.how), ctx.how, upstream, needs), None)
 
-    def batched(info: Any, in_dims: Any, *args: Any) -> Any:
-        """Forward alone, where vmap is around what differentiates: no derivative goes through."""
-        dims, size = in_dims[:-1], info.batch_size
-        run = restore_vmap(lambda *inputs: forward(inputs, args[-1].value), dims, size, "error")
-        return run(*args[:-1])
-
-    def function(**methods: Any) -> Any:
-        statics = {key: staticmethod(method) for key, method in methods.items()}
-        return type(name, (torch.autograd.Function,), {**statics, "generate_vmap_rule": True})
-
-    eager = function(forward=forward_with_context, backward=gradients)
-    transformed = function(
+    eager: Any = _function(name, forward=forward_with_context, backward=gradients)
+    transformed = _Transformed(
+        name,
         forward=lambda *args: forward(args[:-1], args[-1].value),
         setup_context=setup_transformed,
         backward=gradients,
     )
-    innermost = function(
-        forward=lambda *args: forward(args[:-1], args[-1].value),
-        setup_context=setup_transformed,
-        backward=gradients,
-        vmap=batched,
-    )
-    innermost.generate_vmap_rule = False
     apply_eager = super(torch.autograd.Function, eager).apply  # what Function.apply comes down to
 
     def call(*args: Any) -> Any:
@@ -130,10 +111,39 @@ def differentiable(formulas: Formulas) -> Callable[..., Tensors]:
             return reference(args[:-1], args[-1])
         if not transforms_are_active():
             return apply_eager(*args)
-        chosen = innermost if only_innermost_differentiates(*args[:-1]) else transformed
-        return chosen.apply(*args[:-1], _Constant(args[-1]))
+        return transformed(*args[:-1], _Constant(args[-1]))
 
     return call
+
+
+def _function(name: str, **methods: Any) -> Any:
+    statics = {key: staticmethod(method) for key, method in methods.items()}
+    return type(name, (torch.autograd.Function,), statics)
+
+
+class _Transformed:
+    """A Function of tensors and a constant, for torch.func: with ``forward``, ``setup_context`` and
+    ``backward``.
+
+    The vmap rule that PyTorch generates makes the batch differentiable. Where nothing around the
+    innermost transform differentiates, forward alone is enough, and takes a third of the time.
+    """
+
+    def __init__(self, name: str, forward: Callable[..., Any], **methods: Any) -> None:
+        def batched(info: Any, in_dims: Any, *args: Any) -> Any:
+            *tensors, constant = args
+            run = restore_vmap(
+                lambda *xs: forward(*xs, constant), in_dims[:-1], info.batch_size, "error"
+            )
+            return run(*tensors)
+
+        self._anywhere = _function(name, forward=forward, **methods)
+        self._anywhere.generate_vmap_rule = True
+        self._innermost = _function(name, forward=forward, vmap=batched, **methods)
+
+    def __call__(self, *args: Any) -> Any:
+        innermost = only_innermost_differentiates(*args[:-1])
+        return (self._innermost if innermost else self._anywhere).apply(*args)
 
 
 def _gradient(formulas: Formulas) -> Callable[..., Inputs]:
@@ -152,38 +162,36 @@ def _gradient(formulas: Formulas) -> Callable[..., Inputs]:
 
         return vjp(results, [saved[i] for i in at], tuple(upstream[k] for k in used))
 
-    class Gradient(torch.autograd.Function):
-        """Of what was saved, the upstream gradients, and a constant: how, and what is needed."""
+    # Of what was saved, the upstream gradients, and a constant: how, and what is needed.
 
-        generate_vmap_rule = True
+    def forward(*args: Any) -> Any:
+        saved, upstream, how, needs = _split(args, smooth)
+        results = backward(saved, how, upstream, needs, False)
+        return tuple(r for r, needed in zip(results, needs, strict=True) if needed)
 
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            saved, upstream, how, needs = _split(args, smooth)
-            results = backward(saved, how, upstream, needs, False)
-            return tuple(r for r, needed in zip(results, needs, strict=True) if needed)
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.constant = inputs
+        ctx.save_for_backward(*tensors)
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            *tensors, ctx.constant = inputs
-            ctx.save_for_backward(*tensors)
+    def second(ctx: Any, *cotangents: Any) -> Any:
+        args = (*ctx.saved_tensors, ctx.constant)
+        of = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
 
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Any) -> Any:
-            args = (*ctx.saved_tensors, ctx.constant)
-            of = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        def results(*tensors: Tensor) -> Tensors:
+            saved, upstream, how, needs = _split(_with(args, of, tensors), smooth)
+            return pulled_back(saved, how, upstream, needs)
 
-            def results(*tensors: Tensor) -> Tensors:
-                saved, upstream, how, needs = _split(_with(args, of, tensors), smooth)
-                return pulled_back(saved, how, upstream, needs)
+        return _with((None,) * len(args), of, vjp(results, [args[i] for i in of], cotangents))
 
-            return _with((None,) * len(args), of, vjp(results, [args[i] for i in of], cotangents))
+    function = _Transformed(
+        f"{formulas.name}Gradient", forward, setup_context=setup_context, backward=second
+    )
 
     def gradient(saved: Inputs, how: Any, upstream: Inputs, needs: tuple[bool, ...]) -> Inputs:
         if is_forward_mode():
             found = pulled_back(saved, how, upstream, needs)
         else:
-            found = Gradient.apply(*saved, *upstream, _Constant((how, needs)))
+            found = function(*saved, *upstream, _Constant((how, needs)))
         at = [i for i, needed in enumerate(needs) if needed]
         return _with((None,) * len(needs), at, found)
 

@@ -392,6 +392,22 @@ def test_create_graph(loss: str) -> None:
     torch.testing.assert_close(*results)
 
 
+@all_losses
+def test_autograd_grad_within_a_transform(loss: str) -> None:
+    """A second derivative of the same level, which nothing outside of the transform tells."""
+    logits, target, mask = problem(2, 3)
+
+    def inner(f: Loss) -> Tensor:
+        def penalty(x: Tensor) -> Tensor:
+            value = f(x, target, mask)
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            return (gradient**2).sum() + value
+
+        return torch.func.grad(penalty)(logits)
+
+    torch.testing.assert_close(*map(inner, LOSSES[loss]))
+
+
 @all_operators
 def test_dual_numbers(loss: str) -> None:
     """Of the inputs, and of an upstream gradient that comes later."""
