@@ -3,9 +3,9 @@
 
 Run it as ``masked-loss-lint PATH ...``. The rules are described in docs/lint.md. Files are read,
 never executed. `source` reads a file; `walk` looks at each function, first with unknown arguments,
-then as it is called, with `expressions`, `tensors`, `calls` and `objects`, which say what an
-expression is (`values`); `program` knows which file means which by an import; `rules` and `local`
-say what is wrong.
+then as it is called, with `statements`, `expressions`, `tensors`, `calls` and `objects`, which say
+what an expression is (`values`); `program` knows which file an import means; `rules` and `local` say
+what is wrong.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _check(paths: Iterable[Path], codes: Collection[str]) -> Report:
             continue
         report.files += 1
         module.imports, module.relevant = source.imports, is_relevant(source.text)
+        silenced[str(module.path)] = source.silenced()
         if module.relevant:
-            silenced[str(module.path)] = source.silenced()
             looked_at.append(module)
             walker.look_at(module)
     walker.finish(looked_at)

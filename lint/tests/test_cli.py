@@ -121,6 +121,18 @@ def test_noqa_in_another_file_than_the_one_that_decides(tmp_path: Path) -> None:
     assert main([str(tmp_path), "--select", "ML001"]) == 0
 
 
+def test_noqa_in_a_file_that_says_nothing_of_losses(tmp_path: Path) -> None:
+    helper = "def weigh(x, mask):\n    return x * mask"
+    (tmp_path / "train.py").write_text(
+        "import torch.nn.functional as F\nfrom helper import weigh\n\n\n"
+        "def loss_of(logits, labels, m):\n    return weigh(F.cross_entropy(logits, labels), m)\n"
+    )
+    (tmp_path / "helper.py").write_text(helper + "\n")
+    assert main([str(tmp_path)]) == 1
+    (tmp_path / "helper.py").write_text(helper + "  # noqa: ML001\n")
+    assert main([str(tmp_path)]) == 0
+
+
 def test_wrong_use_is_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "missing")]) == 2
     assert "missing: no such file or folder" in capsys.readouterr().err
