@@ -4,8 +4,8 @@
 Run it as ``masked-loss-lint PATH ...``. The rules are described in docs/lint.md. Files are read,
 never executed. `source` reads a file; `walk` looks at each function, first with unknown arguments,
 then as it is called, with `statements`, `expressions`, `tensors`, `calls` and `objects`, which say
-what an expression is (`values`); `program` knows which file an import means; `rules` and `local` say
-what is wrong.
+what an expression is (`values`); `program` knows which file an import means; `rules` and `local`
+say what is wrong.
 """
 
 from __future__ import annotations
