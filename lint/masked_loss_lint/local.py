@@ -55,10 +55,11 @@ def _expression(legacy: dict[str, ast.expr]) -> str:
     return '"none"' if reduce == "False" else f'({mean}) if {reduce} else "none"'
 
 
-def is_guarded(function: ast.AST, masks: set[str], divisor: str) -> bool:
+def is_guarded(function: ast.AST, masks: set[str], divisor: ast.expr) -> bool:
     """True where a function looks at a count or a mask, by these texts, besides dividing by it."""
     tested, counted = _tests(function)
-    return tested is None or divisor in tested or bool(masks & counted)
+    counts = {names.text(divisor), names.key(divisor)}  # also count of count.unsqueeze(-1)
+    return tested is None or bool(counts & tested) or bool(masks & counted)
 
 
 @lru_cache(maxsize=4)

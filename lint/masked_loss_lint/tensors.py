@@ -230,7 +230,7 @@ class Tensors(Expressions):
             weighs = (
                 count.of_mask or any(f.mask for f in same) or any(f.loss for f in total.factors)
             )
-            if same and weighs and not self._is_guarded(count, same, text):
+            if same and weighs and not self._is_guarded(count, same, divisor):
                 self.report(rules.unguarded(place, text))
             if same or (count.of_mask and (total.op or (loss and loss.reduction == "sum"))):
                 mean = loss and V.Loss(loss.function, "mean", place, uneven=True)
@@ -239,7 +239,7 @@ class Tensors(Expressions):
             return NUMBER
         return UNKNOWN if isinstance(count, V.Mask) else left
 
-    def _is_guarded(self, count: V.Total, same: list[V.Factor], divisor: str) -> bool:
+    def _is_guarded(self, count: V.Total, same: list[V.Factor], divisor: ast.expr) -> bool:
         """Whether something excludes a mask without a token; else 0 / 0 is NaN for any x."""
         if count.guarded or count.never_empty or any(f.never_empty for f in same):
             return True
