@@ -131,6 +131,7 @@ def changes_of(line: str) -> list[tuple[int, str, str, str]]:
     if re.match(r"\s*(template|using|static_assert|struct|enum|case|#|import|from|@)", code):
         return []
     constant = r"constexpr|Lanes<|&terms\)|kMagic =|DType::k|\b[A-Za-z]+ \w+\[\d+\]( =|;)"
+    constant += "|extract|blend_epi|prefetch"
     if re.search(constant, code):
         return []
     changes = []
@@ -232,7 +233,7 @@ def blamed(output: str, lines: set[tuple[str, int]]) -> set[tuple[str, int]]:
     for block in re.split(r"(?=In instantiation of|In member function|In function)", output):
         if "error:" not in block:
             continue
-        places = re.findall(r"(csrc/[\w/.]+):(\d+):\d+:\s+(error|  required|required|note)?", block)
+        places = re.findall(r"(csrc/[\w/.]+):(\d+):\d+[:,]?\s+(error)?", block)
         for file, line, _ in sorted(places, key=lambda place: place[2] != "error"):
             if (file, int(line)) in lines:
                 found.add((file, int(line)))
