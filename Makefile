@@ -74,6 +74,7 @@ docs: $(stamps)/docs  ## the documentation site, in build/site
 
 bench: $(stamps)/bench $(library)  ## measure against PyTorch on this machine
 	$(python) benchmarks/cpu.py $(BENCH_ARGS)
+	$(if $(filter-out --quick,$(BENCH_ARGS)),,$(python) benchmarks/losses.py $(BENCH_ARGS))
 
 cuda-check:  ## machine code of the CUDA kernels: registers, spills, instructions
 	@if command -v "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || command -v nvcc; then \

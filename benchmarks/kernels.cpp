@@ -4,7 +4,9 @@
 // valgrind; what more rows cost more is the kernel's.
 //
 //   kernels KERNEL fp64|fp32|bf16|fp16 ROWS COLS [LENGTH]
-//   KERNEL: forward, step (forward and gradient), backward, masked, weigh, reduce, nothing
+//   KERNEL: forward, step (forward and gradient), backward, masked, weigh, reduce, nothing; value
+//   and
+//           gradient of forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl
 //   LENGTH: the rows are packed sequences of so many, with a mean of each; 0, which is without it:
 //           one mean of all
 #include <cstdint>
@@ -36,8 +38,36 @@ double draw() {
   return 6 * sum;
 }
 
+constexpr const char* kDivergences[] = {"forward_kl", "reverse_kl", "jsd", "skew_forward_kl",
+                                        "skew_reverse_kl"};
+
+template <class T, class A>
+void run_divergence(int kind, DType dtype, int64_t rows, int64_t cols) {
+  std::vector<T> logits(rows * cols), gradient(rows * cols);
+  for (T& x : logits) set(draw(), &x);
+  std::vector<A> tokens(DivergenceField::kSaved * rows, A(0)), scratch(cpu::kScratchRows * cols);
+  for (int64_t row = 0; row < rows; ++row) tokens[DivergenceField::kWeight * rows + row] = A(1);
+  std::vector<double> scale(GroupField::kCount, 1);
+  DivergenceArgs args{};
+  args.student = {logits.data(), dtype, 0, cols, 0, 1, nullptr};
+  args.teacher = args.student;  // the instructions are the same for any
+  args.rows = args.steps = rows;
+  args.cols = args.grad_step_stride = cols;
+  args.kind = static_cast<Divergence>(kind);
+  args.beta = 0.5;
+  args.wide = sizeof(A) == sizeof(double);
+  args.table = tokens.data();
+  args.forward = args.stream = true;
+  args.groups = {rows, 1, rows, scale.data(), GroupField::kCount, nullptr, 0};
+  args.dlogits = gradient.data();
+  cpu::kernels().divergence(args, 0, rows, scratch.data());
+}
+
 template <class T, class A>
 void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols, int64_t length) {
+  for (int kind = 0; kind < 5; ++kind) {
+    if (kernel == kDivergences[kind]) return run_divergence<T, A>(kind, dtype, rows, cols);
+  }
   const cpu::Threads alone{1, [](const std::function<void()>& worker) { worker(); }};
   std::vector<T> logits(rows * cols), gradient(rows * cols);
   for (T& x : logits) set(draw(), &x);

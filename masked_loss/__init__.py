@@ -22,8 +22,11 @@ from masked_loss.log_probs import token_log_probs
 from masked_loss.modules import (
     CrossEntropyLoss,
     LinearCrossEntropyLoss,
+    LinearDivergenceLoss,
+    LinearTokenLogProbs,
     MaskedCrossEntropyLoss,
     MaskedDivergenceLoss,
+    TokenLogProbs,
 )
 from masked_loss.moments import masked_moments, masked_whiten
 from masked_loss.packing import cu_seqlens
@@ -37,10 +40,13 @@ __all__ = [
     "CrossEntropyLoss",
     "DivergenceStats",
     "LinearCrossEntropyLoss",
+    "LinearDivergenceLoss",
+    "LinearTokenLogProbs",
     "LossStats",
     "MaskedCrossEntropyLoss",
     "MaskedDivergenceLoss",
     "ReducedLossError",
+    "TokenLogProbs",
     "cross_entropy",
     "cu_seqlens",
     "detect_reduced_loss",

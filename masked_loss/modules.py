@@ -13,6 +13,9 @@ from torch import Tensor
 from masked_loss import functional
 from masked_loss.divergence import masked_divergence
 from masked_loss.linear import linear_cross_entropy
+from masked_loss.linear_divergence import linear_divergence
+from masked_loss.linear_log_probs import linear_token_log_probs
+from masked_loss.log_probs import token_log_probs
 from masked_loss.stats import DivergenceStats, LossStats
 
 
@@ -177,3 +180,99 @@ class MaskedDivergenceLoss(_Loss, function=masked_divergence, at_call=("normaliz
     ) -> Tensor | tuple[Tensor, DivergenceStats]:
         at_call = {"normalizer": normalizer, "cu_seqlens": cu_seqlens}
         return self._loss(logits, teacher_logits, mask, **at_call)
+
+
+class LinearDivergenceLoss(
+    _Loss,
+    function=linear_divergence,
+    at_call=("bias", "teacher_bias", "normalizer", "cu_seqlens"),
+):
+    r"""Module form of :func:`masked_loss.linear_divergence`, which has formula and errors.
+
+    The arguments are the keywords of the function. Both heads are arguments of the call.
+
+    Shape:
+        hidden [..., D], weight [V, D], teacher_hidden [..., D'], teacher_weight [V, D'], mask
+        [...], bias and teacher_bias [V]; the result is 0-dim, or [...] for ``reduction="none"``.
+        With ``return_stats`` a pair (loss, :class:`DivergenceStats`).
+
+    >>> import torch, masked_loss
+    >>> criterion = masked_loss.LinearDivergenceLoss(kind="jsd", beta=0.5)
+    >>> head, teacher_head = torch.eye(2), torch.tensor([[2.0], [-2.0]])
+    >>> criterion(torch.zeros(1, 2), head, torch.ones(1, 1), teacher_head)
+    tensor(0.1068)
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        mask: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, DivergenceStats]:
+        at_call = {"bias": bias, "teacher_bias": teacher_bias, "normalizer": normalizer}
+        heads = (hidden, weight, teacher_hidden, teacher_weight)
+        return self._loss(*heads, mask, **at_call, cu_seqlens=cu_seqlens)
+
+
+class TokenLogProbs(_Loss, function=token_log_probs, at_call=("cu_seqlens",)):
+    r"""Module form of :func:`masked_loss.token_log_probs`, which has formula and errors.
+
+    The arguments are the keywords of the function; a ``temperature`` for each token is set as the
+    module's attribute, or given to the function instead.
+
+    Shape:
+        logits [..., V], target [...] or [..., K], mask [...]; the result has the shape of target.
+        With ``return_entropy`` a pair (log_probs, entropy [...]).
+
+    >>> import torch, masked_loss
+    >>> log_probs = masked_loss.TokenLogProbs(temperature=0.8)
+    >>> log_probs(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+    tensor([-0.0789, -1.5019])
+    """
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return self._loss(logits, target, mask, cu_seqlens=cu_seqlens)
+
+
+class LinearTokenLogProbs(_Loss, function=linear_token_log_probs, at_call=("bias", "cu_seqlens")):
+    r"""Module form of :func:`masked_loss.linear_token_log_probs`, which has formula and errors.
+
+    For trainers that keep a fused head in a module (verl, prime-rl). The arguments are the keywords
+    of the function; the head's weight is an argument of the call.
+
+    Shape:
+        hidden [..., D], weight [V, D], target [...] or [..., K], mask [...], bias [V]; the result
+        has the shape of target. With ``return_entropy`` a pair (log_probs, entropy [...]).
+
+    >>> import torch, masked_loss
+    >>> log_probs = masked_loss.LinearTokenLogProbs(temperature=0.8)
+    >>> hidden = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    >>> log_probs(hidden, torch.eye(2), torch.tensor([0, 0]))
+    tensor([-0.0789, -1.5019])
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return self._loss(hidden, weight, target, mask, bias=bias, cu_seqlens=cu_seqlens)

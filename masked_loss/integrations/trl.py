@@ -6,11 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from masked_loss.divergence import masked_divergence
+from masked_loss.linear_log_probs import linear_token_log_probs
 from masked_loss.log_probs import token_log_probs
 
 __all__ = [
@@ -20,8 +19,6 @@ __all__ = [
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
 ]
-
-_CHUNK_BYTES = 64 << 20  # of float32 logits
 
 
 def selective_log_softmax(
@@ -188,8 +185,7 @@ class ChunkedLogProbs:
 
         trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbs
 
-    The logits of a chunk are computed again in backward; with several chunks the gradient of a
-    half-precision weight is rounded at each. ``log_sum_sq_probs``, ``mean_logits`` and
+    It is :func:`masked_loss.linear_token_log_probs`. ``log_sum_sq_probs``, ``mean_logits`` and
     ``is_top1`` come from TRL's own function, and without a gradient: trainers use them as weights
     and for logging.
 
@@ -222,7 +218,8 @@ class ChunkedLogProbs:
             bias: [V].
             targets: [N] int64.
             temperature: what logits are divided by, after the softcap.
-            chunk_size: TRL's width of a chunk of classes, for its own function.
+            chunk_size: TRL's width of a chunk of classes, for its own function; ours takes some
+                tokens at a time.
             softcap: logits -> softcap * tanh(logits / softcap), after the scale.
             logit_scale: what the product is multiplied by first.
             outputs: what is wanted.
@@ -231,23 +228,17 @@ class ChunkedLogProbs:
             log_probs, entropy, log_sum_sq_probs, mean_logits and is_top1, each [N] or None.
         """
 
-        def some(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> Any:
-            logits = F.linear(h, w.to(h.dtype), None if b is None else b.to(h.dtype))
-            logits = logits * logit_scale if logit_scale != 1.0 else logits
-            options: dict[str, Any] = {"return_entropy": "entropy" in outputs}
-            return token_log_probs(
-                logits, target, temperature=temperature, softcap=softcap, **options
-            )
-
-        size = max(16, _CHUNK_BYTES // (4 * weight.shape[0]))
-        chunks = [
-            checkpoint(some, h, weight, bias, target, use_reentrant=False)
-            for h, target in zip(hidden.split(size), targets.split(size), strict=True)
-        ]
+        # softcap(scale * x) / temperature, as linear_token_log_probs takes it.
+        options: dict[str, Any] = {
+            "bias": None if bias is None else bias.to(hidden.dtype),
+            "temperature": temperature / logit_scale,
+            "softcap": None if softcap is None else softcap / logit_scale,
+        }
+        heads = (hidden, weight.to(hidden.dtype), targets)
         if "entropy" in outputs:
-            results = [torch.cat(x) for x in zip(*chunks, strict=True)]
+            log_probs, entropy = linear_token_log_probs(*heads, **options, return_entropy=True)
         else:
-            results = [torch.cat(chunks)]
+            log_probs, entropy = linear_token_log_probs(*heads, **options), None
         more = {*outputs} - {"log_probs", "entropy"}
         others: tuple[Tensor | None, ...] = (None, None, None)
         if more:
@@ -258,4 +249,4 @@ class ChunkedLogProbs:
                     hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale,
                     ("log_probs", *more),
                 )[2:]  # fmt: skip
-        return (results[0], results[1] if len(results) > 1 else None, *others)
+        return (log_probs, entropy, *others)

@@ -285,13 +285,13 @@ class Model(torch.nn.Module):
         return loss, stats.tokens
 
 
-def exported(model: Model) -> torch.export.ExportedProgram:
+def exported(model: torch.nn.Module) -> torch.export.ExportedProgram:
     batch, time = torch.export.Dim("batch", min=2), torch.export.Dim("time", min=2)
     arguments = (torch.randn(3, 5, 8), torch.randint(11, (3, 5)), torch.rand(3, 5))
     return torch.export.export(model, arguments, dynamic_shapes=[{0: batch, 1: time}] * 3)
 
 
-def assert_same_as(model: Model, function: Callable[..., Any]) -> None:
+def assert_same_as(model: torch.nn.Module, function: Callable[..., Any]) -> None:
     for shape in [(3, 5), (7, 4)]:
         arguments = torch.randn(*shape, 8), torch.randint(11, shape), torch.rand(shape)
         with torch.no_grad():
@@ -304,6 +304,49 @@ def test_export(tmp_path: Path) -> None:
     assert_same_as(model, program.module())
     torch.export.save(program, tmp_path / "loss.pt2")
     assert_same_as(model, torch.export.load(tmp_path / "loss.pt2").module())
+
+
+class Policy(torch.nn.Module):
+    """What a trainer of policies and students computes besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.teacher = torch.nn.Linear(8, 11), torch.nn.Linear(8, 11)
+
+    def forward(self, hidden: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        logits, others = self.head(hidden), self.teacher(hidden).detach()
+        head = (hidden, self.head.weight)
+        teacher = (hidden.detach(), self.teacher.weight.detach())
+        log_probs, entropy = masked_loss.token_log_probs(
+            logits, target, mask, temperature=0.8, shift=True, return_entropy=True
+        )
+        return (
+            log_probs,
+            entropy,
+            masked_loss.masked_divergence(logits, others, mask, kind="jsd", shift=True),
+            masked_loss.linear_token_log_probs(*head, target, mask, bias=self.head.bias),
+            masked_loss.linear_divergence(*head, *teacher, mask, kind="reverse_kl"),
+        )
+
+
+def test_export_of_log_probs_and_divergences() -> None:
+    model = Policy()
+    assert_same_as(model, exported(model).module())
+
+
+@pytest.mark.parametrize("result", range(5))
+def test_log_probs_and_divergences(result: int) -> None:
+    """Each in one graph, with its gradients."""
+    model = Policy()
+
+    def loss(hidden: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return model(hidden, target, mask)[result].float()
+
+    samples = []
+    for shape in ((3, 5), (4, 6)):
+        hidden = torch.randn(*shape, 8, requires_grad=True)
+        samples.append([hidden, torch.randint(11, shape), torch.rand(shape)])
+    assert_compiles(loss, samples)
 
 
 @pytest.mark.slow

@@ -55,6 +55,28 @@ def test_statistics_from_a_module() -> None:
     assert torch.equal(loss, masked_loss.masked_cross_entropy(logits, target, mask))
 
 
+def test_log_probs_and_divergences_are_the_functions() -> None:
+    logits, target, mask = problem()
+    hidden, teacher = torch.randn(2, 3, 4, 5)
+    head, teacher_head = torch.randn(2, 7, 5)
+    bias, bounds = torch.randn(7), torch.tensor([0, 5, 12])
+    scoring = {"temperature": 0.7, "softcap": 3.0, "shift": True, "return_entropy": True}
+    apart = {"kind": "jsd", "beta": 0.3, "shift": True, "reduction": "none"}
+    for module, function, inputs, options, at_call in (
+        ("TokenLogProbs", "token_log_probs", (logits, target, mask), scoring, {}),
+        ("LinearTokenLogProbs", "linear_token_log_probs", (hidden, head, target, mask), scoring,
+         {"bias": bias}),
+        ("MaskedDivergenceLoss", "masked_divergence", (logits, 2 * logits, mask), apart, {}),
+        ("LinearDivergenceLoss", "linear_divergence", (hidden, head, teacher, teacher_head, mask),
+         apart, {"bias": bias, "teacher_bias": -bias}),
+    ):  # fmt: skip
+        for more in (at_call, {**at_call, "cu_seqlens": bounds}):
+            ours = getattr(masked_loss, module)(**options)(*inputs, **more)
+            expected = getattr(masked_loss, function)(*inputs, **options, **more)
+            for mine, theirs in zip([*ours], [*expected], strict=True):
+                assert torch.equal(mine, theirs)
+
+
 def test_cross_entropy_loss_is_pytorchs() -> None:
     input, target = torch.randn(3, 7, 4), torch.randint(7, (3, 4))
     weight = torch.rand(7)

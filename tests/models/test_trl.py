@@ -267,11 +267,8 @@ OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 @pytest.mark.parametrize("outputs", [OUTPUTS[:1], OUTPUTS[:2], (OUTPUTS[0], *OUTPUTS[3:]), OUTPUTS])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_chunked_log_probs(
-    softcap: float | None, outputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunked_log_probs(softcap: float | None, outputs: tuple[str, ...]) -> None:
     kernels = pytest.importorskip("trl.kernels")
-    monkeypatch.setattr(ours, "_CHUNK_BYTES", 4 * V * 16)  # 16 tokens a chunk
     hidden, weight, bias = torch.randn(40, 16), torch.randn(V, 16), torch.randn(V)
     target = torch.randint(V, (40,))
     results: list[list[Tensor | None]] = []
