@@ -11,23 +11,21 @@
 //   dD/dy = factor q (score - sum_j q_j score_j)
 // with a score that is known class by class.
 //
-// Included after math.inl.h, where a backend has also defined abs, if_less, division, log1p(x) for
-// -1 < x <= 0, and expm1_less(x) = e^x - 1 - x for |x| < kNear.
+// Included after math.inl.h, where a backend has also defined min(a, b) = a < b ? a : b, abs,
+// if_less, division, log_quotient(m, larger, less) = log(m / larger) for m = larger - less, 0 where
+// both are 0, and expm1_less(x) = e^x - 1 - x for |x| < kNear.
 
 // Below this |log(a / b)| the difference b - a + a log(a / b) would cancel.
 constexpr float kNear = 0.25f;
 
 template <class V>
-ML_FN V kl_term(V a, V b, V log_ratio) {
-  const V near = a * expm1_less(V(0) - log_ratio);
-  const V far = fma(a, log_ratio, b - a);
+ML_FN V if_near(V log_ratio, V near, V far) {
   return if_less(abs(log_ratio), V(kNear), near, far);
 }
 
-// e^x - 1, which is `far` where x is not small.
 template <class V>
-ML_FN V expm1_or(V far, V x) {
-  return if_less(abs(x), V(kNear), x + expm1_less(x), far);
+ML_FN V kl_term(V a, V b, V log_ratio) {
+  return if_near(log_ratio, a * expm1_less(V(0) - log_ratio), fma(a, log_ratio, b - a));
 }
 
 // A ratio of which a class is excluded by one or both sides: -inf and NaN become a number whose
@@ -50,53 +48,50 @@ struct SoftmaxPair {
   V shift;
 };
 
-// One class: the probabilities, log p - log q, and of a mixture e^-|l|. Where both exclude the
-// class, or only the teacher, l of a mixture is bounded, else it is NaN or infinite.
+// One class. Where both sides exclude it, l is NaN; of a mixture l is bounded.
 template <class V>
 struct ClassPair {
-  V q, p, l, fall;
+  V q, p;   // the probabilities
+  V l;      // log p - log q
+  V rise;   // e^l - 1 - l where the two are near
+  V above;  // p - q, which does not cancel where they are
 };
 
-// The difference of logits comes first: where the two are close, it is exact.
+// From the exponentials too, exp(y - top).
 template <class Kind, class V>
-ML_FN ClassPair<V> pair_of(V y, V z, const SoftmaxPair<V>& of) {
-  const V l = (z - y) + of.shift;
-  if constexpr (!Kind::kMixed) {
-    return {exp(y - of.q.top) * of.q.inverse, exp(z - of.p.top) * of.p.inverse, l, V(0)};
-  } else {
-    const V bound(Limits<V>::underflow()), zero(0), lower = bounded_below(l);
-    const V both = if_less(bound, lower, bound, lower);
-    // Of the larger one, and the other as a share of it: one exponential less.
-    const V larger = exp(if_less(zero, both, z - of.p.top, y - of.q.top)) *
-                     if_less(zero, both, of.p.inverse, of.q.inverse);
-    const V fall = exp(zero - abs(both)), smaller = larger * fall;
-    return {if_less(zero, both, smaller, larger), if_less(zero, both, larger, smaller), both, fall};
+ML_FN ClassPair<V> pair_of(V y, V z, V e_y, V e_z, const SoftmaxPair<V>& of) {
+  const V q = e_y * of.q.inverse, p = e_z * of.p.inverse;
+  // The difference of logits comes first: where the two are close, it is exact.
+  V l = (z - y) + of.shift;
+  if constexpr (Kind::kMixed) {
+    l = min(V(Limits<V>::underflow()), bounded_below(l));
   }
+  const V rise = expm1_less(l);
+  return {q, p, l, rise, if_near(l, q * (l + rise), p - q)};
 }
 
-// What one class adds to D, and its score. A score may lack a constant: the mean lacks it too.
+// What one class adds to D, and its score; of forward KL dD/dy itself. A score may lack a constant:
+// the mean lacks it too.
 template <class V>
 struct ClassPart {
   V value, score;
 };
 
-// KL(a || b) where b may exclude a class: infinite, also where a is too small to be more than 0.
+// `value` unless b excludes the class: infinite, also where a is too small to be more than 0.
 template <class V>
-ML_FN V kl_term_or_infinity(V a, V b, V log_ratio) {
-  const V inf(Limits<V>::infinity());
-  return if_less(V(-Limits<V>::lowest()), log_ratio, inf, kl_term(a, b, log_ratio));
+ML_FN V or_infinity(V log_ratio, V value) {
+  return if_less(V(-Limits<V>::lowest()), log_ratio, V(Limits<V>::infinity()), value);
 }
 
 struct ForwardKl {
   static constexpr bool kScored = false, kMixed = false;
   template <class V>
   ML_FN static ClassPart<V> part(const ClassPair<V>& c, V) {
-    return {kl_term_or_infinity(c.p, c.q, bounded_below(c.l)), V(0)};
-  }
-  // q - p
-  template <class V>
-  ML_FN static V slope(const ClassPair<V>& c) {
-    return if_less(abs(c.l), V(kNear), V(0) - c.q * (c.l + expm1_less(c.l)), c.q - c.p);
+    const V log_ratio = bounded_below(c.l);
+    // q - p + p l, of which near the first order is taken out: p = q e^l = q (1 + l + rise).
+    const V near = c.q * fma(c.l, c.l, c.rise * (c.l - V(1)));
+    const V below = V(0) - c.above;
+    return {or_infinity(log_ratio, if_near(c.l, near, fma(c.p, log_ratio, below))), below};
   }
 };
 
@@ -106,7 +101,8 @@ struct ReverseKl {
   template <class V>
   ML_FN static ClassPart<V> part(const ClassPair<V>& c, V) {
     const V log_ratio = bounded_below(V(0) - c.l);
-    return {kl_term_or_infinity(c.q, c.p, log_ratio), log_ratio};
+    const V value = if_near(c.l, c.q * c.rise, fma(c.q, log_ratio, c.above));
+    return {or_infinity(log_ratio, value), log_ratio};
   }
 };
 
@@ -116,21 +112,18 @@ struct MixedPair {
   V m, of_p, of_q;
 
   ML_FN MixedPair(const ClassPair<V>& c, V share) {
-    // Of the larger of p and q: log(m / p) for l > 0, else log(m / q).
-    const V other = if_less(V(0), c.l, V(1) - share, share), above = max(c.l, V(0));
-    const V of_larger = log1p(other * expm1_or(c.fall - V(1), V(0) - abs(c.l)));
-    m = fma(share, c.p - c.q, c.q);
-    of_p = (c.l - above) - of_larger;
-    of_q = V(0) - of_larger - above;
+    const V zero(0), larger = if_less(zero, c.l, c.p, c.q);
+    const V less = if_less(zero, c.l, V(1) - share, share) * abs(c.above);
+    m = fma(share, c.above, c.q);
+    const V of_larger = log_quotient(m, larger, less);
+    const V between = max(c.l, zero);  // of the larger and q
+    of_p = (c.l - between) - of_larger;
+    of_q = zero - of_larger - between;
   }
-};
 
-// a / m; 0 where both are too small to be more than 0.
-constexpr float kTiny = 1e-37f;
-template <class V>
-ML_FN V share_of(V a, V m) {
-  return a / max(m, V(kTiny));
-}
+  // (p - q) / m; 0 where both are too small to be more than 0.
+  ML_FN V above(const ClassPair<V>& c) const { return c.above / max(m, V(kTiny)); }
+};
 
 struct JensenShannon {
   static constexpr bool kScored = true, kMixed = true;
@@ -138,9 +131,10 @@ struct JensenShannon {
   template <class V>
   ML_FN static ClassPart<V> part(const ClassPair<V>& c, V beta) {
     const MixedPair<V> mixed(c, beta);
-    const V of_q = kl_term(c.q, mixed.m, mixed.of_q);
-    const V value = fma(beta, kl_term(c.p, mixed.m, mixed.of_p), (V(1) - beta) * of_q);
-    return {value, mixed.of_q};
+    const V of_p = beta * c.p, of_q = (V(1) - beta) * c.q, zero(0);
+    const V near = fma(of_p, expm1_less(zero - mixed.of_p), of_q * expm1_less(zero - mixed.of_q));
+    // The two differences b - a add up to 0.
+    return {if_near(c.l, near, fma(of_p, mixed.of_p, of_q * mixed.of_q)), mixed.of_q};
   }
 };
 
@@ -150,7 +144,7 @@ struct SkewForwardKl {
   template <class V>
   ML_FN static ClassPart<V> part(const ClassPair<V>& c, V beta) {
     const MixedPair<V> mixed(c, beta);
-    const V ratio = expm1_or(share_of(c.p, mixed.m) - V(1), mixed.of_p);  // p / m - 1
+    const V ratio = (V(1) - beta) * mixed.above(c);  // p / m - 1
     return {kl_term(c.p, mixed.m, mixed.of_p), V(0) - ratio};
   }
 };
@@ -161,7 +155,7 @@ struct SkewReverseKl {
   template <class V>
   ML_FN static ClassPart<V> part(const ClassPair<V>& c, V beta) {
     const MixedPair<V> mixed(c, V(1) - beta);
-    const V ratio = expm1_or(share_of(c.q, mixed.m) - V(1), mixed.of_q);  // q / m - 1
+    const V ratio = (beta - V(1)) * mixed.above(c);  // q / m - 1
     return {kl_term(c.q, mixed.m, mixed.of_q), mixed.of_q - beta * ratio};
   }
 };

@@ -177,6 +177,9 @@ ML_FN void merge(Sums* all, Sums next) {
   all->add(next);
 }
 
+// A probability that is as good as none, but no zero to divide by.
+constexpr float kTiny = 1e-37f;
+
 // From a logit of the model to y.
 
 // y = cap tanh(x / cap). A quotient: where y is large, a rounded inverse would be many roundings of

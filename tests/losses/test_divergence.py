@@ -126,6 +126,25 @@ def test_every_length(kind: str, cols: int, device: str) -> None:
     torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("below", [20.0, 60.0, 1000.0, INF])
+@pytest.mark.parametrize("kind", KINDS)
+def test_largest_logits_last(kind: str, below: float, dtype: torch.dtype, device: str) -> None:
+    """What a row begins with is no guess at the size of the rest."""
+    student, teacher, _, _ = problem(dtype)
+    with torch.no_grad():
+        student[..., :200] -= below
+        teacher[..., :200] -= below
+    inputs = student.detach().to(device).requires_grad_(), teacher.to(device)
+    ours = masked_divergence(*inputs, kind=kind, reduction="none")
+    wide = student.detach().double().requires_grad_(), teacher.double()
+    truth = reference.masked_divergence(*wide, kind=kind, reduction="none")
+    torch.testing.assert_close(ours.cpu().double(), truth, rtol=1e-5, atol=1e-7)
+    (gradient,) = torch.autograd.grad(ours.sum(), inputs[0])
+    (expected,) = torch.autograd.grad(truth.sum(), wide[0])
+    tolerance = max(1e-5, torch.finfo(dtype).eps)
+    torch.testing.assert_close(gradient.cpu().double(), expected, rtol=tolerance, atol=1e-6)
+
+
 @pytest.mark.parametrize("near", [1e-1, 1e-2, 1e-3, 1e-5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_close_by(kind: str, near: float, device: str) -> None:

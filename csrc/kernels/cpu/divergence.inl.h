@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A divergence of pairs of rows, and its gradient, without ever holding a row of probabilities.
 //
-// A pair is read once from memory: its second look, which takes the value, and its third one, which
-// writes the gradient, find it in the cache. Rows of half types, or with a softcap or a
-// temperature, are brought to what is computed with once, into memory that stays in the cache. A
-// masked row is never read; its gradient is set to zero.
+// A pair is read once from memory, by a look that leaves the exponentials in the cache. The next
+// one takes the value from them and leaves the scores, from which the last one writes the gradient.
+// Rows of half types, or with a softcap or a temperature, are brought to what is computed with by
+// the first look. A masked row is never read; its gradient is set to zero.
 
-// e^x - 1 - x: to 1e-8 for |x| < 1/4.
+// e^x - 1 - x: minimax, to 5e-8 for |x| < 1/4.
 template <class V>
 ML_FN V expm1_less(V x) {
-  V g = V(1.0f / 5040);
-  g = fma(g, x, V(1.0f / 720));
-  g = fma(g, x, V(1.0f / 120));
-  g = fma(g, x, V(1.0f / 24));
-  g = fma(g, x, V(1.0f / 6));
+  V g = V(0.001391214202158153f);
+  g = fma(g, x, V(0.00834574457257986f));
+  g = fma(g, x, V(0.04166661947965622f));
+  g = fma(g, x, V(0.16666656732559204f));
   g = fma(g, x, V(0.5f));
   return g * (x * x);
 }
@@ -23,28 +22,34 @@ ML_FN Portable<double, kBytes> expm1_less(Portable<double, kBytes> x) {
   return x;
 }
 
-// 1 + x is doubled until it is near 1, and there log(w) = 2 atanh(s), s = (w - 1) / (w + 1).
+// m is doubled until it is near, and there log(w) = 2 atanh(s), s = (w - 1) / (w + 1), by a minimax
+// polynomial, to 2e-8 for |s| <= 1/3.
 template <class V>
-ML_FN V log1p(V x) {
-  const V half_root(0.70710678f);
-  V w = V(1) + x, rest = x, doublings(0);
-  while (any_greater(half_root, w)) {
-    doublings = if_less(w, half_root, doublings + V(1), doublings);
-    rest = if_less(w, half_root, w + w - V(1), rest);
-    w = if_less(w, half_root, w + w, w);
+ML_FN V log_quotient(V m, V larger, V less) {
+  const V half = larger * V(0.5f);
+  V above = V(0) - less, doublings(0);
+  for (int i = 0; i < 128 && any_greater(half, m); ++i) {
+    const V twice = m + m;
+    doublings = if_less(m, half, doublings + V(1), doublings);
+    above = if_less(m, half, twice - larger, above);
+    m = if_less(m, half, twice, m);
   }
-  const V s = rest / (rest + V(2)), square = s * s;
-  V p = V(2.0f / 9);
-  p = fma(p, square, V(2.0f / 7));
-  p = fma(p, square, V(2.0f / 5));
-  p = fma(p, square, V(2.0f / 3));
+  const V s = above / max(m + larger, V(kTiny)), square = s * s;
+  V p = V(0.2688353657722473f);
+  p = fma(p, square, V(0.28231292963027954f));
+  p = fma(p, square, V(0.40007781982421875f));
+  p = fma(p, square, V(0.6666663885116577f));
   p = fma(p, square, V(2.0f));
   return fma(doublings, V(-0.69314718f), p * s);
 }
 template <int kBytes>
-ML_FN Portable<double, kBytes> log1p(Portable<double, kBytes> x) {
-  for (int i = 0; i < x.kLanes; ++i) x.v[i] = std::log1p(x.v[i]);
-  return x;
+ML_FN Portable<double, kBytes> log_quotient(Portable<double, kBytes>,
+                                            Portable<double, kBytes> larger,
+                                            Portable<double, kBytes> less) {
+  for (int i = 0; i < less.kLanes; ++i) {
+    less.v[i] = std::log1p(-less.v[i] / max(larger.v[i], double{kTiny}));
+  }
+  return less;
 }
 
 #include "kernels/divergence.inl.h"
@@ -57,8 +62,15 @@ struct PairKernel {
   const DivergenceArgs& args;
   A* const scratch;  // kScratchRows rows
 
+  // A row as it is computed with, and its exponentials.
+  struct Side {
+    const A* y;
+    A* exps;     // exp(y - top), in the scratch
+    A top;       // about the largest
+    double sum;  // of exps
+  };
   struct Pair {
-    const A *y, *z;
+    Side student, teacher;
     int64_t row, token;
     SoftmaxPair<V> softmax;
   };
@@ -71,23 +83,17 @@ struct PairKernel {
         masked(row, token);
         continue;
       }
-      Pair r{row_of(args.student, row, token, scratch),
-             row_of(args.teacher, row, token, scratch + args.cols),
+      Pair r{side_of(args.student, row, token, scratch),
+             side_of(args.teacher, row, token, scratch + 2 * args.cols),
              row,
              token,
              {}};
-      if (args.forward) {
-        const LogSumExp<A> student = log_sum(r.y), teacher = log_sum(r.z);
-        column(Field::kTop, token) = student.top, column(Field::kSum, token) = student.sum;
-        column(Field::kTeacherTop, token) = teacher.top;
-        column(Field::kTeacherSum, token) = teacher.sum;
-      }
       set_softmax(&r);
-      if (args.forward) {
-        value<Kind>(r);
-        if (args.stats) stats(r);
-      } else {
-        gradient<Kind>(r);
+      const A mean = score<Kind>(r);
+      if (args.forward && args.stats) stats(r);
+      if (args.dlogits) {
+        with_gradient_type(
+            [&](auto type) { write<Kind>(r, mean, dlogits_of<decltype(type)>(row)); });
       }
     }
     if (args.stream) end_streams();
@@ -156,99 +162,111 @@ struct PairKernel {
                              : static_cast<A>(rows.temperature);
   }
 
-  // The row in A, after softcap and temperature: where it is, or in `copy`.
-  const A* row_of(const LogitRows& rows, int64_t row, int64_t token, A* copy) const {
-    const A* found = nullptr;
+  // Looks
+
+  // In A, after softcap and temperature: where the row is, or in `copy`, which is two rows.
+  Side side_of(const LogitRows& rows, int64_t row, int64_t token, A* copy) const {
+    Side side{copy, copy + args.cols, A(0), 0};
     with_input_type(rows.dtype, [&](auto type) {
       using T = decltype(type);
       const T* const x = logits_of<T>(rows, row);
       const A t = temperature(rows, token), cap = static_cast<A>(rows.softcap);
       if constexpr (std::is_same_v<T, A>) {
-        if (cap == 0 && t == 1) return static_cast<void>(found = x);
+        if (cap == 0 && t == 1) {
+          side.y = x;
+          return exponentials(&side, [&](int64_t j, auto count) {
+            __builtin_prefetch(x + j + kPrefetchBytes / sizeof(A), 0, 2);
+            return load<V>(x + j, count);
+          });
+        }
       }
-      for_each_vector<V>(0, args.cols, [&](int64_t j, auto count) {
+      exponentials(&side, [&](int64_t j, auto count) {
         V y = load<V>(x + j, count);
         if (cap != 0) y = softcap(y, V(cap));
         if (t != 1) y = y / V(t);
         store(y, copy + j, count);
+        return y;
       });
-      found = copy;
     });
-    return found;
+    return side;
   }
 
-  // Looks
+  // Of the row that f(j, Full or Part) gives and leaves at side->y. The largest of the first
+  // numbers does for all, unless later ones are so much larger that their sum tells: then the row
+  // is looked at again. -inf and NaN are no tops.
+  template <class F>
+  ML_FN void exponentials(Side* side, const F& f) const {
+    constexpr double kTooLarge = 1e12;
+    side->top = largest(std::min<int64_t>(args.cols, 8 * V::kLanes), f);
+    sum_exponentials(side, f);
+    if (side->sum < kTooLarge) return;
+    const A* const y = side->y;
+    const auto again = [&](int64_t j, auto count) { return load<V>(y + j, count); };
+    side->top = largest(args.cols, again);
+    sum_exponentials(side, again);
+  }
 
-  LogSumExp<A> log_sum(const A* y) const {
-    constexpr int kBlock = V::kBlock;
-    constexpr int64_t kStep = kBlock * V::kLanes;
-    const V nothing(-std::numeric_limits<A>::infinity());
-    LogSumExp<A> all;
-    for_each_run<V>(0, args.cols, 1024, [&](int64_t j, int64_t end) {
-      LogSumExp<V> lanes;
-      for (; j + kStep <= end; j += kStep) {
-        V block[kBlock];
-        for (int i = 0; i < kBlock; ++i) block[i] = V::load(y + j + i * V::kLanes);
-        lanes.push(block);
-      }
-      for_each_vector<V>(j, end, [&](int64_t i, auto count) {
-        const V one[1] = {keep(load<V>(y + i, count), count, lane_max(nothing))};
-        lanes.push(one);
-      });
-      const A top = lane_max(lanes.top);
-      lanes.raise(V(top));
-      merge(&all, LogSumExp<A>(top, lane_sum(lanes.sum)));
+  template <class F>
+  ML_FN A largest(int64_t cols, const F& f) const {
+    const A lowest = Limits<A>::lowest();
+    V top(lowest);
+    for_each_vector<V>(
+        0, cols, [&](int64_t j, auto count) { top = max(keep(f(j, count), count, lowest), top); });
+    return lane_max(top);
+  }
+
+  template <class F>
+  ML_FN void sum_exponentials(Side* side, const F& f) const {
+    const V top(side->top), bound(A(80));
+    A* const exps = side->exps;
+    double sum[1] = {0};
+    add_up<V>(args.cols, sum, [&](int64_t j, auto count, V(&terms)[1]) {
+      terms[0] = exp(min(bound, f(j, count) - top));  // a NaN passes
+      store(terms[0], exps + j, count);
     });
-    return all;
+    side->sum = sum[0];
   }
 
   void set_softmax(Pair* r) const {
-    const auto at = [&](int64_t field) { return column(field, r->token); };
-    r->softmax.q = {V(at(Field::kTop)), V(1 / at(Field::kSum))};
-    r->softmax.p = {V(at(Field::kTeacherTop)), V(1 / at(Field::kTeacherSum))};
-    const double student = std::log(double(at(Field::kSum))) + at(Field::kTop);
-    const double teacher = std::log(double(at(Field::kTeacherSum))) + at(Field::kTeacherTop);
-    r->softmax.shift = V(static_cast<A>(student - teacher));
+    const Side &student = r->student, &teacher = r->teacher;
+    r->softmax.q = {V(student.top), V(static_cast<A>(1 / student.sum))};
+    r->softmax.p = {V(teacher.top), V(static_cast<A>(1 / teacher.sum))};
+    r->softmax.shift = V(static_cast<A>((std::log(student.sum) + student.top) -
+                                        (std::log(teacher.sum) + teacher.top)));
+    if (!args.forward) return;
+    column(Field::kTop, r->token) = student.top;
+    column(Field::kSum, r->token) = static_cast<A>(student.sum);
+    column(Field::kTeacherTop, r->token) = teacher.top;
+    column(Field::kTeacherSum, r->token) = static_cast<A>(teacher.sum);
   }
 
-  template <class Kind, class Count>
-  ML_FN ClassPair<V> pair_at(const Pair& r, int64_t j, Count count) const {
-    return pair_of<Kind>(load<V>(r.y + j, count), load<V>(r.z + j, count), r.softmax);
-  }
-
-  // And the gradient, where it is wanted: forward KL's at once, that of the others from the
-  // probabilities and scores of this look, which stay in the cache.
+  // The value, and the mean of the scores. What the gradient is written from, scores or forward
+  // KL's slopes, takes the place of the teacher's exponentials.
   template <class Kind>
-  void value(const Pair& r) const {
-    with_gradient_type([&](auto type) {
-      using T = decltype(type);
-      const Writer<T> writer = writer_of<Kind, T>(r);
-      const V beta(static_cast<A>(args.beta));
-      A *const qs = scratch + 2 * args.cols, *const scores = scratch + 3 * args.cols;
-      double sums[2] = {0, 0};
-      add_up<V>(args.cols, sums, [&](int64_t j, auto count, V(&terms)[2]) {
-        const ClassPair<V> c = pair_at<Kind>(r, j, count);
-        const ClassPart<V> part = Kind::part(c, beta);
-        terms[0] = part.value, terms[1] = c.q * part.score;
-        if (!writer.dx) return;
-        if constexpr (Kind::kScored) {
-          store(c.q, qs + j, count), store(part.score, scores + j, count);
-        } else {
-          writer.put(j, count, Kind::slope(c));
-        }
-      });
-      // A teacher's NaN reaches a mixture through the sums alone.
-      const double nan_or_zero = 0 * lane_max(r.softmax.shift);
-      column(Field::kValue, r.token) = static_cast<A>(sums[0] + nan_or_zero);
-      column(Field::kMeanScore, r.token) = static_cast<A>(sums[1] + nan_or_zero);
-      if constexpr (Kind::kScored) {
-        if (!writer.dx) return;
-        const V mean(column(Field::kMeanScore, r.token));
-        for_each_vector<V>(0, args.cols, [&](int64_t j, auto count) {
-          writer.put(j, count, load<V>(qs + j, count) * (load<V>(scores + j, count) - mean));
-        });
-      }
+  A score(const Pair& r) const {
+    // Of its own, or each vector would fetch them anew.
+    const SoftmaxPair<V> softmax = r.softmax;
+    const A *const y = r.student.y, *const z = r.teacher.y, *const e_y = r.student.exps;
+    A* const e_z = r.teacher.exps;
+    const V beta(static_cast<A>(args.beta));
+    double sums[Kind::kScored ? 2 : 1] = {0};
+    add_up<V>(args.cols, sums, [&](int64_t j, auto count, auto& terms) {
+      const ClassPair<V> c =
+          pair_of<Kind>(load<V>(y + j, count), load<V>(z + j, count), load<V>(e_y + j, count),
+                        load<V>(e_z + j, count), softmax);
+      const ClassPart<V> part = Kind::part(c, beta);
+      terms[0] = part.value;
+      if constexpr (Kind::kScored) terms[1] = c.q * part.score;
+      store(part.score, e_z + j, count);
     });
+    // A teacher's NaN reaches the scores, which are bounded, through the sum alone.
+    const double nan_or_zero = 0 * lane_max(softmax.shift);
+    const A mean = static_cast<A>((Kind::kScored ? sums[std::size(sums) - 1] : 0) + nan_or_zero);
+    if (args.forward) {
+      column(Field::kValue, r.token) = static_cast<A>(sums[0]);
+      column(Field::kMeanScore, r.token) = mean;
+    }
+    return mean;
   }
 
   void stats(const Pair& r) const {
@@ -261,10 +279,12 @@ struct PairKernel {
       });
       return static_cast<A>(std::log(double(sum)) + spread[0]);
     };
-    column(Field::kEntropy, r.token) = entropy_of(r.y, r.softmax.q, column(Field::kSum, r.token));
+    column(Field::kEntropy, r.token) =
+        entropy_of(r.student.y, r.softmax.q, column(Field::kSum, r.token));
     column(Field::kTeacherEntropy, r.token) =
-        entropy_of(r.z, r.softmax.p, column(Field::kTeacherSum, r.token));
-    column(Field::kAgreement, r.token) = first_of_largest(r.y) == first_of_largest(r.z);
+        entropy_of(r.teacher.y, r.softmax.p, column(Field::kTeacherSum, r.token));
+    column(Field::kAgreement, r.token) =
+        first_of_largest(r.student.y) == first_of_largest(r.teacher.y);
   }
 
   // The first NaN, where there is one, as PyTorch's argmax.
@@ -277,75 +297,34 @@ struct PairKernel {
     return best;
   }
 
-  // Gradient
-
-  template <class Kind>
-  void gradient(const Pair& r) const {
-    with_gradient_type([&](auto type) {
-      const auto writer = writer_of<Kind, decltype(type)>(r);
-      const V beta(static_cast<A>(args.beta)), mean(column(Field::kMeanScore, r.token));
-      for_each_vector<V>(0, args.cols, [&](int64_t j, auto count) {
-        const ClassPair<V> c = pair_at<Kind>(r, j, count);
-        if constexpr (Kind::kScored) {
-          writer.put(j, count, c.q * (Kind::part(c, beta).score - mean));
-        } else {
-          writer.put(j, count, Kind::slope(c));
-        }
-      });
-    });
-  }
-
-  // From dD/dy to the gradient of the logits, vector by vector.
-  template <class T>
-  struct Writer {
-    T* dx;
-    const T* x;
-    V scale, cap;
-    bool capped, around;  // around the caches, in aligned pairs
-    mutable V held;
-
-    template <class Count>
-    ML_FN V finish(V d, int64_t j, Count count) const {
+  // The gradient of the logits, around the caches where that is asked for and the type is their
+  // own: pairs of half types have an order of their own.
+  template <class Kind, class T>
+  void write(const Pair& r, A mean, T* dx) const {
+    const T* const x = logits_of<T>(args.student, r.row);
+    const A *const e_y = r.student.exps, *const scores = r.teacher.exps;
+    double all = upstream(r.token) / temperature(args.student, r.token);
+    if constexpr (Kind::kScored) all *= Kind::factor(args.beta) / r.student.sum;
+    const bool capped = args.student.softcap != 0;
+    const V scale(static_cast<A>(all)), shift(mean), cap(static_cast<A>(args.student.softcap));
+    const auto at = [&](int64_t j, auto count) {
+      V d = load<V>(scores + j, count);
+      if constexpr (Kind::kScored) d = load<V>(e_y + j, count) * (d - shift);
       d = d * scale;
       return capped ? d * tanh_slope(tanh_rest(load<V>(x + j, count) / cap)) : d;
-    }
-    ML_FN void put(int64_t j, Full, V d) const {
-      d = finish(d, j, Full{});
-      if (!around) return store(d, dx + j, Full{});
-      if (j % (2 * V::kLanes) == 0) {
-        held = d;
-        if (j + 2 * V::kLanes > cols) store(d, dx + j, Full{});
-      } else {
-        V::stream2(dx + j - V::kLanes, held, d);
+    };
+    const auto put = [&](int64_t j, auto count) { store(at(j, count), dx + j, count); };
+    int64_t j = 0;
+    if constexpr (std::is_same_v<T, A>) {
+      if (args.stream) {
+        j = std::min(args.cols, elements_to_line(dx));
+        for_each_vector<V>(0, j, put);
+        for (; j + 2 * V::kLanes <= args.cols; j += 2 * V::kLanes) {
+          V::stream2(dx + j, at(j, Full{}), at(j + V::kLanes, Full{}));
+        }
       }
     }
-    ML_FN void put(int64_t j, Part part, V d) const { store(finish(d, j, part), dx + j, part); }
-    int64_t cols;
-  };
-
-  template <class Kind, class T>
-  Writer<T> writer_of(const Pair& r) const {
-    if (!args.dlogits) return {};
-    T* const dx = dlogits_of<T>(r.row);
-    const A t = temperature(args.student, r.token), cap = static_cast<A>(args.student.softcap);
-    const bool aligned = reinterpret_cast<uintptr_t>(dx) % 64 == 0;
-    // Pairs of half types have an order of their own.
-    const bool around = args.stream && aligned && std::is_same_v<T, A> &&
-                        static_cast<const void*>(dx) != static_cast<const void*>(r.y);
-    return {dx,
-            logits_of<T>(args.student, r.row),
-            V(static_cast<A>(upstream(r.token) * factor_of<Kind>() / t)),
-            V(cap),
-            cap != 0,
-            around,
-            V(0),
-            args.cols};
-  }
-
-  template <class Kind>
-  double factor_of() const {
-    if constexpr (Kind::kScored) return Kind::factor(args.beta);
-    return 1;
+    for_each_vector<V>(j, args.cols, put);
   }
 
   double upstream(int64_t token) const {

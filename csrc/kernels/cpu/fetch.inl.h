@@ -45,7 +45,7 @@ ML_FN void for_each_vector(int64_t begin, int64_t end, const F& f) {
 // f(begin, end) over runs of [begin, end): a lane that adds up more terms than this in a row loses
 // digits.
 template <class V, class F>
-void for_each_run(int64_t begin, int64_t end, int64_t terms, const F& f) {
+ML_FN void for_each_run(int64_t begin, int64_t end, int64_t terms, const F& f) {
   const int64_t size = terms * V::kLanes;
   for (; begin < end; begin += size) f(begin, std::min(begin + size, end));
 }
@@ -53,7 +53,7 @@ void for_each_run(int64_t begin, int64_t end, int64_t terms, const F& f) {
 // sums[i] += sum_j of the i-th of the vectors that f(j, Full or Part, terms) makes of [0, cols),
 // lanes that are not there left out.
 template <class V, int N, class F>
-void add_up(int64_t cols, double (&sums)[N], const F& f) {
+ML_FN void add_up(int64_t cols, double (&sums)[N], const F& f) {
   for_each_run<V>(0, cols, 64, [&](int64_t first, int64_t last) {
     V lanes[N];
     for (V& lane : lanes) lane = V(0);

@@ -101,6 +101,7 @@ ML_FN Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
 ML_FN Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
 ML_FN Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 ML_FN Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
+ML_FN Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
 ML_FN bool any_greater(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
 }

@@ -102,6 +102,7 @@ ML_FN Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 ML_FN Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 ML_FN Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
 ML_FN Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
+ML_FN Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 ML_FN bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 ML_FN float lane_sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 ML_FN float lane_max(Vec a) { return _mm512_reduce_max_ps(a.v); }

@@ -155,6 +155,10 @@ ML_FN Portable<A, kBytes> not_constant(Portable<A, kBytes> a) {
   return a;
 }
 template <class A, int kBytes>
+ML_FN Portable<A, kBytes> min(Portable<A, kBytes> a, Portable<A, kBytes> b) {
+  return a.v < b.v ? a.v : b.v;
+}
+template <class A, int kBytes>
 ML_FN bool any_greater(Portable<A, kBytes> a, Portable<A, kBytes> b) {
   const auto greater = reinterpret_cast<Lanes<int64_t, kBytes>>(a.v > b.v);
   int64_t any = 0;

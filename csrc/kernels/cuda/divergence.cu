@@ -14,8 +14,6 @@ namespace {
 #include "kernels/cuda/functions.inl.cuh"
 
 ML_FN float exp(float x) { return ::expf(x); }
-ML_FN float log1p(float x) { return ::log1pf(x); }
-ML_FN double log1p(double x) { return ::log1p(x); }
 ML_FN float if_less(float a, float b, float yes, float no) { return a < b ? yes : no; }
 ML_FN double if_less(double a, double b, double yes, double no) { return a < b ? yes : no; }
 ML_FN float expm1_less(float x) {
@@ -28,6 +26,14 @@ ML_FN float expm1_less(float x) {
   return g * (x * x);
 }
 ML_FN double expm1_less(double x) { return ::expm1(x) - x; }
+ML_FN float min(float a, float b) { return ::fminf(a, b); }
+ML_FN double min(double a, double b) { return ::fmin(a, b); }
+ML_FN float log_quotient(float, float larger, float less) {
+  return ::log1pf(-less / ::fmaxf(larger, 1e-37f));
+}
+ML_FN double log_quotient(double, double larger, double less) {
+  return ::log1p(-less / ::fmax(larger, 1e-37));
+}
 
 // clang-format off
 #include "kernels/groups.inl.h"
@@ -179,19 +185,21 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
       LargestPair<A> largest;
       for (int64_t j = threadIdx.x; j < args.cols; j += kThreads) {
         const A y = student(j), z = teacher(j);
-        const ClassPair<A> c = pair_of<Kind>(y, z, of);
+        const A e_y = exp(y - of.q.top), e_z = exp(z - of.p.top);
+        const ClassPair<A> c = pair_of<Kind>(y, z, e_y, e_z, of);
         const ClassPart<A> part = Kind::part(c, beta);
-        values.value += part.value, values.mean += c.q * part.score;
+        values.value += part.value;
+        if constexpr (Kind::kScored) values.mean += c.q * part.score;
         if (args.stats) {
           const A of_y = bounded_below(y - of.q.top), of_z = bounded_below(z - of.p.top);
-          values.entropy -= exp(of_y) * of.q.inverse * of_y;
-          values.teacher_entropy -= exp(of_z) * of.p.inverse * of_z;
+          values.entropy -= c.q * of_y;
+          values.teacher_entropy -= c.p * of_z;
           largest.add({{y, j}, {z, j}});
         }
       }
       __syncthreads();  // between two merges
       values = merge_team<kWarps>(values);
-      // A teacher's NaN reaches a mixture through the sums alone.
+      // A teacher's NaN reaches the scores, which are bounded, through the sum alone.
       const double nan_or_zero = 0 * of.shift;
       mean = static_cast<A>(values.mean + nan_or_zero);
       if (args.stats) {
@@ -199,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
         largest = merge_team<kWarps>(largest);
       }
       if (threadIdx.x == 0) {
-        column(Field::kValue) = static_cast<A>(values.value + nan_or_zero);
+        column(Field::kValue) = static_cast<A>(values.value);
         column(Field::kMeanScore) = mean;
         column(Field::kTop) = sums.student.top, column(Field::kSum) = sums.student.sum;
         column(Field::kTeacherTop) = sums.teacher.top;
@@ -224,13 +232,11 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
     const A g = dloss ? dloss[args.dloss_per_token ? token : 0] : A(1);
     const A all = static_cast<A>(double(g) * weight * scale * factor / student.temperature);
     for (int64_t j = threadIdx.x; j < args.cols; j += kThreads) {
-      const ClassPair<A> c = pair_of<Kind>(student(j), teacher(j), of);
-      A d;
-      if constexpr (Kind::kScored) {
-        d = c.q * (Kind::part(c, beta).score - mean);
-      } else {
-        d = Kind::slope(c);
-      }
+      const A y = student(j), z = teacher(j);
+      const A e_y = exp(y - of.q.top), e_z = exp(z - of.p.top);
+      const ClassPair<A> c = pair_of<Kind>(y, z, e_y, e_z, of);
+      A d = Kind::part(c, beta).score;
+      if constexpr (Kind::kScored) d = c.q * (d - mean);
       write_gradient(args, to + j, d * all * student.slope(j));
     }
   }
