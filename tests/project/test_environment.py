@@ -14,7 +14,7 @@ READS = re.compile(
     r"""["']([A-Z_]+)["'](?:, ["']([A-Z_]+)["'])?"""
 )
 # Set for child processes, or by what runs a script; nobody sets them for masked_loss.
-FOREIGN = {"PATH", "PYTHONPATH", "HOME"}
+FOREIGN = {"PATH", "PYTHONPATH", "HOME", "OMP_NUM_THREADS"}
 
 
 def files(*names: str) -> list[Path]:
