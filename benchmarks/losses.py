@@ -212,8 +212,8 @@ def call_of(loss: Callable[[Inputs], Any], x: Inputs, backward: bool) -> Callabl
 
 
 def verify(case: Case) -> None:
-    """Ours no further from fp64 than the specification in fp32, and two roundings: the gradient of
-    an entropy is a difference of larger numbers."""
+    """Ours no further from fp64 than the specification in fp32, and one rounding; the gradient of
+    an entropy, a difference of larger numbers, two."""
     x = make(case._replace(rows=min(case.rows, 32)))
     specification = {
         with_entropy: lambda x: reference.token_log_probs(x.logits, x.target, return_entropy=True),
@@ -237,7 +237,8 @@ def verify(case: Case) -> None:
             found.append([*(r.detach() for r in results), *gradients])
         for mine, eager, truth in zip(*found, strict=True):
             error, baseline = ((t.double() - truth).abs().max() for t in (mine, eager))
-            slack = 2 * torch.finfo(mine.dtype).eps * truth.abs().max()
+            roundings = 2 if ours is with_entropy else 1
+            slack = roundings * torch.finfo(mine.dtype).eps * truth.abs().max()
             assert error <= baseline + slack, (case.name, error.item(), baseline.item())
 
 

@@ -349,6 +349,17 @@ def test_gradient_in_place_of_the_logits(reduction: str, dtype: torch.dtype, dev
     assert torch.equal(result, expected)
 
 
+def test_gradient_in_place_of_a_single_row() -> None:
+    """Without a dimension of tokens."""
+    weight = torch.randn(64, requires_grad=True)
+    gradients = []
+    for inplace in (False, True):
+        logits = weight * 2
+        loss = masked_cross_entropy(logits, torch.tensor(5), inplace_backward=inplace)
+        gradients += torch.autograd.grad(loss, weight)
+    assert torch.equal(*gradients)
+
+
 def test_gradient_in_place_reaches_the_weights() -> None:
     layer = torch.nn.Linear(6, 11)
     input, target = torch.randn(4, 6), torch.randint(11, (4,))
