@@ -36,7 +36,7 @@ cross_entropy CrossEntropyLoss input target | CLASS label_smoothing
 masked_cross_entropy MaskedCrossEntropyLoss logits target mask | reduction NORMALIZER MASKED
 linear_cross_entropy LinearCrossEntropyLoss hidden weight target mask bias | reduction NORMALIZER MASKED
 masked_divergence MaskedDivergenceLoss logits teacher_logits mask | KIND NORMALIZER shift
-linear_divergence - hidden weight TEACHER mask bias teacher_bias | KIND NORMALIZER shift
+linear_divergence LinearDivergenceLoss hidden weight TEACHER mask bias teacher_bias | KIND NORMALIZER shift
 topk_divergence - log_probs teacher_log_probs mask | kind beta tail reduction NORMALIZER
 masked_reduce - values mask | reduction NORMALIZER dim
 masked_mean - values mask |
