@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -143,6 +144,35 @@ def test_largest_logits_last(kind: str, below: float, dtype: torch.dtype, device
     (expected,) = torch.autograd.grad(truth.sum(), wide[0])
     tolerance = max(1e-5, torch.finfo(dtype).eps)
     torch.testing.assert_close(gradient.cpu().double(), expected, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("above", [10.0, 15.0, 27.0])
+@pytest.mark.parametrize("at", [0, 700, 1999])
+def test_a_class_far_above_the_others(above: float, at: int, device: str) -> None:
+    """It may stand anywhere: no exponential is relative to less than the largest logit."""
+    student = torch.randn(4, 2000) / 2
+    student[:, at] = above
+    teacher = student + torch.randn(4, 2000) / 100
+
+    def gradient(function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        y = student.to(dtype).requires_grad_()
+        (result,) = torch.autograd.grad(function(y, teacher.to(dtype)), y)
+        return result.double().cpu()
+
+    def ours(y: Tensor, z: Tensor) -> Tensor:
+        return masked_divergence(y.to(device), z.to(device), reduction="sum")
+
+    def peer(y: Tensor, z: Tensor) -> Tensor:
+        return as_written(z.log_softmax(-1), y.log_softmax(-1), "forward_kl", 0.5).sum()
+
+    truth = gradient(peer, torch.float64)
+    error, baseline = (
+        (gradient(f, torch.float32) - truth).abs().max().item() for f in (ours, peer)
+    )
+    # q and p are rounded, of which one is near 1.
+    assert error <= baseline + 2 * torch.finfo(torch.float32).eps
+    _, stats = masked_divergence(student.to(device), teacher.to(device), return_stats=True)
+    assert (stats.entropy >= 0).all()
 
 
 @pytest.mark.parametrize("near", [1e-1, 1e-2, 1e-3, 1e-5])
