@@ -189,7 +189,7 @@ struct DivergenceArgs {
   // Gradient of the student's logits, where dlogits is not null; it may be these logits.
   void* dlogits;
   int64_t grad_batch_stride, grad_step_stride;
-  bool stream;  // as in CrossEntropyArgs
+  bool stream;  // as in RowArgs
   Groups groups;
   const void* dloss;  // of the accumulation type, one or [rows]; null: 1
   bool dloss_per_token;

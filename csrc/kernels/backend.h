@@ -13,7 +13,7 @@ namespace masked_loss {
 using Queue = void*;
 
 struct Backend {
-  // Weights and scales. Returns the first token whose target is out of range, or -1; CUDA asserts
+  // Weights and scales. Returns where the first target is out of range, or -1; CUDA asserts
   // on the device.
   int64_t (*weigh)(const WeighArgs& args, Queue queue);
   void (*cross_entropy)(const RowArgs& args, Queue queue);

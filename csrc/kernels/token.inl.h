@@ -126,14 +126,14 @@ using WeightSums = Sums<WeightField::kCount>;
 
 struct TokenWeight {
   double weight, class_weight;
-  bool bad;  // the target is out of range
+  int64_t bad;  // where in args.target an index is out of range, or -1
 };
 
 // weight = mask * [target != ignore_index]; a masked token's target is not looked at either.
 // `sequence`: that of the token, in args.sequences.
 template <class A>
 ML_FN TokenWeight token_weight(const WeighArgs& args, int64_t i, int64_t sequence) {
-  const TokenWeight masked{0, 1, false};
+  const TokenWeight masked{0, 1, -1};
   if (args.sequences.count && sequence == args.sequences.count - 1) return masked;
   if (args.skip_first) {
     if (i == quotient(i, args.steps) * args.steps) return masked;
@@ -141,16 +141,16 @@ ML_FN TokenWeight token_weight(const WeighArgs& args, int64_t i, int64_t sequenc
   }
   // As the rows' kernels see it: a weight that underflows there is none here either.
   const double w = args.mask ? static_cast<A>(number_at(args.mask, args.mask_type, i)) : A(1);
-  if (!args.target || w == 0) return {w, 1, false};
+  if (!args.target || w == 0) return {w, 1, -1};
   int64_t target = args.ignore_index;
   for (int64_t k = i * args.ids; k < (i + 1) * args.ids; ++k) {
     const int64_t id = index_at(args.target, args.target_type, k);
     if (id == args.ignore_index) continue;
-    if (id < 0 || id >= args.classes) return {0, 1, true};
+    if (id < 0 || id >= args.classes) return {0, 1, k};
     target = id;
   }
-  if (target == args.ignore_index) return args.keep_ignored ? TokenWeight{w, 1, false} : masked;
-  return {w, args.class_weight ? as<A>(args.class_weight)[target] : A(1), false};
+  if (target == args.ignore_index) return args.keep_ignored ? TokenWeight{w, 1, -1} : masked;
+  return {w, args.class_weight ? as<A>(args.class_weight)[target] : A(1), -1};
 }
 
 template <class A>

@@ -282,9 +282,11 @@ inline void temperature(const char* who, const char* what, double value) {
   }
 }
 
-inline void temperatures(const char* who, const Tensor& t, const Shape& tokens) {
-  floating(who, "temperatures", t);
-  has_shape(who, "temperatures", t, tokens);
+inline void temperatures(const char* who, const OptionalTensor& t, const Shape& tokens,
+                         const char* what = "temperatures") {
+  if (!t) return;
+  floating(who, what, *t);
+  has_shape(who, what, *t, tokens);
 }
 
 // As the kernels take it.
@@ -329,22 +331,37 @@ inline Divergence divergence(const char* who, const std::string& name, double be
   return kind;
 }
 
+// The tokens' shape of rows of logits.
+inline Shape tokens_of(const char* who, const Tensor& logits, bool shift) {
+  floating(who, "logits", logits);
+  Shape shape = shape_of(logits);
+  if (shape.empty()) fail("ValueError", who, ": logits must have shape [..., V], got []");
+  shape.pop_back();
+  if (shift && shape.empty()) {
+    fail("ValueError", who, ": shift needs logits [..., T, V], got ", text(shape_of(logits)));
+  }
+  return shape;
+}
+
+inline void has_classes(const char* who, const Tensor& logits) {
+  const Shape shape = shape_of(logits);
+  const bool some_row = std::find(shape.begin(), shape.end() - 1, 0) == shape.end() - 1;
+  if (shape.back() == 0 && some_row) {
+    fail("ValueError", who, ": logits must have at least one class, got shape ", text(shape));
+  }
+}
+
 inline void cross_entropy(const char* who, const Tensor& logits, const Tensor& target,
                           bool probabilities, bool shift) {
-  floating(who, "logits", logits);
-  Shape expected = shape_of(logits);
-  if (expected.empty()) fail("ValueError", who, ": logits must have shape [..., V], got []");
+  const Shape tokens = tokens_of(who, logits, shift && !probabilities);
   if (probabilities) {
     if (shift) fail("ValueError", who, ": shift needs class indices, got class probabilities");
     same_dtype(who, "a target of class probabilities", target, "logits", logits);
   } else {
     class_indices(who, target);
-    expected.pop_back();
-    if (shift && expected.empty()) {
-      fail("ValueError", who, ": shift needs logits [..., T, V], got ", text(shape_of(logits)));
-    }
   }
-  has_shape(who, "target", target, expected);
+  has_shape(who, "target", target, probabilities ? shape_of(logits) : tokens);
+  has_classes(who, logits);
 }
 
 // The position of a flat index in a shape, as it is written in Python.

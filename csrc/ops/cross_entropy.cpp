@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The operators of the cross entropies, and the stages that other losses share: check -> allocate
 // -> run.
-#include <utility>
 
 #include "ops/backend_of.h"
 #include "ops/check.h"
@@ -41,16 +40,11 @@ Problem make_problem(const Device& device, const Options& options, const Tensor&
   const bool probabilities = check::is_floating(check::dtype_of(target));
   check::cross_entropy(kCrossEntropy, logits, target, probabilities, options.shift);
   Problem p{rows_of(logits), as_contiguous(target), std::nullopt,
-            std::nullopt,    shape_of(logits),      device};
-  p.token_shape.pop_back();
+            std::nullopt,    outer(shape_of(logits)), device};
   p.wide = logits.scalar_type() == ScalarType::Double;
-  if (p.logits.cols == 0 && p.logits.rows > 0) {
-    check::fail("ValueError", kCrossEntropy, ": logits must have at least one class, got shape ",
-                check::text(shape_of(logits)));
-  }
   if (class_weight) check::class_weight(kCrossEntropy, *class_weight, p.logits.cols);
   p.class_weight = as_type(class_weight, accumulation_type(p.wide));
-  if (temperatures) check::temperatures(kCrossEntropy, *temperatures, p.token_shape);
+  check::temperatures(kCrossEntropy, temperatures, p.token_shape);
   p.temperatures = as_type(temperatures, accumulation_type(p.wide));
   RowArgs& a = p.args;
   static_cast<Formula&>(a) = formula;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The operators that divergences are made of, before reduce.
-#include <utility>
 
 #include "ops/backend_of.h"
 #include "ops/check.h"
@@ -35,21 +34,12 @@ LogitRows side(const RowLayout& rows, double softcap, double temperature,
 std::tuple<Tensor, Tensor> divergence_weigh(Tensor logits, OptionalTensor mask,
                                             OptionalTensor normalizer, OptionalTensor cu_seqlens,
                                             std::string reduction_name, bool shift, bool stats) {
-  const DType dtype = check::floating(kDivergence, "logits", logits);
-  Shape shape = shape_of(logits);
-  if (shape.empty()) {
-    check::fail("ValueError", kDivergence, ": logits must have shape [..., V], got []");
-  }
-  shape.pop_back();
-  if (shift && shape.empty()) {
-    check::fail("ValueError", kDivergence, ": shift needs logits [..., T, V], got ",
-                check::text(shape_of(logits)));
-  }
+  const Shape shape = check::tokens_of(kDivergence, logits, shift);
   if (mask) check::is_mask(kDivergence, *mask, shape);
   WeighArgs args{};
   args.skip_first = shift;
   args.reduction = check::reduction(kDivergence, reduction_name, shape.size(), normalizer);
-  args.wide = dtype == DType::kFloat64;
+  args.wide = logits.scalar_type() == ScalarType::Double;
   const Tables tables = fill_tables(kDivergence, Device(logits), args, logits,
                                     stats ? DivergenceField::kCount : DivergenceField::kSaved,
                                     {mask, normalizer, cu_seqlens, false}, shape);
@@ -60,23 +50,22 @@ void divergence_rows(Tensor tokens, const Pair& pair, Tensor groups, OptionalTen
                      OptionalTensor dlogits, bool forward, bool unless_one,
                      const DivergenceOptions& options) {
   const Tensor &logits = pair.logits, &teacher_logits = pair.teacher_logits;
-  const bool wide = check::floating(kDivergence, "logits", logits) == DType::kFloat64;
+  const Shape shape = check::tokens_of(kDivergence, logits, options.shift);
+  check::has_classes(kDivergence, logits);
   check::floating(kDivergence, "teacher_logits", teacher_logits);
   check::has_shape(kDivergence, "teacher_logits", teacher_logits, shape_of(logits));
   check::temperature(kDivergence, "temperature", options.temperature);
   check::temperature(kDivergence, "teacher_temperature", options.teacher_temperature);
+  check::temperatures(kDivergence, pair.temperatures, shape);
+  check::temperatures(kDivergence, pair.teacher_temperatures, shape, "teacher_temperatures");
+  const bool wide = logits.scalar_type() == ScalarType::Double;
   const RowLayout student = rows_of(logits), teacher = rows_like(teacher_logits, wide);
-  if (student.cols == 0 && student.rows > 0) {
-    check::fail("ValueError", kDivergence, ": logits must have at least one class, got shape ",
-                check::text(shape_of(logits)));
-  }
   const Tables tables{tokens, groups};
   check_tables(kDivergence, tables, student.rows, wide, DivergenceField::kSaved);
-  const auto per_token = [&](const OptionalTensor& t) {
-    return t ? OptionalTensor(upstream(kDivergence, *t, wide, student.rows)) : std::nullopt;
-  };
-  const OptionalTensor scale = per_token(dloss), own = per_token(pair.temperatures),
-                       others = per_token(pair.teacher_temperatures);
+  const OptionalTensor own = as_type(pair.temperatures, accumulation_type(wide));
+  const OptionalTensor others = as_type(pair.teacher_temperatures, accumulation_type(wide));
+  OptionalTensor scale;
+  if (dloss) scale = upstream(kDivergence, *dloss, wide, student.rows);
 
   DivergenceArgs args{};
   args.student =

@@ -17,8 +17,8 @@ struct Ids {
   DType type;
   int64_t per_token;
 
-  Ids(const Shape& tokens_, const Tensor& target_, bool shift)
-      : tokens(tokens_),
+  Ids(const Tensor& logits, const Tensor& target_, bool shift)
+      : tokens(check::tokens_of(kLogProbs, logits, shift)),
         target(as_contiguous(target_)),
         type(check::class_indices(kLogProbs, target_)) {
     const Shape got = shape_of(target);
@@ -28,21 +28,11 @@ struct Ids {
       check::fail("ValueError", kLogProbs, ": target must have shape ", check::text(tokens),
                   ", or one dimension more, got ", check::text(got));
     }
-    if (shift && tokens.empty()) {
-      check::fail("ValueError", kLogProbs, ": shift needs logits [..., T, V], got [V]");
-    }
     per_token = several() ? got.back() : 1;
   }
 
   bool several() const { return shape_of(target).size() > tokens.size(); }
 };
-
-Shape tokens_of(const Tensor& logits) {
-  Shape shape = shape_of(logits);
-  if (shape.empty()) check::fail("ValueError", kLogProbs, ": logits must have shape [..., V]");
-  shape.pop_back();
-  return shape;
-}
 
 // What forward and backward tell the kernels alike, and what keeps the memory alive meanwhile.
 struct Problem {
@@ -55,10 +45,10 @@ struct Problem {
   Problem(const Tensor& logits_, const Tensor& target_, const OptionalTensor& temperatures_,
           const Scoring& options)
       : logits(rows_of(checked(logits_))),
-        ids(tokens_of(logits_), target_, options.shift),
+        ids(logits_, target_, options.shift),
         wide(check::floating(kLogProbs, "logits", logits_) == DType::kFloat64) {
     check::temperature(kLogProbs, "temperature", options.temperature);
-    if (temperatures_) check::temperatures(kLogProbs, *temperatures_, ids.tokens);
+    check::temperatures(kLogProbs, temperatures_, ids.tokens);
     temperatures = as_type(temperatures_, accumulation_type(wide));
     args.loss = RowLoss::kLogProbs;
     set_rows(args, logits);
@@ -80,65 +70,29 @@ struct Problem {
  private:
   static const Tensor& checked(const Tensor& logits) {
     constexpr int64_t kMostClasses = 1 << 29;  // a CUDA kernel's index into a row is an int
-    check::floating(kLogProbs, "logits", logits);
-    const Shape shape = shape_of(logits);
-    if (shape.empty()) check::fail("ValueError", kLogProbs, ": logits must have shape [..., V]");
-    if (logits.numel() == 0 && shape.back() == 0 && product({shape.begin(), shape.end() - 1}) > 0) {
-      check::fail("ValueError", kLogProbs, ": logits must have at least one class, got shape ",
-                  check::text(shape));
-    }
-    if (shape.back() > kMostClasses) {
+    check::tokens_of(kLogProbs, logits, false);
+    check::has_classes(kLogProbs, logits);
+    if (shape_of(logits).back() > kMostClasses) {
       check::fail("ValueError", kLogProbs, ": logits must have at most ", kMostClasses,
-                  " classes, got ", shape.back());
+                  " classes, got ", shape_of(logits).back());
     }
     return logits;
   }
 };
 
-[[noreturn]] void out_of_range(const WeighArgs& args, const Ids& ids, int64_t token) {
-  for (int64_t k = token * args.ids;; ++k) {
-    const int64_t id = ids.type == DType::kInt64 ? static_cast<const int64_t*>(args.target)[k]
-                                                 : static_cast<const int32_t*>(args.target)[k];
-    if (id == args.ignore_index || (id >= 0 && id < args.classes)) continue;
-    check::out_of_range(kLogProbs, k, shape_of(ids.target), id, args.classes, args.ignore_index);
-  }
-}
-
-struct Masking {
-  const OptionalTensor &mask, &cu_seqlens;
-  int64_t classes, ignore_index;
-  bool shift, keep_ignored;
-};
-
 // Which tokens are masked, into the row `weight`. They are in no groups: only shift has to know
-// where sequences begin.
-void weigh(const Device& device, const Ids& ids, const Masking& m, const Tensor& like, bool wide,
-           void* weight) {
+// where sequences begin. `keep_ignored`: also a token all of whose ids are ignored.
+void weigh(const Device& device, const Ids& ids, const Weights& weights, const Tensor& like,
+           WeighArgs args) {
   const int64_t tokens = product(ids.tokens);
-  if (m.mask) check::is_mask(kLogProbs, *m.mask, ids.tokens);
-  if (m.cu_seqlens) check::cu_seqlens(kLogProbs, *m.cu_seqlens, tokens);
-  const OptionalTensor flat = m.mask ? OptionalTensor(as_mask(*m.mask)) : std::nullopt;
-  const OptionalTensor bounds = as_type(m.cu_seqlens, ScalarType::Double);
+  if (weights.mask) check::is_mask(kLogProbs, *weights.mask, ids.tokens);
   const Tensor groups = empty(like, {1, GroupField::kCount}, aoti_torch_dtype_float64());
-  WeighArgs args{};
   args.groups = {tokens, 1, tokens, doubles(groups), GroupField::kCount, nullptr, 0};
-  if (bounds) args.sequences = {tokens, bounds->numel(), 0, nullptr, 0, doubles(*bounds), 1};
-  args.steps = ids.tokens.empty() ? 1 : std::max<int64_t>(1, ids.tokens.back());
-  args.skip_first = m.shift;
   args.target = ids.target.data_ptr();
   args.target_type = ids.type;
   args.ids = ids.per_token;
-  args.keep_ignored = m.keep_ignored;
-  args.classes = m.classes;
-  args.ignore_index = m.ignore_index;
-  args.mask = data(flat);
-  args.mask_type = flat ? *check::dtype_of(*flat) : DType::kBool;
   args.reduction = Reduction::kNone;
-  args.wide = wide;
-  args.weight = weight;
-  const auto scratch = scratch_for(device.kernels.weigh_scratch, &args, like);
-  const int64_t bad = device.kernels.weigh(args, device.queue());
-  if (bad >= 0) out_of_range(args, ids, bad);
+  masked_loss::weigh(kLogProbs, device, args, like, weights, ids.tokens, shape_of(ids.target));
 }
 
 }  // namespace
@@ -146,10 +100,16 @@ void weigh(const Device& device, const Ids& ids, const Masking& m, const Tensor&
 Tensor log_probs_weigh(Tensor logits, Tensor target, OptionalTensor mask, OptionalTensor cu_seqlens,
                        int64_t classes, int64_t ignore_index, bool shift, bool keep_ignored) {
   const bool wide = check::floating(kLogProbs, "logits", logits) == DType::kFloat64;
-  const Ids ids(tokens_of(logits), target, shift);
+  const Ids ids(logits, target, shift);
   const Tensor weights = empty(logits, {product(ids.tokens)}, accumulation_id(wide));
-  weigh(Device(logits), ids, {mask, cu_seqlens, classes, ignore_index, shift, keep_ignored}, logits,
-        wide, weights.data_ptr());
+  WeighArgs args{};
+  args.classes = classes;
+  args.ignore_index = ignore_index;
+  args.skip_first = shift;
+  args.keep_ignored = keep_ignored;
+  args.wide = wide;
+  args.weight = weights.data_ptr();
+  weigh(Device(logits), ids, {mask, std::nullopt, cu_seqlens, false}, logits, args);
   return weights;
 }
 
@@ -171,10 +131,14 @@ std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(Tensor logits, Tensor
   p.args.forward = true;
   // One target that is ignored masks its token; of several, they have to be all, and the entropy is
   // of the token, not of an id.
-  const bool keep_ignored = entropy && p.ids.several();
-  const Masking masking{mask,          cu_seqlens,  p.args.cols, scoring.ignore_index,
-                        scoring.shift, keep_ignored};
-  weigh(device, p.ids, masking, logits, p.wide, p.args.table);
+  WeighArgs weights{};
+  weights.keep_ignored = entropy && p.ids.several();
+  weights.classes = p.args.cols;
+  weights.ignore_index = scoring.ignore_index;
+  weights.skip_first = scoring.shift;
+  weights.wide = p.wide;
+  weights.weight = p.args.table;
+  weigh(device, p.ids, {mask, std::nullopt, cu_seqlens, false}, logits, weights);
   p.run(device);
   return {log_probs, entropies, table};
 }

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The operators of losses computed elsewhere, and the gradient of every mask.
-#include <utility>
 
 #include "ops/backend_of.h"
 #include "ops/check.h"

@@ -5,7 +5,6 @@
 // (masked_loss/_op/) are made. ML_PYTHON_OPERATORS have their kernels there too.
 #include <torch/csrc/stable/library.h>
 
-#include <type_traits>
 #include <utility>
 
 #include "ops/check.h"

@@ -32,13 +32,21 @@ Tensor empty_groups(const Tensor& like, const Weights& weights, Reduction reduct
 Tables fill_tables(const char* who, const Device& device, WeighArgs args, const Tensor& like,
                    int64_t fields, const Weights& weights, const Shape& token_shape) {
   const int64_t tokens = product(token_shape);
-  if (weights.cu_seqlens) check::cu_seqlens(who, *weights.cu_seqlens, tokens);
   const Tables t{empty(like, {fields, tokens}, accumulation_id(args.wide)),
                  empty_groups(like, weights, args.reduction, token_shape)};
+  args.groups = t.of(tokens);
+  args.weight = t.tokens.data_ptr();
+  weigh(who, device, args, like, weights, token_shape, token_shape);
+  return t;
+}
+
+void weigh(const char* who, const Device& device, WeighArgs args, const Tensor& like,
+           const Weights& weights, const Shape& token_shape, const Shape& targets) {
+  const int64_t tokens = product(token_shape);
+  if (weights.cu_seqlens) check::cu_seqlens(who, *weights.cu_seqlens, tokens);
   const OptionalTensor mask = weights.mask ? OptionalTensor(as_mask(*weights.mask)) : std::nullopt;
   const OptionalTensor divisor = as_type(weights.normalizer, ScalarType::Double);
   const OptionalTensor bounds = as_type(weights.cu_seqlens, ScalarType::Double);
-  args.groups = t.of(tokens);
   if (bounds) args.sequences = {tokens, bounds->numel(), 0, nullptr, 0, doubles(*bounds), 1};
   if (args.groups.bounds) {  // which the kernel copies into the table
     args.groups.bounds = args.sequences.bounds;
@@ -48,16 +56,14 @@ Tables fill_tables(const char* who, const Device& device, WeighArgs args, const 
   args.mask = data(mask);
   args.mask_type = mask ? *check::dtype_of(*mask) : DType::kBool;
   args.normalizer = static_cast<const double*>(data(divisor));
-  args.weight = t.tokens.data_ptr();
   const auto scratch = scratch_for(device.kernels.weigh_scratch, &args, like);
   const int64_t bad = device.kernels.weigh(args, device.queue());
   if (bad >= 0) {
     const int64_t value = args.target_type == DType::kInt64
                               ? static_cast<const int64_t*>(args.target)[bad]
                               : static_cast<const int32_t*>(args.target)[bad];
-    check::out_of_range(who, bad, token_shape, value, args.classes, args.ignore_index);
+    check::out_of_range(who, bad, targets, value, args.classes, args.ignore_index);
   }
-  return t;
 }
 
 void check_tokens(const char* who, const Tensor& tokens, int64_t rows, bool wide, int64_t fields) {

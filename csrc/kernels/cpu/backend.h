@@ -41,7 +41,7 @@ std::vector<const Kernels*> available();
 // The best of them that ATEN_CPU_CAPABILITY (default, avx2, avx512) allows.
 const Kernels& kernels();
 
-// Weights and scales. Returns the first token whose target is out of range, or -1.
+// Weights and scales. Returns where the first target is out of range, or -1.
 int64_t weigh(const WeighArgs& args, const Threads& threads);
 void cross_entropy(const RowArgs& args, const Threads& threads, const Kernels& table = kernels());
 void divergence(const DivergenceArgs& args, const Threads& threads,

@@ -61,7 +61,7 @@ void with_accumulation(bool wide, const F& f) {
 int64_t weigh(const WeighArgs& args, const Threads& threads) {
   const int64_t pieces = pieces_of(args.groups, kPiece).count;
   std::vector<WeightSums> parts(pieces);
-  std::vector<int64_t> bad(pieces, -1);  // the first token of each piece whose target is
+  std::vector<int64_t> bad(pieces, -1);  // the first bad target of each piece
   with_accumulation(args.wide, [&](auto a) {
     for_each_piece(args.groups, threads, [&](int64_t p, const Piece& piece) {
       const WeighArgs copy = args;
@@ -73,7 +73,7 @@ int64_t weigh(const WeighArgs& args, const Threads& threads) {
       for (int64_t i = piece.begin; i < piece.end; ++i) {
         while (sequences.count && next <= i) next = group_end(sequences, ++sequence);
         const TokenWeight t = token_weight<decltype(a)>(copy, i, sequence);
-        if (t.bad && bad[p] < 0) bad[p] = i;
+        if (bad[p] < 0) bad[p] = t.bad;
         add_weight<decltype(a)>(copy, i, t, &sums);
       }
       parts[p] = sums;

@@ -105,10 +105,10 @@ ML_FN S sum_found(const S* found, int64_t count) {
 // Weights
 
 // A device has no better way to raise an error than to stop.
-ML_FN void complain(const WeighArgs& args, int64_t token) {
-  const int64_t target = index_at(args.target, args.target_type, token);
+ML_FN void complain(const WeighArgs& args, int64_t bad) {
+  const int64_t target = index_at(args.target, args.target_type, bad);
   printf("masked_loss: target of token %lld is %lld, expected 0 <= target < %lld\n",
-         static_cast<long long>(token), static_cast<long long>(target),
+         static_cast<long long>(quotient(bad, args.ids)), static_cast<long long>(target),
          static_cast<long long>(args.classes));
   assert(target >= 0 && target < args.classes);
 }
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
       [&](const Piece&, int64_t i, WeightSums* sums) {
         const int64_t sequence = args.sequences.count ? group_of(args.sequences, i) : 0;
         const TokenWeight t = token_weight<A>(args, i, sequence);
-        if (t.bad) complain(args, i);
+        if (t.bad >= 0) complain(args, t.bad);
         add_weight<A>(args, i, t, sums);
       },
       [&](int64_t p, const WeightSums& sums) {
