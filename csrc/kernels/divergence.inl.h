@@ -13,10 +13,21 @@
 //
 // Included after math.inl.h, where a backend has also defined min(a, b) = a < b ? a : b, abs,
 // if_less, division, log_quotient(m, larger, less) = log(m / larger) for m = larger - less, 0 where
-// both are 0, and expm1_less(x) = e^x - 1 - x for |x| < kNear.
+// both are 0, and expm1_less() of doubles.
 
 // Below this |log(a / b)| the difference b - a + a log(a / b) would cancel.
 constexpr float kNear = 0.25f;
+
+// e^x - 1 - x of floats below kNear: minimax, to 6e-8.
+template <class V>
+ML_FN V expm1_less(V x) {
+  V g = V(0.001391214202158153f);
+  g = fma(g, x, V(0.00834574457257986f));
+  g = fma(g, x, V(0.04166661947965622f));
+  g = fma(g, x, V(0.16666656732559204f));
+  g = fma(g, x, V(0.5f));
+  return g * (x * x);
+}
 
 template <class V>
 ML_FN V if_near(V log_ratio, V near, V far) {

@@ -1,5 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Which group a token is in. Included like math.inl.h; the backend has quotient.
+// Which token a row scores, and which group a token is in. Included like math.inl.h; the backend
+// has quotient.
+
+// The token that row `row` scores, step `step` of its sequence: with shift the next one. The last
+// row then scores nothing, and gets the first token, which is masked.
+template <class Args>
+ML_FN int64_t token_of(const Args& args, int64_t row, int64_t step) {
+  if (!args.shift) return row;
+  return step == args.steps - 1 ? row - step : row + 1;
+}
 
 // The last of [0, count) for which is(i) holds, where it holds up to some i, and for 0.
 template <class F>

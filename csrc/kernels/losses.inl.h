@@ -40,13 +40,6 @@ struct Token {
   }
 };
 
-// The token that row `row` scores, step `step` of its sequence: with shift the next one. The last
-// row then scores nothing, and gets the first token, which is masked.
-ML_FN int64_t token_of(const RowArgs& args, int64_t row, int64_t step) {
-  if (!args.shift) return row;
-  return step == args.steps - 1 ? row - step : row + 1;
-}
-
 template <class C>
 struct RowGrad {
   C alpha, beta, gamma;

@@ -199,6 +199,11 @@ template <class V>
 ML_FN V tanh_slope(V rest) {
   return rest * (V(2) - rest);
 }
+// Of softcap(x, cap), by x.
+template <class V>
+ML_FN V softcap_slope(V x, V cap) {
+  return tanh_slope(tanh_rest(x / cap));
+}
 
 // 1 / temperature = high + low, low > 0. x high + x low is x / temperature to one rounding, and an
 // infinite x stays infinite; a product with a rounded inverse would be off by up to three.

@@ -39,7 +39,7 @@ Problem make_problem(const Device& device, const Options& options, const Tensor&
   const Formula formula = check::formula(kCrossEntropy, options);
   const bool probabilities = check::is_floating(check::dtype_of(target));
   check::cross_entropy(kCrossEntropy, logits, target, probabilities, options.shift);
-  Problem p{rows_of(logits), as_contiguous(target), std::nullopt,
+  Problem p{rows_of(logits), as_contiguous(target),   std::nullopt,
             std::nullopt,    outer(shape_of(logits)), device};
   p.wide = logits.scalar_type() == ScalarType::Double;
   if (class_weight) check::class_weight(kCrossEntropy, *class_weight, p.logits.cols);

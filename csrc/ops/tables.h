@@ -45,7 +45,8 @@ struct Weights {
 
 Shape outer(const Shape& shape);
 
-// Weighs the tokens of args.groups into args.weight. A target out of range is complained about here.
+// Weighs the tokens of args.groups into args.weight. A target out of range is complained about
+// here.
 void weigh(const char* who, const Device& device, WeighArgs args, const Tensor& like,
            const Weights& weights, const Shape& token_shape, const Shape& targets);
 

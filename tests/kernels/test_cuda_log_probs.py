@@ -52,6 +52,14 @@ def test_more_ids_than_threads() -> None:
     check(40, 300, "everything", torch.float32)
 
 
+def test_an_id_out_of_range(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also where it is not the first of its token."""
+    ids = torch.tensor([[1, 2], [3, 9], [0, 0]])
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        token_log_probs(torch.randn(3, 5), ids)
+    assert "target of token 1 is 9, expected 0 <= target < 5" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("classes", [60, 20_001])
 def test_a_row_alone_has_the_same_bits(classes: int, module: ModuleType) -> None:
     """How a row is split depends on the number of classes alone, and not on how many rows there are

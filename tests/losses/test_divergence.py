@@ -444,3 +444,15 @@ def test_module() -> None:
     expected = masked_divergence(student, teacher, mask, **options)
     assert torch.equal(module(student, teacher, mask), expected)
     assert "kind='jsd'" in repr(module)
+
+
+@pytest.mark.parametrize("name", ["temperatures", "teacher_temperatures"])
+def test_temperatures_of_the_operator(name: str) -> None:
+    """One for each token: another number of them would be read beyond its end."""
+    student, teacher = torch.randn(2, 4, 6, 5)
+    operator = torch.ops.masked_loss.masked_divergence
+    for wrong in (torch.tensor(2.0), torch.ones(24), torch.ones(6, 4)):
+        with pytest.raises(RuntimeError, match=rf"{name} must have shape \[4, 6\]"):
+            operator(student, teacher, **{name: wrong})
+    with pytest.raises(RuntimeError, match=f"{name} must be float64, float32"):
+        operator(student, teacher, **{name: torch.ones(4, 6, dtype=torch.long)})

@@ -7,16 +7,6 @@
 // a temperature, are brought to what is computed with by the first look. A masked row is never
 // read; its gradient is set to zero.
 
-// e^x - 1 - x: minimax, to 6e-8 for |x| < 1/4.
-template <class V>
-ML_FN V expm1_less(V x) {
-  V g = V(0.001391214202158153f);
-  g = fma(g, x, V(0.00834574457257986f));
-  g = fma(g, x, V(0.04166661947965622f));
-  g = fma(g, x, V(0.16666656732559204f));
-  g = fma(g, x, V(0.5f));
-  return g * (x * x);
-}
 template <int kBytes>
 ML_FN Portable<double, kBytes> expm1_less(Portable<double, kBytes> x) {
   for (int i = 0; i < x.kLanes; ++i) x.v[i] = std::expm1(x.v[i]) - x.v[i];
@@ -79,7 +69,7 @@ struct PairKernel {
   template <class Kind>
   void run(int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t token = token_of(row);
+      const int64_t token = token_of(args, row, row % args.steps);
       if (column(Field::kWeight, token) == 0) {
         masked(row, token);
         continue;
@@ -105,13 +95,6 @@ struct PairKernel {
 
   A& column(int64_t which, int64_t token) const {
     return static_cast<A*>(args.table)[which * args.rows + token];
-  }
-
-  // With shift the last row of a sequence is none's, and gets the first token, which is masked.
-  int64_t token_of(int64_t row) const {
-    if (!args.shift) return row;
-    const int64_t step = row % args.steps;
-    return step == args.steps - 1 ? row - step : row + 1;
   }
 
   void masked(int64_t row, int64_t token) const {
@@ -307,7 +290,7 @@ struct PairKernel {
       V d = load<V>(scores + j, count);
       if constexpr (Kind::kScored) d = load<V>(e_y + j, count) * (d - shift);
       d = d * scale;
-      return capped ? d * tanh_slope(tanh_rest(load<V>(x + j, count) / cap)) : d;
+      return capped ? d * softcap_slope(load<V>(x + j, count), cap) : d;
     };
     const auto put = [&](int64_t j, auto count) { store(at(j, count), dx + j, count); };
     int64_t j = 0;

@@ -165,8 +165,8 @@ struct RowKernel {
 
   A slope_at(const Row& r, int64_t j) const {
     if (!capped) return A(1);
-    const V rest = tanh_rest(load<V>(r.x + j, Part{1}) / V(cap));
-    return lane_sum(keep(tanh_slope(rest), Part{1}, A(0)));
+    const V slope = softcap_slope(load<V>(r.x + j, Part{1}), V(cap));
+    return lane_sum(keep(slope, Part{1}, A(0)));
   }
 
   template <class Count>

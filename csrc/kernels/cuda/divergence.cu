@@ -12,34 +12,23 @@ namespace masked_loss::cuda {
 namespace {
 
 #include "kernels/cuda/functions.inl.cuh"
-
 ML_FN float exp(float x) { return ::expf(x); }
+#include "kernels/groups.inl.h"
+#include "kernels/math.inl.h"
+
 ML_FN float if_less(float a, float b, float yes, float no) { return a < b ? yes : no; }
 ML_FN double if_less(double a, double b, double yes, double no) { return a < b ? yes : no; }
-ML_FN float expm1_less(float x) {
-  float g = 1.0f / 5040;
-  g = ::fmaf(g, x, 1.0f / 720);
-  g = ::fmaf(g, x, 1.0f / 120);
-  g = ::fmaf(g, x, 1.0f / 24);
-  g = ::fmaf(g, x, 1.0f / 6);
-  g = ::fmaf(g, x, 0.5f);
-  return g * (x * x);
-}
 ML_FN double expm1_less(double x) { return ::expm1(x) - x; }
 ML_FN float min(float a, float b) { return ::fminf(a, b); }
 ML_FN double min(double a, double b) { return ::fmin(a, b); }
 ML_FN float log_quotient(float, float larger, float less) {
-  return ::log1pf(-less / ::fmaxf(larger, 1e-37f));
+  return ::log1pf(-less / ::fmaxf(larger, kTiny));
 }
 ML_FN double log_quotient(double, double larger, double less) {
-  return ::log1p(-less / ::fmax(larger, 1e-37));
+  return ::log1p(-less / ::fmax(larger, double{kTiny}));
 }
 
-// clang-format off
-#include "kernels/groups.inl.h"
-#include "kernels/math.inl.h"
 #include "kernels/divergence.inl.h"
-// clang-format on
 
 using Field = DivergenceField;
 
@@ -112,9 +101,7 @@ struct RowReader {
   ML_FN A operator()(int64_t j) const {
     return (cap == A(0) ? raw(j) : softcap(raw(j), cap)) / temperature;
   }
-  ML_FN A slope(int64_t j) const {
-    return cap == A(0) ? A(1) : tanh_slope(tanh_rest(raw(j) / cap));
-  }
+  ML_FN A slope(int64_t j) const { return cap == A(0) ? A(1) : softcap_slope(A(raw(j)), cap); }
 };
 
 template <class A>
@@ -139,8 +126,7 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
   const A beta = static_cast<A>(args.beta);
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
     const int64_t batch = quotient(row, args.steps), step = row - batch * args.steps;
-    // With shift the last row of a sequence is none's, and gets the first token, which is masked.
-    const int64_t token = !args.shift ? row : step == args.steps - 1 ? row - step : row + 1;
+    const int64_t token = token_of(args, row, step);
     const auto column = [&](int64_t which) -> A& {
       return static_cast<A*>(args.table)[which * args.rows + token];
     };
