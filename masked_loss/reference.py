@@ -96,7 +96,9 @@ def masked_cross_entropy(
         index, ce, share = p.argmax(dim=-1), (c * p * nll).sum(dim=-1), weight
     else:
         index = target.where(active, 0).long()
-        ce, share = c[index] * nll.gather(-1, index[..., None])[..., 0], weight * c[index]
+        # gather: c[index] would ask the host for an index without dimensions, which a vmap has not.
+        of_class = c.expand(y.shape).gather(-1, index[..., None])[..., 0]
+        ce, share = of_class * nll.gather(-1, index[..., None])[..., 0], weight * of_class
         if label_smoothing:
             ce = (1 - label_smoothing) * ce + label_smoothing * (c * nll).mean(dim=-1)
 

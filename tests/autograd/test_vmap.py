@@ -222,6 +222,37 @@ def test_elements_without_tokens() -> None:
             torch.testing.assert_close(ours, stacked(f, [logits, target, mask], (True,) * 3))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1}, {"class_weight": WEIGHT}],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+def test_second_derivatives_of_elements_of_one_token(options: dict[str, Any]) -> None:
+    """Their targets have no dimensions, and are nevertheless different."""
+    logits, target, directions = torch.randn(4, CLASSES).double(), [1, 2, -100, 0], torch.eye(4, 6)
+    stock = {("weight" if k == "class_weight" else k): v for k, v in options.items()}
+
+    def ours(x: Tensor, t: Tensor) -> Any:
+        return masked_cross_entropy(x, t, reduction="sum", **options)
+
+    def theirs(x: Tensor, t: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(x, t, reduction="sum", **stock)
+
+    def penalty(loss: Loss) -> Loss:
+        return torch.func.grad(lambda x, t, v: torch.func.grad(loss)(x, t).pow(2).sum())
+
+    def tangent(loss: Loss) -> Loss:
+        return lambda x, t, v: torch.func.jvp(lambda x: loss(x, t), (x,), (v,))
+
+    def second(loss: Loss) -> Loss:
+        return lambda x, t, v: torch.func.hessian(loss)(x, t)
+
+    given = (logits, torch.tensor(target), directions.double())
+    for derivative in (second, tangent, penalty):
+        results = [torch.func.vmap(derivative(loss))(*given) for loss in (ours, theirs)]
+        torch.testing.assert_close(*results)
+
+
 def test_functional_call_with_gradients_of_each_sample() -> None:
     layer = torch.nn.Linear(4, CLASSES, dtype=torch.float64)
     inputs = torch.randn(ELEMENTS, 2, 4, dtype=torch.float64)
