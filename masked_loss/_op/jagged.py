@@ -19,8 +19,16 @@ _OF_TOKENS = {
     "target", "mask", "values", "temperature", "teacher_temperature",
 }  # fmt: skip
 """Arguments whose first dimensions are those of the tokens."""
-_EACH_TOKEN = {"token_log_probs", "linear_token_log_probs", "masked_whiten"}
-"""Functions that have a result for each token though they know no reduction."""
+_OF_ROWS = {"logits", "hidden", "log_probs"}
+"""Those whose last dimension is within a token; without one of them, target is a number each."""
+_EACH_TOKEN = {
+    "token_log_probs": True,
+    "linear_token_log_probs": True,
+    "masked_whiten": True,
+    "masked_moments": False,
+    "global_normalizer": False,
+}
+"""Of functions that know no reduction, whether they have a result for each token."""
 
 
 def is_jagged(x: Any) -> bool:
@@ -34,11 +42,16 @@ def call(function: Callable[..., Any], arguments: dict[str, Any], who: str = "")
     nested = {name: x for name, x in arguments.items() if is_jagged(x)}
     if "cu_seqlens" not in arguments:
         raise ValueError(
-            f"{who}: nested tensors are not taken, got {', '.join(nested)}: masked_cross_entropy "
-            "and masked_reduce take them with layout=torch.jagged"
+            f"{who}: nested tensors are not taken, got {', '.join(nested)}: functions with "
+            "cu_seqlens, as masked_cross_entropy, take them with layout=torch.jagged"
         )
     for name, x in nested.items():
         _require_jagged(who, name, x)
+    for name in ("values", "mask", *(() if _OF_ROWS & arguments.keys() else ("target",))):
+        # The offsets count tokens, of which the values would be more than one each.
+        if name in nested and nested[name].dim() != 2:
+            text = f"{name} must be [B, j], a number for each token"
+            raise ValueError(f"{who}: {text}, got {_shape(nested[name])}")
     first = next(iter(nested))
     offsets = nested[first].offsets()
     for name, x in nested.items():
@@ -56,8 +69,10 @@ def call(function: Callable[..., Any], arguments: dict[str, Any], who: str = "")
         plain["inplace_backward"] = False
     if arguments.get("dim") == 1:  # of [B, j]
         plain["dim"] = -1
+    knows = "reduction" in arguments
+    each_token = arguments["reduction"] == "none" if knows else _EACH_TOKEN[who]
     results = function(**{**arguments, **plain, "cu_seqlens": offsets})
-    if who not in _EACH_TOKEN and arguments.get("reduction") != "none":
+    if not each_token:
         return results
     if isinstance(results, Tensor):
         return torch.nested.nested_tensor_from_jagged(results, offsets)

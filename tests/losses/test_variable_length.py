@@ -7,6 +7,7 @@ cu_seqlens; jagged, they are nested tensors. Behind the last document there may 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import masked_loss
 from masked_loss import cu_seqlens
+from masked_loss._op.jagged import _EACH_TOKEN
 
 CLASSES, WIDTH = 7, 4
 LENGTHS = [0, 1, 5, 0, 7, 1, 3]
@@ -339,6 +341,13 @@ BAD: dict[str, tuple[Tensor, Tensor | None, dict[str, Any], str]] = {
         nested(2, 3), None, {"normalizer": nested(1, 1)}, "normalizer has nothing for each token",
     ),
     "dim": (nested(2, 3), None, {"dim": 0}, "dim must be -1 with cu_seqlens, got 0"),
+    "several values a token": (
+        nested(2, 3, more=(4,)), nested(2, 3, more=(4,)), {},
+        r"values must be \[B, j\], a number for each token, got \[2, j, 4\]",
+    ),
+    "several weights a token": (
+        nested(2, 3), nested(2, 3, more=(1,)), {}, r"mask must be \[B, j\], .* got \[2, j, 1\]",
+    ),
 }  # fmt: skip
 
 
@@ -348,6 +357,29 @@ def test_what_jagged_tensors_cannot_do(
 ) -> None:
     with pytest.raises(ValueError, match=f"^masked_reduce: .*{text}"):
         masked_loss.masked_reduce(values, mask, **options)
+
+
+def test_every_function_wants_a_number_for_each_token() -> None:
+    values = nested(2, 3, more=(4,))
+    for function in (
+        masked_loss.masked_mean,
+        masked_loss.masked_moments,
+        masked_loss.masked_whiten,
+    ):
+        with pytest.raises(ValueError, match=r"values must be \[B, j\].* got \[2, j, 4\]"):
+            function(values)
+    with pytest.raises(ValueError, match=r"target must be \[B, j\].* got \[2, j, 4\]"):
+        masked_loss.global_normalizer(values.long())
+    ids = torch.zeros_like(values).long()  # of which a token may have several
+    assert masked_loss.token_log_probs(values, ids).shape == values.shape
+
+
+def test_what_is_jagged_is_known_of_every_function() -> None:
+    for name in masked_loss.__all__:
+        function = getattr(masked_loss, name)
+        parameters = inspect.signature(function).parameters if inspect.isfunction(function) else {}
+        if "cu_seqlens" in parameters and "reduction" not in parameters:
+            assert name in _EACH_TOKEN
 
 
 def test_offsets_of_their_own_may_be_equal() -> None:
@@ -360,7 +392,7 @@ def test_offsets_of_their_own_may_be_equal() -> None:
 
 def test_the_dropin_says_who_takes_nested_tensors() -> None:
     with pytest.raises(
-        ValueError, match=r"^cross_entropy: .*masked_cross_entropy and masked_reduce"
+        ValueError, match=r"^cross_entropy: .*functions with cu_seqlens, as masked_cross"
     ):
         masked_loss.cross_entropy(nested(2, 3, more=(4,)), torch.zeros(5, dtype=torch.long))
 
