@@ -20,6 +20,9 @@ __all__ = [
     "selective_log_softmax_and_entropy",
 ]
 
+_IGNORED = torch.iinfo(torch.int64).min
+"""An index that nobody means: TRL knows none that is ignored, and -100 is out of range."""
+
 
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
@@ -35,7 +38,7 @@ def selective_log_softmax(
         logits: [..., V] floating.
         index: [...] or [..., K] int64.
         temperature: what logits are divided by.
-        row_mask: in the shape of index: 0 skips a row.
+        row_mask: in the shape of index: 0 skips a row, or one of its K indices.
 
     Returns:
         In the shape of index, float32 (float64 for float64 logits).
@@ -52,9 +55,8 @@ def selective_log_softmax(
     """
     mask = row_mask
     if mask is not None and mask.dim() == logits.dim():  # one value for each of K indices
-        picked = token_log_probs(logits, index, temperature=temperature)
-        return torch.where(mask != 0, picked, 0)
-    return token_log_probs(logits, index, mask, temperature=temperature)
+        index, mask = torch.where(mask != 0, index.long(), _IGNORED), None
+    return token_log_probs(logits, index, mask, temperature=temperature, ignore_index=_IGNORED)
 
 
 def selective_log_softmax_and_entropy(
@@ -87,7 +89,7 @@ def selective_log_softmax_and_entropy(
     (tensor([-2.0794]), tensor([2.0794]))
     """
     log_probs, entropy = token_log_probs(
-        logits, index, row_mask, temperature=temperature, return_entropy=True
+        logits, index, row_mask, temperature=temperature, ignore_index=_IGNORED, return_entropy=True
     )
     return log_probs, entropy if entropy_requires_grad else entropy.detach()
 
@@ -210,7 +212,7 @@ class ChunkedLogProbs:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("log_probs", "entropy"),
     ) -> tuple[Tensor | None, ...]:
-        """The arguments and the five results of TRL's function; those not asked for are None.
+        """The arguments and the five results of TRL's function.
 
         Args:
             hidden: [N, D].
@@ -222,10 +224,14 @@ class ChunkedLogProbs:
                 tokens at a time.
             softcap: logits -> softcap * tanh(logits / softcap), after the scale.
             logit_scale: what the product is multiplied by first.
-            outputs: what is wanted.
+            outputs: what is wanted besides log_probs, which are always given, as TRL gives them.
 
         Returns:
-            log_probs, entropy, log_sum_sq_probs, mean_logits and is_top1, each [N] or None.
+            log_probs, entropy, log_sum_sq_probs, mean_logits and is_top1, each [N]; None for what
+            is not among outputs, log_probs excepted.
+
+        Raises:
+            IndexError: a target is out of range.
         """
 
         # softcap(scale * x) / temperature, as linear_token_log_probs takes it.
@@ -233,6 +239,7 @@ class ChunkedLogProbs:
             "bias": None if bias is None else bias.to(hidden.dtype),
             "temperature": temperature / logit_scale,
             "softcap": None if softcap is None else softcap / logit_scale,
+            "ignore_index": _IGNORED,
         }
         heads = (hidden, weight.to(hidden.dtype), targets)
         if "entropy" in outputs:

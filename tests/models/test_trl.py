@@ -223,6 +223,32 @@ def test_selective_log_softmax(several: bool, masked: bool, temperature: float) 
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+def test_masked_rows_of_several_indices_are_not_read() -> None:
+    logits, index = torch.randn(3, V), torch.randint(V, (3, 2))
+    row_mask = torch.tensor([[1, 1], [0, 0], [0, 1]])
+    logits[1], index[1:, 0] = torch.nan, V + 3
+    logits.requires_grad_()
+    picked = ours.selective_log_softmax(logits, index, row_mask=row_mask)
+    picked.sum().backward()
+    expected = logits.log_softmax(-1).gather(-1, index.clamp(max=V - 1)).where(row_mask != 0, 0)
+    torch.testing.assert_close(picked, expected)
+    assert logits.grad is not None and logits.grad.isfinite().all()
+    assert (logits.grad[1] == 0).all()
+
+
+def test_no_index_is_ignored() -> None:
+    hidden, logits, index = torch.randn(2, 4), torch.randn(2, V), torch.tensor([3, -100])
+    head = (torch.randn(V, 4), None)
+    for call in (
+        lambda: ours.selective_log_softmax(logits, index),
+        lambda: ours.selective_log_softmax(logits, index[:, None]),
+        lambda: ours.selective_log_softmax_and_entropy(logits, index),
+        lambda: ours.ChunkedLogProbs.apply(hidden, *head, index, 1.0, 64),
+    ):
+        with pytest.raises(IndexError, match=r"target\[1.*\] is -100"):
+            call()
+
+
 def test_entropy() -> None:
     logits, index = torch.randn(*SHAPE, V, requires_grad=True), torch.randint(V, SHAPE)
     results = [module.entropy_from_logits(logits) for module in (theirs, ours)]
@@ -265,7 +291,11 @@ def test_generalized_jsd(reduction: str, labels: bool, beta: float) -> None:
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
-@pytest.mark.parametrize("outputs", [OUTPUTS[:1], OUTPUTS[:2], (OUTPUTS[0], *OUTPUTS[3:]), OUTPUTS])
+@pytest.mark.parametrize(
+    "outputs",
+    [(), OUTPUTS[:1], OUTPUTS[1:2], OUTPUTS[:2], (OUTPUTS[0], *OUTPUTS[3:]), OUTPUTS],
+    ids=str,
+)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_chunked_log_probs(softcap: float | None, outputs: tuple[str, ...]) -> None:
     kernels = pytest.importorskip("trl.kernels")
