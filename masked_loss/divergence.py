@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
-from masked_loss import reference
 from masked_loss._op.arguments import (
     divisor_of,
     require_bool,
     require_constant,
-    require_floating,
-    require_mask,
+    require_tensors,
     temperatures_of,
 )
 from masked_loss._op.divergence import masked_divergence as _plain
@@ -149,19 +147,12 @@ def masked_divergence(
     if is_overridden(logits, teacher_logits, mask):
         return override(masked_divergence, locals())
     who = "masked_divergence"
-    require_floating(who, "logits", logits)
-    require_floating(who, "teacher_logits", teacher_logits)
+    required = {"logits": logits, "teacher_logits": teacher_logits}
+    require_tensors(who, required, {"mask": mask})
     require_constant(who, "teacher_logits", teacher_logits)
     require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, inplace_backward=inplace_backward, return_stats=return_stats)
-    if teacher_logits.shape != logits.shape:
-        raise ValueError(
-            f"{who}: teacher_logits must have shape {list(logits.shape)}, "
-            f"got {list(teacher_logits.shape)}"
-        )
     tokens = logits.shape[:-1]
-    require_mask(who, mask, tokens, logits)
-    require_kind(who, kind, beta)
     if teacher_temperature is None:
         teacher_temperature = temperature
     own, own_each = temperatures_of(who, "temperature", temperature, tokens, logits)
@@ -176,16 +167,3 @@ def masked_divergence(
         reduction=reduction, inplace_backward=inplace_backward,
     )  # fmt: skip
     return (loss, DivergenceStats(*more[0].unbind())) if return_stats else loss
-
-
-def require_kind(who: str, kind: str, beta: float) -> None:
-    if kind not in reference.DIVERGENCES:
-        kinds = ", ".join(reference.DIVERGENCES)
-        raise ValueError(f"{who}: kind must be one of {kinds}, got {kind!r}")
-    if kind == "jsd" and not 0 < beta < 1:
-        raise ValueError(
-            f'{who}: beta must be above 0 and below 1 for "jsd", got {beta}: it tends to 0 there; '
-            'the KL divergences are kind="forward_kl" and kind="reverse_kl"'
-        )
-    if kind.startswith("skew") and not 0 <= beta < 1:
-        raise ValueError(f'{who}: beta must be at least 0 and below 1 for "{kind}", got {beta}')

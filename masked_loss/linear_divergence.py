@@ -14,12 +14,10 @@ from masked_loss._op.arguments import (
     require_bool,
     require_constant,
     require_dtype,
-    require_mask,
     require_tensors,
     temperatures_of,
 )
 from masked_loss._op.overrides import is_overridden, override
-from masked_loss.divergence import require_kind
 from masked_loss.options import Divergence
 from masked_loss.stats import DivergenceStats
 
@@ -146,9 +144,7 @@ def linear_divergence(
     require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, return_stats=return_stats)
     require_dtype(who, "accumulation_dtype", accumulation_dtype)
-    require_kind(who, kind, beta)
     tokens = hidden.shape[:-1]
-    require_mask(who, mask, tokens, hidden)
     if teacher_temperature is None:
         teacher_temperature = temperature
     own, own_each = temperatures_of(who, "temperature", temperature, tokens, hidden)

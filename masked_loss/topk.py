@@ -11,11 +11,11 @@ from torch import Tensor
 from masked_loss._op.arguments import (
     require_constant,
     require_floating,
+    require_kind,
     require_mask,
     require_none_or_all_distributed,
 )
 from masked_loss._op.overrides import is_overridden, override
-from masked_loss.divergence import require_kind
 from masked_loss.reduce import reduced, rounded
 from masked_loss.reference import divergence
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from masked_loss._op import checks
 from masked_loss._op.checks import FLOATING, Names, renamed
 from masked_loss._op.tables import loss_dtype
 
@@ -113,6 +114,14 @@ def require_mask(who: str, mask: Tensor | None, shape: torch.Size, like: Tensor)
         raise ValueError(f"{who}: mask must be on the device {like.device}, got {mask.device}")
 
 
+def require_kind(who: str, kind: str, beta: float) -> None:
+    """Of a divergence, for what has no kernel."""
+    try:
+        checks.kind(who, kind, beta)
+    except RuntimeError as error:
+        raise typed_error(who, error, {}, {}) from None
+
+
 def require_constant(who: str, what: str, value: Tensor | None) -> None:
     if value is None:
         return
@@ -177,8 +186,3 @@ def temperatures_of(
 
 def name_of(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
-
-
-def widened(x: Tensor) -> Tensor:
-    """In what losses are computed: half types in float32."""
-    return x if x.dtype == torch.float64 else x.float()

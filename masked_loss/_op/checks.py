@@ -19,6 +19,7 @@ from torch import Tensor
 
 from masked_loss._op.tables import loss_dtype, ops
 from masked_loss.options import Chunking, Meaning
+from masked_loss.reference import DIVERGENCES
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -108,9 +109,7 @@ def cross_entropy(
     shift: bool,
 ) -> None:
     """The tensors of a cross entropy, but its normalizer."""
-    floating(who, "logits", logits)
-    if logits.dim() == 0:
-        fail(ValueError, who, "logits must have shape [..., V], got []")
+    rows(who, logits)
     if target.dtype in FLOATING:
         if shift:
             fail(ValueError, who, "shift needs class indices, got class probabilities")
@@ -118,16 +117,27 @@ def cross_entropy(
         shape(who, "target", target, logits.shape)
     else:
         class_indices(who, target)
-        if shift and logits.dim() == 1:
-            fail(ValueError, who, f"shift needs logits [..., T, V], got {_list(logits)}")
+        rows(who, logits, shift)
         shape(who, "target", target, logits.shape[:-1])
-    if logits.shape[-1] == 0 and math.prod(logits.shape[:-1]) > 0:
-        fail(ValueError, who, f"logits must have at least one class, got shape {_list(logits)}")
+    classes(who, logits)
     if class_weight is not None:
         floating(who, "class_weight", class_weight)
         shape(who, "class_weight", class_weight, logits.shape[-1:])
     if mask is not None:
         mask_of(who, mask, logits.shape[:-1])
+
+
+def rows(who: str, logits: Tensor, shift: bool = False) -> None:
+    floating(who, "logits", logits)
+    if logits.dim() == 0:
+        fail(ValueError, who, "logits must have shape [..., V], got []")
+    if shift and logits.dim() == 1:
+        fail(ValueError, who, f"shift needs logits [..., T, V], got {_list(logits)}")
+
+
+def classes(who: str, logits: Tensor) -> None:
+    if logits.shape[-1] == 0 and math.prod(logits.shape[:-1]) > 0:
+        fail(ValueError, who, f"logits must have at least one class, got shape {_list(logits)}")
 
 
 def temperatures(who: str, each: Tensor | None, tokens: torch.Size) -> None:
@@ -156,6 +166,47 @@ def weights(
     if class_weight is not None:
         floating(who, "class_weight", class_weight)
         shape(who, "class_weight", class_weight, torch.Size([classes]))
+
+
+def divergence_weights(who: str, a: SimpleNamespace, tokens: torch.Size) -> None:
+    """What a divergence weighs its tokens by."""
+    if a.mask is not None:
+        mask_of(who, a.mask, tokens)
+    reduction(who, a.reduction, len(tokens), a.normalizer)
+    cu_seqlens(who, a.cu_seqlens)
+
+
+def divergence(who: str, a: SimpleNamespace, tokens: torch.Size) -> None:
+    """How it is computed of two rows of logits, student's and teacher's."""
+    for name in ("temperature", "teacher_temperature"):
+        above_0(who, name, getattr(a, name))
+        temperatures(who, getattr(a, f"{name}s"), tokens)
+    for cap in (a.softcap, a.teacher_softcap):
+        if cap is not None:
+            above_0(who, "softcap", cap)
+    kind(who, a.kind, a.beta)
+
+
+def kind(who: str, name: str, beta: float) -> None:
+    """The kinds of a divergence, and their parameter."""
+    beta = _hint(beta)
+    if name not in DIVERGENCES:
+        fail(ValueError, who, f'kind must be one of {", ".join(DIVERGENCES)}, got "{name}"')
+    if name == "jsd" and not 0 < beta < 1:
+        text = f'beta must be above 0 and below 1 for "jsd", got {beta:g}: it tends to 0 there; '
+        fail(
+            ValueError,
+            who,
+            f'{text}the KL divergences are kind="forward_kl" and kind="reverse_kl"',
+        )
+    if name.startswith("skew") and not 0 <= beta < 1:
+        fail(ValueError, who, f'beta must be at least 0 and below 1 for "{name}", got {beta:g}')
+
+
+def above_0(who: str, what: str, number: float) -> None:
+    number = _hint(number)
+    if not 0 < number < math.inf:
+        fail(ValueError, who, f"{what} must be greater than 0 and finite, got {number:g}")
 
 
 def formula(who: str, a: SimpleNamespace) -> None:

@@ -201,8 +201,16 @@ def _backward_kernel(a: SimpleNamespace) -> Tensor:
 
 
 def _check(a: SimpleNamespace) -> None:
-    checks.reduction(_WHO, a.reduction, a.logits.dim() - 1, a.normalizer)
-    checks.cu_seqlens(_WHO, a.cu_seqlens)
+    _check_weights(a)
+    checks.floating(_WHO, "teacher_logits", a.teacher_logits)
+    checks.shape(_WHO, "teacher_logits", a.teacher_logits, a.logits.shape)
+    checks.classes(_WHO, a.logits)
+    checks.divergence(_WHO, a, a.logits.shape[:-1])
+
+
+def _check_weights(a: SimpleNamespace) -> None:
+    checks.rows(_WHO, a.logits, a.shift)
+    checks.divergence_weights(_WHO, a, a.logits.shape[:-1])
 
 
 def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
@@ -227,7 +235,14 @@ fake("masked_divergence")(lambda a: _fake(a, False))
 fake("masked_divergence_stats")(lambda a: _fake(a, True))
 fake("masked_divergence_forward")(lambda a: _fake(a, a.stats))
 fake_like("logits", "masked_divergence_backward")
-fake("divergence_weigh")(lambda a: _fake_tables(a, a.stats))
+
+
+@fake("divergence_weigh")
+def _fake_weigh(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    _check_weights(a)
+    return _fake_tables(a, a.stats)
+
+
 fake_nothing("divergence_rows")
 
 implement("masked_divergence_forward", _forward_kernel)

@@ -147,7 +147,8 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     hidden, weight, bias, *of_teacher = heads
     student = Head(hidden, weight, bias)
     pair = Pair(student, Head(*of_teacher), own, others)
-    _check(student, pair.teacher, how.chunking)
+    given = {**dict(zip(INPUTS, inputs, strict=True)), "reduction": how.reduction}
+    _check(SimpleNamespace(**given, **how.divergence._asdict(), **how.chunking._asdict()))
     like = hidden[..., :1]
     tokens, groups = ops.divergence_weigh.default(
         like, mask, normalizer, cu_seqlens, how.reduction, how.divergence.shift, how.stats
@@ -191,9 +192,11 @@ def _run(
     )  # fmt: skip
 
 
-def _check(student: Head, teacher: Head, chunking: Chunking) -> None:
+def _check(a: SimpleNamespace) -> None:
+    student = Head(a.hidden, a.weight, a.bias)
+    teacher = Head(a.teacher_hidden, a.teacher_weight, a.teacher_bias)
     checks.head(_WHO, *student)
-    checks.chunking(_WHO, student.weight, chunking)
+    checks.chunking(_WHO, student.weight, record(Chunking, a))
     checks.head(_WHO, *teacher, prefix="teacher_")
     for what, theirs, ours in (
         ("teacher_hidden", teacher.hidden.shape[:-1], student.hidden.shape[:-1]),
@@ -202,6 +205,11 @@ def _check(student: Head, teacher: Head, chunking: Chunking) -> None:
         if theirs != ours:
             text = f"{what} must have shape {list(ours)} and a width"
             checks.fail(ValueError, _WHO, f"{text}, got {list(theirs)} and a width")
+    tokens = a.hidden.shape[:-1]
+    if a.shift and not tokens:
+        checks.fail(ValueError, _WHO, "shift needs hidden [..., T, D], got one token's")
+    checks.divergence_weights(_WHO, a, tokens)
+    checks.divergence(_WHO, a, tokens)
 
 
 def _backward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
@@ -231,16 +239,8 @@ def _forward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
 # Their fakes
 
 
-def _check_all(a: SimpleNamespace) -> None:
-    student = Head(a.hidden, a.weight, a.bias)
-    teacher = Head(a.teacher_hidden, a.teacher_weight, a.teacher_bias)
-    _check(student, teacher, record(Chunking, a))
-    checks.reduction(_WHO, a.reduction, a.hidden.dim() - 1, a.normalizer)
-    checks.cu_seqlens(_WHO, a.cu_seqlens)
-
-
 def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, ...]:
-    _check_all(a)
+    _check(a)
     chunking = record(Chunking, a)
     shape, wide = a.hidden.shape[:-1], tables.loss_dtype(a.hidden)
     tokens = tables.fake_tokens(a.hidden, tables.divergence_fields(stats), shape)
@@ -265,7 +265,7 @@ batch_by_loop(f"{_WHO}_forward", f"{_WHO}_backward")
 
 linear_divergence, linear_divergence_stats = (
     Operator(
-        name, INPUTS, partial(_call, stats), partial(_public_kernel, stats), Divergence, _check_all
+        name, INPUTS, partial(_call, stats), partial(_public_kernel, stats), Divergence, _check
     )
     for name, stats in ((_WHO, False), (f"{_WHO}_stats", True))
 )

@@ -120,8 +120,8 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     hidden, weight, bias, target, mask, cu_seqlens, temperatures = inputs
     scoring, with_entropy, chunking = how
     head = Head(hidden, weight, bias)
-    checks.head(_WHO, *head)
-    checks.chunking(_WHO, weight, chunking)
+    given = zip(INPUTS, inputs, strict=True)
+    _check(SimpleNamespace(**dict(given), **scoring._asdict(), **chunking._asdict()))
     keep_ignored = with_entropy and target.dim() == hidden.dim()
     weights = ops.log_probs_weigh.default(
         hidden[..., :1], target, mask, cu_seqlens, weight.shape[0], scoring.ignore_index,

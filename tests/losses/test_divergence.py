@@ -426,6 +426,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": torch.ones(4)}, ValueError, r"temperature must .*\[2, 3\], got \[4\]"),
     ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature must be .*, got -1"),
     ({"softcap": 0.0}, ValueError, "softcap must be greater than 0 and finite, got 0"),
+    ({"teacher_softcap": -1.0}, ValueError, "softcap must be greater than 0 and finite, got -1"),
     ({"reduction": "avg"}, ValueError, "reduction must be .*, got .avg."),
 ]
 
@@ -433,8 +434,25 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("wrong", "error", "text"), BAD, ids=lambda x: str(x)[:30])
 def test_errors(wrong: dict[str, Any], error: type[Exception], text: str) -> None:
     good = {"logits": torch.zeros(2, 3, 5), "teacher_logits": torch.zeros(2, 3, 5)}
-    with pytest.raises(error, match=f"masked_divergence: .*{text}"):
-        masked_divergence(**{**good, **wrong})
+    given = {**good, **wrong}
+    with pytest.raises(error, match=f"masked_divergence: .*{text}") as expected:
+        masked_divergence(**given)
+
+    def with_tangents() -> None:
+        more = {k: v for k, v in given.items() if k != "logits"}
+        x = given["logits"]
+        torch.func.jvp(lambda x: masked_divergence(x, **more), (x,), (torch.ones_like(x),))
+
+    def on_meta() -> None:
+        masked_divergence(
+            **{k: x.to("meta") if isinstance(x, Tensor) else x for k, x in given.items()}
+        )
+
+    # Tensors that no kernel sees are checked elsewhere, with the same texts.
+    for call in (with_tangents, on_meta) if given["logits"].is_floating_point() else (on_meta,):
+        with pytest.raises(error) as raised:
+            call()
+        assert str(raised.value) == str(expected.value)
 
 
 def test_module() -> None:

@@ -163,6 +163,43 @@ def test_errors() -> None:
         linear_divergence(h, w, t, u, kind="kl")
 
 
+WRONG: dict[str, Any] = {
+    "teacher_hidden": torch.zeros(2, 4, 3),
+    "mask": torch.ones(3),
+    "kind": "nope",
+    "beta": 1.0,  # of a jsd
+    "softcap": -1.0,
+    "teacher_softcap": 0.0,
+    "temperature": 0.0,
+    "reduction": "avg",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_same_errors_whoever_looks(name: str) -> None:
+    """Eager, without a token to compute, on meta tensors, and with tangents."""
+    shapes = {"hidden": (2, 3, 4), "weight": (7, 4), "teacher_hidden": (2, 3, 3)}
+    given = {k: torch.zeros(v) for k, v in {**shapes, "teacher_weight": (7, 3)}.items()}
+    given |= {"mask": torch.zeros(2, 3), "kind": "jsd", name: WRONG[name]}
+
+    def with_tangents() -> Any:
+        more = {k: v for k, v in given.items() if k != "hidden"}
+        x = given["hidden"]
+        return torch.func.jvp(lambda x: linear_divergence(x, **more), (x,), (x,))
+
+    def on_meta() -> Any:
+        return linear_divergence(
+            **{k: x.to("meta") if isinstance(x, Tensor) else x for k, x in given.items()}
+        )
+
+    texts = set()
+    for call in (lambda: linear_divergence(**given), with_tangents, on_meta):
+        with pytest.raises(ValueError, match=r"^linear_divergence: .*got") as raised:
+            call()
+        texts.add(str(raised.value))
+    assert len(texts) == 1
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_opcheck(reduction: str) -> None:
     ops = torch.ops.masked_loss

@@ -111,6 +111,8 @@ def test_errors() -> None:
         linear_token_log_probs(h, w, target.float())
     with pytest.raises(ValueError, match=rf"{who}: mask must have shape \[2, 3\], got \[3\]"):
         linear_token_log_probs(h, w, target, torch.ones(3))
+    with pytest.raises(ValueError, match=f"{who}: softcap must be greater than 0"):
+        linear_token_log_probs(h, w, target, torch.zeros(2, 3), softcap=-1.0)  # nothing to compute
     target[1, 2] = V
     text = rf"{who}: target\[1, 2\] is {V}, expected 0 <= target < {V}"
     with pytest.raises(IndexError, match=text):

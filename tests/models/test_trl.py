@@ -232,7 +232,8 @@ def test_masked_rows_of_several_indices_are_not_read() -> None:
     picked.sum().backward()
     expected = logits.log_softmax(-1).gather(-1, index.clamp(max=V - 1)).where(row_mask != 0, 0)
     torch.testing.assert_close(picked, expected)
-    assert logits.grad is not None and logits.grad.isfinite().all()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
     assert (logits.grad[1] == 0).all()
 
 
