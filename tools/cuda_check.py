@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checks what the CUDA compiler made of the kernels, without a GPU: `make cuda-check`.
 
-Compiles csrc/kernels/cuda/*.cu for every architecture that a release serves. Fails where a kernel
-uses more registers than its blocks leave it; where a row kernel moves its rows by less than 16
-bytes at a time; and where what was counted is not what cuda_budget.json says: spilled registers,
+Compiles csrc/kernels/cuda/*.cu for the architectures of --arch, by default for every one that a
+release serves; `make cuda-check` asks for sm_90 alone, and with CUDA_CHECK= for all. Fails where a
+kernel uses more registers than its blocks leave it; where a row kernel moves its rows by less than
+16 bytes at a time; and where what was counted is not what cuda_budget.json says: spilled registers,
 the instructions of a row kernel's loops, and those around them for a row. The budget holds for one
 version of nvcc: another one gets the rest of the checks, and a note. After a change that is meant:
 
