@@ -13,7 +13,7 @@ import torch
 import masked_loss
 from masked_loss._op.library import LIBRARY
 
-# What the library and its build read; see docs/environment.md.
+# What a report says of the environment besides MASKED_LOSS_*; docs/environment.md has them all.
 VARIABLES = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 

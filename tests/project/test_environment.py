@@ -13,6 +13,7 @@ READS = re.compile(
     r"""(?:environ(?:\.get)?[\[(]\s*|getenv\(|for variable in \()"""
     r"""["']([A-Z_]+)["'](?:, ["']([A-Z_]+)["'])?"""
 )
+READS_OF_SCRIPTS = re.compile(r"\$\{([A-Z_]+):-")
 # Set for child processes, or by what runs a script; nobody sets them for masked_loss.
 FOREIGN = {"PATH", "PYTHONPATH", "HOME", "OMP_NUM_THREADS"}
 
@@ -29,6 +30,8 @@ def test_the_table_has_every_variable() -> None:
         if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
             for pair in READS.findall(path.read_text(encoding="utf-8")):
                 read |= {name for name in pair if name}
+        elif path.suffix == ".sh":
+            read |= set(READS_OF_SCRIPTS.findall(path.read_text(encoding="utf-8")))
     table = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
