@@ -254,6 +254,8 @@ def verify(case: list[Any]) -> dict[str, float]:
     for name, loss in (("ours", masked_cross_entropy), ("ours, in place", ours_inplace)):
         own, _ = restorable(inputs)
         results[name] = (value := loss(*own), *torch.autograd.grad(value, own.logits))
+        # max() of Python, below, forgets a NaN.
+        assert all(x.isfinite().all() for x in results[name]), f"{Case(*case).name}: {name}"
 
     errors = {name: [0.0, 0.0] for name in results}
     truth = largest = 0.0

@@ -68,6 +68,7 @@ def as_written(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
 
 def off(ours: Tensor, truth: Tensor) -> float:
     """The worst element, beyond a rounding of the type to its own size, or to none at all."""
+    assert not ours.isnan().any()  # max() of Python forgets a NaN
     info = torch.finfo(ours.dtype)
     own = info.eps / 2 * truth.abs() + info.eps * info.tiny
     return ((ours.double() - truth).abs() - own).max().item()
