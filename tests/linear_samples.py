@@ -19,7 +19,6 @@ from torch import Tensor
 
 from masked_loss import linear_cross_entropy, reference
 
-ROUNDINGS = 4
 LEAVES = ("hidden", "weight", "bias", "mask")
 SHAPE, WIDTH, CLASSES = (3, 5), 6, 9
 
@@ -104,8 +103,10 @@ def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def assert_accurate(make: Callable[[], dict[str, Tensor]], **options: Any) -> None:
-    """No further from the truth than the baseline, and a few roundings: chunks add otherwise."""
+def assert_accurate(
+    make: Callable[[], dict[str, Tensor]], *, roundings: float = 1, **options: Any
+) -> None:
+    """No further from the truth than the baseline, and some roundings."""
     keywords = ("chunk_tokens", "accumulation_dtype")
     plain = {name: value for name, value in options.items() if name not in keywords}
     wide = {
@@ -124,7 +125,7 @@ def assert_accurate(make: Callable[[], dict[str, Tensor]], **options: Any) -> No
         return ours, baseline, evaluate(specification, double(tensors), **wide)
 
     dtype = make()["hidden"].dtype
-    assert_no_worse(results, dtype, "linear", ROUNDINGS)
+    assert_no_worse(results, dtype, "linear", roundings)
 
 
 def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: Any) -> None:
