@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from opchecks import checked_operators, opchecks
 from samples import FEW_CASES, OPTIONS, REDUCE_CASES, REDUCTIONS, Case, concrete
 from torch import Tensor
 
 import masked_loss
 from masked_loss import cross_entropy, masked_cross_entropy, masked_mean, masked_reduce
 
+ops = torch.ops.masked_loss
 EVERYTHING = OPTIONS["everything"]
 
 
@@ -194,20 +196,25 @@ def test_errors_of_a_compiled_graph() -> None:
 OPCHECK_CASES = [case for case in FEW_CASES if not case.options.get("inplace_backward")]
 
 
+@opchecks("cross_entropy", "cross_entropy_stats")
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
-@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_stats"])
-def test_opcheck(name: str, case: Case) -> None:
+def test_opcheck(case: Case) -> None:
     """The schema tells the truth, and the fake and the autograd formula fit the kernel."""
     sample = case.sample(torch.float32)
     if isinstance(sample.options.get("normalizer"), int):
         sample.options["normalizer"] = torch.tensor(float(sample.options["normalizer"]))
-    operator = getattr(torch.ops.masked_loss, name)
-    torch.library.opcheck(operator.default, sample.args, sample.options)
+    for operator in (ops.cross_entropy, ops.cross_entropy_stats):
+        torch.library.opcheck(operator.default, sample.args, sample.options)
 
 
-def halves(case: Case) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """Calls of the operators that the public ones are made of, each with what the last one left."""
-    ops = torch.ops.masked_loss
+class Given(NamedTuple):
+    """Arguments of the operators that the public ones are made of."""
+
+    inputs: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def given(case: Case) -> Given:
     sample = case.sample(torch.float32)
     logits, target = sample.values.detach(), sample.target
     mask = torch.rand(target.shape)
@@ -217,30 +224,52 @@ def halves(case: Case) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}
     options |= {"shift": True}
     each = 0.5 + torch.rand(target.shape)
-    args = (logits, target, mask, None, weight, bounds, each)
-    forward = {"stats": True, **options}
-    loss, _, tokens, groups = ops.cross_entropy_forward(*args, **forward)
-    dloss, out = torch.ones_like(loss), torch.empty(logits.shape)
-    backward = (dloss, logits, target, tokens, groups, weight, each)
-    yield "cross_entropy_forward", args, forward
-    if reduction != "none":
-        yield "cross_entropy_fused", (out, *args), forward
-    yield "cross_entropy_backward", backward, options
-    into = {"recompute_unless_one": False, **options}
-    yield "cross_entropy_backward_out", (out, *backward), into
-    yield "mask_grad", (dloss, mask, tokens, groups, target, weight, 0.1, False), {}
-    values = torch.rand(target.shape)
-    for split in (False, True) if reduction in ("sum", "mean") else (False,):
-        args = (values, mask, None, bounds, split, reduction)
-        loss, tokens, groups = ops.masked_reduce_forward(*args)
-        yield "masked_reduce_forward", args, {}
-        yield "masked_reduce_backward", (torch.ones_like(loss), values, tokens, groups, split), {}
+    return Given((logits, target, mask, None, weight, bounds, each), options)
 
 
+@opchecks(
+    "cross_entropy_forward", "cross_entropy_backward", "cross_entropy_backward_out", "mask_grad"
+)
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
 def test_opcheck_of_the_halves(case: Case) -> None:
-    for name, args, options in halves(case):
-        torch.library.opcheck(getattr(torch.ops.masked_loss, name).default, args, options)
+    inputs, options = given(case)
+    logits, target, mask, _, weight, _, each = inputs
+    forward = {"stats": True, **options}
+    torch.library.opcheck(ops.cross_entropy_forward.default, inputs, forward)
+    loss, _, tokens, groups = ops.cross_entropy_forward(*inputs, **forward)
+    dloss, out = torch.ones_like(loss), torch.empty(logits.shape)
+    backward = (dloss, logits, target, tokens, groups, weight, each)
+    into = {"recompute_unless_one": False, **options}
+    of_mask = (dloss, mask, tokens, groups, target, weight, 0.1, False)
+    torch.library.opcheck(ops.cross_entropy_backward.default, backward, options)
+    torch.library.opcheck(ops.cross_entropy_backward_out.default, (out, *backward), into)
+    torch.library.opcheck(ops.mask_grad.default, of_mask)
+
+
+REDUCED_CASES = [case for case in OPCHECK_CASES if case.options["reduction"] != "none"]
+
+
+@opchecks("cross_entropy_fused")
+@pytest.mark.parametrize("case", REDUCED_CASES, ids=str)
+def test_opcheck_of_forward_and_gradient_in_one(case: Case) -> None:
+    inputs, options = given(case)
+    out = torch.empty(inputs[0].shape)
+    torch.library.opcheck(
+        ops.cross_entropy_fused.default, (out, *inputs), {"stats": True, **options}
+    )
+
+
+@opchecks("masked_reduce_forward", "masked_reduce_backward")
+@pytest.mark.parametrize(
+    ("reduction", "split"), [*((r, False) for r in REDUCTIONS), ("sum", True), ("mean", True)]
+)
+def test_opcheck_of_the_halves_of_masked_reduce(reduction: str, split: bool) -> None:
+    values, mask = torch.rand(3, 5), torch.rand(3, 5)
+    inputs = (values, mask, None, torch.tensor([0, 1, 15]), split, reduction)
+    torch.library.opcheck(ops.masked_reduce_forward.default, inputs)
+    loss, tokens, groups = ops.masked_reduce_forward(*inputs)
+    backward = (torch.ones_like(loss), values, tokens, groups, split)
+    torch.library.opcheck(ops.masked_reduce_backward.default, backward)
 
 
 def test_opcheck_is_of_every_operator() -> None:
@@ -250,13 +279,8 @@ def test_opcheck_is_of_every_operator() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("masked_loss::")
     }
-    checked = {"cross_entropy", "cross_entropy_stats", "masked_reduce"}
-    checked |= {name for case in OPCHECK_CASES for name, *_ in halves(case)}
-    folder = Path(__file__).parents[1] / "losses"
-    source = "".join(path.read_text() for path in folder.glob("test_*.py"))
-    checked |= {name for name in defined if name in source}
     no_tensors = {"check_formula", "cpu_capability", "cuda_architectures", "table_sizes"}
-    assert defined - checked == no_tensors
+    assert defined - no_tensors == checked_operators()
 
 
 FEW_REDUCE_CASES = [
@@ -264,11 +288,11 @@ FEW_REDUCE_CASES = [
 ]
 
 
+@opchecks("masked_reduce")
 @pytest.mark.parametrize("case", FEW_REDUCE_CASES, ids=str)
 def test_opcheck_of_masked_reduce(case: Case) -> None:
     sample = case.sample(torch.float32)
-    operator = torch.ops.masked_loss.masked_reduce.default
-    torch.library.opcheck(operator, sample.args, sample.options)
+    torch.library.opcheck(ops.masked_reduce.default, sample.args, sample.options)
 
 
 class Model(torch.nn.Module):

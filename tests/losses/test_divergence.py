@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import DRAWS
+from opchecks import opchecks
+from threads import threads
 from torch import Tensor
 
 import masked_loss
@@ -331,12 +333,11 @@ def test_retained_graphs_and_second_calls() -> None:
 
 def test_threads_do_not_matter() -> None:
     student, teacher, _, _ = problem(torch.float32, 5000)
-    threads, found = torch.get_num_threads(), []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        loss = masked_divergence(student, teacher, kind="jsd")
-        found.append((loss.detach(), torch.autograd.grad(loss, student)[0].clone()))
-    torch.set_num_threads(threads)
+    found = []
+    for number in (1, 2):
+        with threads(number):
+            loss = masked_divergence(student, teacher, kind="jsd")
+            found.append((loss.detach(), torch.autograd.grad(loss, student)[0].clone()))
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
 
@@ -372,6 +373,10 @@ def test_compiled(reduction: str, stats: bool) -> None:
         torch.testing.assert_close(eager, compiled)
 
 
+@opchecks(
+    "masked_divergence", "masked_divergence_stats", "masked_divergence_forward",
+    "masked_divergence_backward", "divergence_weigh", "divergence_rows",
+)  # fmt: skip
 @pytest.mark.parametrize("reduction", ["none", "mean", "sequence_mean"])
 def test_opcheck(reduction: str) -> None:
     ops = torch.ops.masked_loss

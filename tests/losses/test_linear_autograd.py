@@ -22,6 +22,7 @@ from linear_samples import (
     problem,
     specification,
 )
+from opchecks import opchecks
 from samples import REDUCTIONS
 from torch import Tensor
 
@@ -260,18 +261,21 @@ def test_one_node_in_the_graph() -> None:
     assert [str(node.target) for node in called] == ["masked_loss.linear_cross_entropy.default"]
 
 
+@opchecks("linear_cross_entropy", "linear_cross_entropy_stats")
 @pytest.mark.parametrize(
     ("name", "reduction"),
     [("plain", "mean"), *(("everything", reduction) for reduction in REDUCTIONS)],
 )
-@pytest.mark.parametrize("operator", ["linear_cross_entropy", "linear_cross_entropy_stats"])
-def test_opcheck(operator: str, name: str, reduction: str) -> None:
+def test_opcheck(name: str, reduction: str) -> None:
     tensors = problem(*SHAPE)
     args = tensors["hidden"], tensors["weight"], tensors["target"], tensors["mask"]
     options = {**concrete(name, reduction, torch.float32), "bias": tensors["bias"]}
-    torch.library.opcheck(getattr(torch.ops.masked_loss, operator).default, args, options)
+    ops = torch.ops.masked_loss
+    for operator in (ops.linear_cross_entropy, ops.linear_cross_entropy_stats):
+        torch.library.opcheck(operator.default, args, options)
 
 
+@opchecks("linear_cross_entropy_forward", "linear_cross_entropy_backward")
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
 @pytest.mark.parametrize("needs", [[True] * 3, [False, True, False], [True, False, True]])
 def test_opcheck_of_the_halves(
@@ -298,6 +302,7 @@ def test_opcheck_of_the_halves(
     torch.library.opcheck(backward, saved, upstream, test_utils=tests)
 
 
+@opchecks("weigh", "rows", "reduce")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_opcheck_of_the_kernels(reduction: str) -> None:
     tensors = problem(*SHAPE, requires=())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from opchecks import opchecks
 from torch import Tensor
 
 from masked_loss import linear_divergence, masked_divergence, reference
@@ -200,6 +201,10 @@ def test_the_same_errors_whoever_looks(name: str) -> None:
     assert len(texts) == 1
 
 
+@opchecks(
+    "linear_divergence", "linear_divergence_stats",
+    "linear_divergence_forward", "linear_divergence_backward",
+)  # fmt: skip
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_opcheck(reduction: str) -> None:
     ops = torch.ops.masked_loss

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from opchecks import opchecks
 from torch import Tensor
 
 from masked_loss import linear_token_log_probs, reference
@@ -120,6 +121,10 @@ def test_errors() -> None:
     linear_token_log_probs(h, w, target, torch.tensor([[1, 1, 1], [1, 1, 0]]))
 
 
+@opchecks(
+    "linear_token_log_probs", "linear_token_log_probs_entropy",
+    "linear_token_log_probs_forward", "linear_token_log_probs_backward",
+)  # fmt: skip
 @pytest.mark.parametrize("several", [False, True])
 def test_opcheck(several: bool) -> None:
     ops = torch.ops.masked_loss

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from log_prob_samples import OPTIONS, check, sample
+from opchecks import opchecks
 from torch import Tensor
 
 from masked_loss import masked_cross_entropy, token_log_probs
@@ -136,6 +137,10 @@ def test_gradcheck() -> None:
         )
 
 
+@opchecks(
+    "token_log_probs", "token_log_probs_entropy", "log_probs_weigh", "token_log_probs_forward",
+    "token_log_probs_backward", "token_log_probs_backward_out",
+)  # fmt: skip
 @pytest.mark.parametrize("ids", [None, 3])
 @pytest.mark.parametrize("shift", [False, True])
 def test_opcheck(ids: int | None, shift: bool) -> None:
