@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "kernels/cpu/backend.h"
-#include "kernels/half.h"
+#include "numbers.h"
 
 using namespace masked_loss;
 
@@ -25,15 +25,6 @@ void expect(bool good, const char* isa, const char* type, int64_t cols, int64_t 
   std::printf("%s %s: %lld columns, offset %lld: %s is off by %g\n", isa, type,
               static_cast<long long>(cols), static_cast<long long>(offset), what, error);
 }
-
-double number(double x) { return x; }
-double number(float x) { return x; }
-double number(BFloat16 x) { return to_float(x); }
-double number(Float16 x) { return to_float(x); }
-void set(double x, double* out) { *out = x; }
-void set(double x, float* out) { *out = static_cast<float>(x); }
-void set(double x, BFloat16* out) { *out = to_bfloat16(static_cast<float>(x)); }
-void set(double x, Float16* out) { *out = to_float16(static_cast<float>(x)); }
 
 cpu::Threads two_threads() {
   return {2, [](const std::function<void()>& worker) {

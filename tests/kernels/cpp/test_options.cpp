@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "kernels/cpu/backend.h"
-#include "kernels/half.h"
+#include "numbers.h"
 
 using namespace masked_loss;
 
@@ -38,8 +38,6 @@ constexpr Options kOptions[] = {
 };
 
 constexpr int64_t kBatch = 2, kSteps = 4, kTokens = kBatch * kSteps;
-
-using Numbers = std::vector<double>;
 
 struct Inputs {
   Numbers logits, probs, class_weight, mask;
@@ -98,22 +96,6 @@ double loss_of(const Inputs& in, const Options& o, int64_t cols) {
     total += mean ? ce / class_weights + z / weights : ce + z;
   }
   return mean ? total / active_groups : total;
-}
-
-void set(double x, double* out) { *out = x; }
-void set(double x, float* out) { *out = static_cast<float>(x); }
-void set(double x, BFloat16* out) { *out = to_bfloat16(static_cast<float>(x)); }
-void set(double x, Float16* out) { *out = to_float16(static_cast<float>(x)); }
-double number(double x) { return x; }
-double number(float x) { return x; }
-double number(BFloat16 x) { return to_float(x); }
-double number(Float16 x) { return to_float(x); }
-
-template <class T>
-std::vector<T> as(const Numbers& numbers) {
-  std::vector<T> out(numbers.size());
-  for (size_t i = 0; i < numbers.size(); ++i) set(numbers[i], &out[i]);
-  return out;
 }
 
 cpu::Threads two_threads() {
