@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from threads import threads
 
 pytest.importorskip("pytest_benchmark")
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -39,10 +40,8 @@ TINY = cpu.Case(4, 7, "fp32")  # what a call costs
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 # Half of what an undisturbed machine shows, or less.

@@ -12,6 +12,7 @@ from accuracy import assert_as_accurate_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import OPTIONS, REDUCTIONS, Case, concrete
+from threads import threads
 from torch import Tensor
 
 import masked_loss
@@ -180,14 +181,11 @@ def test_the_same_bits_for_any_number_of_threads(reduction: str) -> None:
     lengths = [1, 30_000, 0, 3, 8192, 8193, *[7] * 3000]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     values, mask = torch.randn(int(bounds[-1]) + 10), torch.rand(int(bounds[-1]) + 10)
-    before, found = torch.get_num_threads(), []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        try:
+    found = []
+    for number in (1, 2, 5):
+        with threads(number):
             loss = masked_reduce(values, mask, reduction=reduction, cu_seqlens=bounds)
             each = masked_reduce(values, mask, dim=-1, cu_seqlens=bounds)
-        finally:
-            torch.set_num_threads(before)
         found.append((loss, each))
     truth = reference.masked_reduce(
         values.double(), mask.double(), reduction=reduction, cu_seqlens=bounds

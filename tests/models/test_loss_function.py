@@ -19,7 +19,9 @@ from masked_loss import masked_cross_entropy
 from masked_loss.integrations.transformers import FROM_MODELS, causal_lm_loss
 
 V = 23
-LOGITS, LABELS = torch.randn(2, 6, V), torch.randint(V, (2, 6))
+RANDOM = torch.Generator().manual_seed(0)
+LOGITS = torch.randn(2, 6, V, generator=RANDOM)
+LABELS = torch.randint(V, (2, 6), generator=RANDOM)
 WEIGHT = torch.linspace(0.5, 2, V)
 # A value that is no default, for each keyword of masked_cross_entropy that a loss function takes.
 CHANGES: dict[str, Any] = {
