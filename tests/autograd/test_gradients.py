@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""First derivatives under everything that autograd can do; test_derivatives.py has the others."""
+"""First derivatives under everything that autograd can do; test_differences.py and
+test_transforms.py have the others."""
 
 from __future__ import annotations
 
