@@ -117,7 +117,8 @@ def test_the_slope_of_a_softcap_has_all_its_digits(loss: str, dtype: torch.dtype
     e = torch.exp(-x.abs())
     truth = of_y * 4 * e / (1 + e) ** 2
     smallest = 1e-6 * of_y.abs().max() * e.amin(-1, keepdim=True).clamp(min=1e-30)
-    assert ((gradient - truth).abs() <= 1e-4 * truth.abs() + smallest).all()
+    roundings = 4e-6 if dtype == torch.float32 else 1e-14
+    assert ((gradient - truth).abs() <= roundings * truth.abs() + smallest).all()
 
 
 @pytest.mark.parametrize("value", [2, 1, 0, "yes", None])
@@ -192,12 +193,15 @@ IN_A_GRAPH: list[tuple[Callable[[], Any], str]] = [
 @pytest.mark.parametrize(("call", "text"), IN_A_GRAPH, ids=range(len(IN_A_GRAPH)))
 def test_a_compiled_graph_speaks_for_the_function(call: Callable[[], Any], text: str) -> None:
     torch._dynamo.reset()
-    with pytest.raises((RuntimeError, TypeError, ValueError), match=f"\\b{text}") as compiled:
-        torch.compile(call, backend="eager")()
-    # What is traced raises the error itself; what a fake finds is a RuntimeError with its name.
-    with pytest.raises((TypeError, ValueError)) as eager:
+    with pytest.raises((TypeError, ValueError), match=f"^{text}") as eager:
         call()
-    assert eager.type.__name__ in f"{compiled.type.__name__} {compiled.value}"
+    # What is traced raises the error, which dynamo cites; what a fake finds is told with its name.
+    cited = rf"\b{eager.type.__name__}(: |\(['\"]){text}"
+    with pytest.raises(RuntimeError, match=cited):
+        torch.compile(call, backend="eager", fullgraph=True)()
+
+
+def test_an_operator_speaks_for_the_function() -> None:
     with pytest.raises(RuntimeError, match="masked_cross_entropy: mask"):
         torch.ops.masked_loss.cross_entropy(X.to("meta"), T.to("meta"), BAD.to("meta"))
 
