@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from masked_loss._op import linear_chunks
 from masked_loss.integrations import trl as ours
 
 trl = pytest.importorskip("trl")
@@ -298,8 +299,16 @@ OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     ids=str,
 )
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_chunked_log_probs(softcap: float | None, outputs: tuple[str, ...]) -> None:
+def test_chunked_log_probs(
+    softcap: float | None, outputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours takes 16 tokens at a time."""
     kernels = pytest.importorskip("trl.kernels")
+    monkeypatch.setitem(linear_chunks._CHUNK_BYTES, "cpu", 16 * V * 4)
+    logits, chunks = linear_chunks.Source.logits, list[slice]()
+    monkeypatch.setattr(
+        linear_chunks.Source, "logits", lambda *args: chunks.append(args[1]) or logits(*args)
+    )
     hidden, weight, bias = torch.randn(40, 16), torch.randn(V, 16), torch.randn(V)
     target = torch.randint(V, (40,))
     results: list[list[Tensor | None]] = []
@@ -309,6 +318,7 @@ def test_chunked_log_probs(softcap: float | None, outputs: tuple[str, ...]) -> N
         loss = found[0].sum() + (found[1].square().sum() if found[1] is not None else 0)
         loss.backward()
         results.append([*found, *(x.grad for x in inputs)])
+    assert chunks == 2 * [slice(0, 16), slice(16, 32), slice(32, 40)]  # forward and backward
     for got, expected in zip(results[1], results[0], strict=True):
         if expected is None:
             assert got is None
