@@ -109,15 +109,15 @@ def cross_entropy(
     shift: bool,
 ) -> None:
     """The tensors of a cross entropy, but its normalizer."""
-    rows(who, logits)
-    if target.dtype in FLOATING:
+    probabilities = target.dtype in FLOATING
+    rows(who, logits, shift and not probabilities)
+    if probabilities:
         if shift:
             fail(ValueError, who, "shift needs class indices, got class probabilities")
         same_dtype(who, "a target of class probabilities", target, "logits", logits)
         shape(who, "target", target, logits.shape)
     else:
         class_indices(who, target)
-        rows(who, logits, shift)
         shape(who, "target", target, logits.shape[:-1])
     classes(who, logits)
     if class_weight is not None:
@@ -127,7 +127,7 @@ def cross_entropy(
         mask_of(who, mask, logits.shape[:-1])
 
 
-def rows(who: str, logits: Tensor, shift: bool = False) -> None:
+def rows(who: str, logits: Tensor, shift: bool) -> None:
     floating(who, "logits", logits)
     if logits.dim() == 0:
         fail(ValueError, who, "logits must have shape [..., V], got []")
@@ -140,10 +140,12 @@ def classes(who: str, logits: Tensor) -> None:
         fail(ValueError, who, f"logits must have at least one class, got shape {_list(logits)}")
 
 
-def temperatures(who: str, each: Tensor | None, tokens: torch.Size) -> None:
+def temperatures(
+    who: str, each: Tensor | None, tokens: torch.Size, what: str = "temperatures"
+) -> None:
     if each is not None:
-        floating(who, "temperatures", each)
-        shape(who, "temperatures", each, tokens)
+        floating(who, what, each)
+        shape(who, what, each, tokens)
 
 
 def weights(
@@ -180,7 +182,8 @@ def divergence(who: str, a: SimpleNamespace, tokens: torch.Size) -> None:
     """How it is computed of two rows of logits, student's and teacher's."""
     for name in ("temperature", "teacher_temperature"):
         above_0(who, name, getattr(a, name))
-        temperatures(who, getattr(a, f"{name}s"), tokens)
+    for name in ("temperatures", "teacher_temperatures"):
+        temperatures(who, getattr(a, name), tokens, name)
     for cap in (a.softcap, a.teacher_softcap):
         if cap is not None:
             above_0(who, "softcap", cap)

@@ -202,9 +202,9 @@ def _backward_kernel(a: SimpleNamespace) -> Tensor:
 
 def _check(a: SimpleNamespace) -> None:
     _check_weights(a)
+    checks.classes(_WHO, a.logits)
     checks.floating(_WHO, "teacher_logits", a.teacher_logits)
     checks.shape(_WHO, "teacher_logits", a.teacher_logits, a.logits.shape)
-    checks.classes(_WHO, a.logits)
     checks.divergence(_WHO, a, a.logits.shape[:-1])
 
 

@@ -28,13 +28,11 @@ from masked_loss._op.autograd import (
 from masked_loss._op.batching import batch_by_loop
 from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import (
-    AUTOCAST,
     Operator,
     fake,
     fake_nothing,
     implement,
     kernel,
-    library,
     record,
 )
 from masked_loss._op.linear_chunks import (
@@ -42,8 +40,8 @@ from masked_loss._op.linear_chunks import (
     Places,
     Source,
     TokenTables,
-    autocast,
     autocast_head,
+    cast_under_autocast,
     dense_logits,
     dweight_dtype,
     fake_gradients,
@@ -350,17 +348,4 @@ linear_cross_entropy, linear_cross_entropy_stats = (
     Operator(name, INPUTS, partial(_call, stats), partial(_public_kernel, stats), check=_check_all)
     for name, stats in (("linear_cross_entropy", False), ("linear_cross_entropy_stats", True))
 )
-
-
-def _redispatch_autocast(op: Any, hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("bias") is not None:
-        kwargs["bias"] = autocast(kwargs["bias"])
-    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
-        return op(autocast(hidden), autocast(weight), *args, **kwargs)
-
-
-for _operator in (ops.linear_cross_entropy, ops.linear_cross_entropy_stats):
-    for _key in ("AutocastCPU", "AutocastCUDA"):
-        library.impl(
-            _operator.default.name(), partial(_redispatch_autocast, _operator.default), _key
-        )
+cast_under_autocast(INPUTS[:3], "linear_cross_entropy", "linear_cross_entropy_stats")

@@ -19,6 +19,7 @@ from torch import Tensor
 from masked_loss import reference
 from masked_loss._op import checks, tables
 from masked_loss._op.autograd import Inputs
+from masked_loss._op.factory import AUTOCAST, Signature, library
 from masked_loss._op.memory import fresh, logits_pool, weight_pool
 from masked_loss.options import Chunking
 
@@ -261,10 +262,26 @@ def autocast_head(inputs: Inputs, count: int) -> Inputs:
     hidden, *_ = inputs
     if hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
         return inputs
-    return (*map(autocast, inputs[:count]), *inputs[count:])
+    return (*map(_autocast, inputs[:count]), *inputs[count:])
 
 
-def autocast(x: Tensor | None) -> Tensor | None:
+def cast_under_autocast(head: tuple[str, ...], *names: str) -> None:
+    """The same for calls of operators that come as such: by torch.ops, and from compiled graphs."""
+    for name in names:
+        signature = Signature(name)
+
+        # The default argument keeps this round's signature.
+        def call(*args: Any, _of: Signature = signature, **kwargs: Any) -> Any:
+            named = vars(_of.bind(args, kwargs))
+            named |= {name: _autocast(named[name]) for name in head}
+            with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+                return _of.overload(**named)
+
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            library.impl(name, call, key)
+
+
+def _autocast(x: Tensor | None) -> Tensor | None:
     """Everything but float64 in the lower precision."""
     if x is None or x.dtype not in checks.FLOATING or x.dtype == torch.float64:
         return x

@@ -27,6 +27,7 @@ from masked_loss._op.linear_chunks import (
     Source,
     TokenTables,
     autocast_head,
+    cast_under_autocast,
     dense_logits,
     dweight_dtype,
     fake_gradients,
@@ -269,3 +270,4 @@ linear_divergence, linear_divergence_stats = (
     )
     for name, stats in ((_WHO, False), (f"{_WHO}_stats", True))
 )
+cast_under_autocast(INPUTS[:6], _WHO, f"{_WHO}_stats")

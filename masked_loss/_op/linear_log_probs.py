@@ -23,6 +23,7 @@ from masked_loss._op.linear_chunks import (
     Places,
     Source,
     autocast_head,
+    cast_under_autocast,
     dense_logits,
     fake_gradients,
     run_chunks,
@@ -199,6 +200,7 @@ def _check(a: SimpleNamespace) -> None:
     checks.head(_WHO, a.hidden, a.weight, a.bias)
     checks.chunking(_WHO, a.weight, record(Chunking, a))
     checks.formula(_WHO, a)
+    checks.temperatures(_WHO, a.temperatures, a.hidden.shape[:-1])
     a.logits = a.hidden
     check_weights(a)
 
@@ -232,3 +234,4 @@ linear_token_log_probs, linear_token_log_probs_entropy = (
     )
     for name, entropy in ((_WHO, False), (f"{_WHO}_entropy", True))
 )
+cast_under_autocast(INPUTS[:3], _WHO, f"{_WHO}_entropy")

@@ -107,12 +107,14 @@ _without_entropy, _with_entropy = (
 
 def _check(a: SimpleNamespace) -> None:
     check_weights(a)
+    checks.classes(WHO, a.logits)
     checks.formula(WHO, a)
+    checks.temperatures(WHO, a.temperatures, a.logits.shape[:-1])
 
 
 def _fake(a: SimpleNamespace, entropy: bool) -> tuple[Tensor, ...]:
+    _check(a)
     tokens, dtype = fake_weights(a), loss_dtype(a.logits)
-    checks.formula(WHO, a)
     return (
         a.logits.new_empty(a.target.shape, dtype=dtype),
         a.logits.new_empty(a.logits.shape[:-1] if entropy else (0,), dtype=dtype),
@@ -126,9 +128,7 @@ def _fake_weigh(a: SimpleNamespace) -> tuple[Tensor]:
 
 
 def check_weights(a: SimpleNamespace) -> None:
-    checks.floating(WHO, "logits", a.logits)
-    if a.logits.dim() == 0:
-        checks.fail(ValueError, WHO, "logits must have shape [..., V], got []")
+    checks.rows(WHO, a.logits, a.shift)
     tokens = a.logits.shape[:-1]
     checks.class_indices(WHO, a.target)
     if a.target.dim() not in (len(tokens), len(tokens) + 1) or (
@@ -136,9 +136,6 @@ def check_weights(a: SimpleNamespace) -> None:
     ):
         text = f"target must have shape {list(tokens)}, or one dimension more"
         checks.fail(ValueError, WHO, f"{text}, got {list(a.target.shape)}")
-    if a.shift and len(tokens) == 0:
-        text = f"shift needs logits [..., T, V], got {list(a.logits.shape)}"
-        checks.fail(ValueError, WHO, text)
     if a.mask is not None:
         checks.mask_of(WHO, a.mask, tokens)
     checks.cu_seqlens(WHO, a.cu_seqlens)

@@ -26,6 +26,7 @@ from opchecks import opchecks
 from samples import REDUCTIONS
 from torch import Tensor
 
+import masked_loss
 from masked_loss import linear_cross_entropy
 
 
@@ -187,6 +188,31 @@ def test_autocast(dtype: torch.dtype, reduction: str, through: str) -> None:
     double_tensors = double(tensors)
     with torch.autocast("cpu", dtype=dtype):
         assert evaluate(linear_cross_entropy, double_tensors)["loss"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "token_log_probs", "divergence"])
+def test_autocast_without_gradients(name: str) -> None:
+    """Whatever calls: the function, its operator, and a compiled graph, which has this operator."""
+    name = f"linear_{name}"
+    hidden, weight, bias = torch.randn(9, 4), torch.randn(7, 4), torch.randn(7)
+    teacher = name == "linear_divergence"
+    target = torch.randint(7, (9,))
+    function, operator = getattr(masked_loss, name), getattr(torch.ops.masked_loss, name)
+
+    def call(f: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        h, w, b = (x.to(dtype) for x in (hidden, weight, bias))
+        more = {"teacher_hidden": h.flip(0), "teacher_weight": w} if teacher else {"target": target}
+        return f(hidden=h, weight=w, bias=b, **more)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = call(function, torch.bfloat16)
+        assert not torch.equal(call(function), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            for f in (function, operator, torch.compile(function, backend="aot_eager")):
+                assert torch.equal(call(f), expected)
+            wide = call(operator, torch.float64)
+    assert torch.equal(wide, call(function, torch.float64))
 
 
 def assert_compiles(
