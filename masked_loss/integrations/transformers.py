@@ -63,9 +63,11 @@ def causal_lm_loss(
     Where the model hands over the bounds of documents that are packed in a row, none predicts the
     first token of the next, and ``reduction="sequence_mean"`` is over documents. They are
     ``cu_seq_lens_q``, which ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)`` and TRL's
-    padding-free collator give, or else ``position_ids`` of the shape of the labels, where they
-    start again; ``cu_seqlens=`` takes their place. With ``shift_labels`` only ``"sequence_mean"``
-    looks at them.
+    padding-free collator give, or else ``position_ids`` of the shape of the labels, where they are
+    0 again; ``cu_seqlens=`` takes their place. Positions that are 0 everywhere say nothing, nor
+    does the 0 after padding on the left, whose positions are 1. With ``shift_labels`` only
+    ``"sequence_mean"`` looks at them, and if logits or labels are flattened, the rows are those of
+    the other.
 
     Args:
         logits: [..., T, V] floating.
@@ -114,11 +116,10 @@ def causal_lm_loss(
         )
     normalizer = _normalizer_of(num_items_in_batch, options, logits.device)
     target = target.to(logits.device)
+    if not shift:
+        logits, target, mask = _in_rows(logits, target, mask, options)
     if "cu_seqlens" not in options and (shift or options.get("reduction") == "sequence_mean"):
         options["cu_seqlens"] = _documents(target, kwargs)
-    if not shift and logits.shape[:-1] != target.shape:
-        logits, target = logits.reshape(-1, vocab_size), target.reshape(-1)
-        mask = None if mask is None else mask.reshape(-1)
     loss: Tensor = masked_cross_entropy(
         logits,
         target,
@@ -151,21 +152,48 @@ def _options_of(kwargs: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _in_rows(
+    logits: Tensor, target: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One of logits and target may be flattened: both in the shape of the other, whose rows are
+    sequences."""
+    shapes = (logits.shape[:-1], target.shape)
+    if shapes[0] == shapes[1] or shapes[0].numel() != shapes[1].numel():  # an error, if at all
+        return logits, target, mask
+    if len(shapes[0]) == len(shapes[1]) and options.get("reduction") == "sequence_mean":
+        raise ValueError(
+            f"{_WHO}: logits and labels must have the same rows for reduction='sequence_mean', "
+            f"got {list(logits.shape)} and {list(target.shape)}"
+        )
+    shape = max(shapes, key=len)
+    logits, target = logits.reshape(*shape, logits.shape[-1]), target.reshape(shape)
+    if mask is not None and mask.numel() == target.numel():
+        mask = mask.reshape(shape)
+    return logits, target, mask
+
+
 def _documents(target: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """The bounds of packed documents, if the model has handed them over."""
     bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if bounds is not None:
         return bounds.to(target.device)
     # Positions of other shapes are not those of text in a row: images have several for each token.
-    if positions is None or positions.shape not in (
-        target.shape,
-        target[:1].shape,
-        target.shape[-1:],
-    ):
+    if positions is None or not target.dim():
         return None
-    positions = positions.to(target.device).expand(target.shape)
+    if positions.shape not in (target.shape, target[:1].shape, target.shape[-1:]):
+        return None
+    numbers = _numbers_of_documents(positions.to(target.device)).expand(target.shape)
     # No more documents than tokens: so nobody waits to hear how many there are.
-    return cu_seqlens(position_ids=positions, max_sequences=target.numel())
+    return cu_seqlens(segment_ids=numbers, max_sequences=target.numel())
+
+
+def _numbers_of_documents(positions: Tensor) -> Tensor:
+    """[..., T], of each token in its row: a document begins at position 0."""
+    # Padding on the left is at position 1, before the row's own first token: 1, 1, 0, 1, 2.
+    padding = torch.nn.functional.pad((positions == 1).cumprod(-1), (1, 0))[..., :-1]
+    # Positions that are 0 everywhere are no positions.
+    begins = (positions == 0) & (padding == 0) & positions.any(-1, keepdim=True)
+    return begins.cumsum(-1)
 
 
 def _normalizer_of(

@@ -131,6 +131,38 @@ def test_position_ids_stand_for_the_bounds(reduction: str) -> None:
     assert not torch.equal(call(), expected)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sequence_mean"])
+def test_positions_that_say_nothing_of_documents(reduction: str) -> None:
+    logits, labels = torch.randn(2, 6, V), torch.randint(V, (2, 6))
+    call = partial(causal_lm_loss, logits, labels, V, reduction=reduction)
+    for positions in (
+        [[0, 0, 0, 0, 0, 0]],
+        [[0, 1, 2, 3, 4, 5]],
+        [[1, 1, 1, 0, 1, 2], [1, 0, 1, 2, 3, 4]],  # padded on the left
+        [[3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6]],  # of a text that began earlier
+    ):
+        assert torch.equal(call(position_ids=torch.tensor(positions)), call())
+    # One row may be padded, and the other packed.
+    positions = torch.tensor([[1, 0, 1, 2, 3, 4], [0, 0, 1, 0, 1, 2]])
+    bounds = torch.tensor([0, 6, 7, 9, 12])
+    assert torch.equal(call(position_ids=positions), call(cu_seqlens=bounds))
+
+
+def test_flattened_logits_or_labels_keep_their_rows() -> None:
+    logits, labels, mask = torch.randn(2, 6, V), torch.randint(V, (2, 6)), torch.rand(2, 6) > 0.3
+    for reduction in ("none", "mean", "sequence_mean"):
+        call = partial(causal_lm_loss, labels=None, vocab_size=V, reduction=reduction)
+        expected = call(logits, shift_labels=labels, mask=mask)
+        flat = call(logits.flatten(0, 1), shift_labels=labels, mask=mask)
+        assert torch.equal(flat, expected)
+        flat = call(logits, shift_labels=labels.flatten(), mask=mask.flatten())
+        assert torch.equal(flat, expected)
+    with pytest.raises(ValueError, match=r"same rows .* got \[2, 6, 19\] and \[3, 4\]"):
+        call(logits, shift_labels=labels.view(3, 4))
+    with pytest.raises(ValueError, match="target must have shape"):
+        call(logits, shift_labels=labels[:, 1:])
+
+
 def test_labels_that_are_shifted_already() -> None:
     logits, labels, bounds = logits_and_labels()
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
