@@ -22,7 +22,8 @@ from masked_loss.stats import DivergenceStats, LossStats
 class _Loss(torch.nn.Module):
     """Keeps the keywords of a loss function, and calls the function with them.
 
-    A keyword is an attribute of the module; ``class_weight`` is a buffer. ``at_call`` are those
+    A keyword is an attribute of the module, and ``class_weight``, where the function knows it, a
+    buffer. ``at_call`` are those
     that come with each batch instead.
     """
 
@@ -48,7 +49,8 @@ class _Loss(torch.nn.Module):
                 raise TypeError(
                     f"{type(self).__name__}() got an unexpected keyword argument {name!r}"
                 )
-        self.register_buffer("class_weight", None)
+        if "class_weight" in self._defaults:
+            self.register_buffer("class_weight", None)
         for name, default in self._defaults.items():
             setattr(self, name, options.get(name, default))
 

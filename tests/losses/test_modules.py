@@ -134,6 +134,15 @@ def test_a_module_is_a_module(module: torch.nn.Module) -> None:
     assert next(iter(meta.buffers())).device.type == "meta"
 
 
+def test_class_weight_is_a_buffer_of_the_losses_that_know_it() -> None:
+    for module in (masked_loss.MaskedDivergenceLoss(), masked_loss.TokenLogProbs()):
+        assert module._buffers == {}
+        with pytest.raises(AttributeError, match="class_weight"):
+            module.class_weight  # noqa: B018
+    module = masked_loss.LinearCrossEntropyLoss(class_weight=torch.ones(7))
+    assert [*module.state_dict()] == ["class_weight"]
+
+
 def test_repr_names_what_differs() -> None:
     text = repr(MaskedCrossEntropyLoss(reduction="sum", z_loss=0.5, shift=True))
     assert text.startswith("MaskedCrossEntropyLoss(")
