@@ -13,8 +13,10 @@ from typing import Any
 
 from torch.utils.flop_counter import register_flop_formula
 
-from masked_loss._op import linear  # noqa: F401  # defines the operators
-from masked_loss._op.tables import ops
+from masked_loss._op.factory import Signature
+from masked_loss._op.linear import linear_cross_entropy, linear_cross_entropy_stats
+from masked_loss._op.linear_divergence import linear_divergence, linear_divergence_stats
+from masked_loss._op.linear_log_probs import linear_token_log_probs, linear_token_log_probs_entropy
 
 
 def _product(hidden: Sequence[int], weight: Sequence[int]) -> int:
@@ -22,20 +24,32 @@ def _product(hidden: Sequence[int], weight: Sequence[int]) -> int:
     return 2 * prod(hidden[:-1]) * prod(weight)
 
 
-@register_flop_formula([ops.linear_cross_entropy, ops.linear_cross_entropy_stats])
-def _loss(hidden: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    return _product(hidden, weight)
+def _count(name: str) -> None:
+    """Counts the logits, and the gradients that a forward or a backward computes along with them.
+
+    A teacher has logits, and no gradients.
+    """
+    signature = Signature(name)
+
+    @register_flop_formula(signature.overload.overloadpacket)
+    def flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        a = signature.bind(args, kwargs)
+        needs: Sequence[bool] = getattr(a, "needs", ())
+        count = _product(a.hidden, a.weight) * (1 + sum(map(bool, needs[:2])))
+        if hasattr(a, "teacher_hidden"):
+            count += _product(a.teacher_hidden, a.teacher_weight)
+        return count
 
 
-def _count(op: Any) -> None:
-    """Counts the logits and the gradients that a forward or a backward computes along with them."""
-    at = {argument.name: n for n, argument in enumerate(op.default._schema.arguments)}
-
-    @register_flop_formula(op)
-    def flops(*args: Any, out_shape: Any = None) -> int:
-        hidden, weight, needs = (args[at[name]] for name in ("hidden", "weight", "needs"))
-        return _product(hidden, weight) * (1 + sum(bool(need) for need in needs[:2]))
-
-
-_count(ops.linear_cross_entropy_forward)
-_count(ops.linear_cross_entropy_backward)
+for _operator in (
+    linear_cross_entropy,
+    linear_cross_entropy_stats,
+    linear_token_log_probs,
+    linear_token_log_probs_entropy,
+    linear_divergence,
+    linear_divergence_stats,
+):
+    _count(_operator.name)
+for _name in (linear_cross_entropy.name, linear_token_log_probs.name, linear_divergence.name):
+    _count(f"{_name}_forward")
+    _count(f"{_name}_backward")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""FlopCounterMode counts the products of linear_cross_entropy."""
+"""FlopCounterMode counts the products of the losses from hidden states."""
 
 from __future__ import annotations
 
@@ -57,6 +57,39 @@ def test_without_autograd_and_with_statistics() -> None:
             masked_loss.linear_cross_entropy(hidden, weight, target, return_stats=True)
             torch.ops.masked_loss.linear_cross_entropy(hidden, weight, target, bias=torch.ones(V))
         assert counter.get_total_flops() == 2 * PRODUCT
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_log_probabilities_compute_the_logits_again_in_backward(entropy: bool) -> None:
+    hidden, weight, target = torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,))
+
+    def log_probs() -> Tensor:
+        found = masked_loss.linear_token_log_probs(hidden, weight, target, return_entropy=entropy)
+        return found[1] if isinstance(found, tuple) else found
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        log_probs()
+    assert counter.get_total_flops() == PRODUCT
+    hidden.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        log_probs().sum().backward()
+    assert counter.get_total_flops() == 3 * PRODUCT
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_has_logits_and_no_gradients(reduction: str) -> None:
+    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+    teacher = torch.randn(N, 2 * D), torch.randn(V, 2 * D)
+    logits = 3 * PRODUCT  # both
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        masked_loss.linear_divergence(hidden, weight, *teacher, return_stats=True)
+    assert counter.get_total_flops() == logits
+    hidden.requires_grad_(), weight.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        loss: Tensor = masked_loss.linear_divergence(hidden, weight, *teacher, reduction=reduction)
+        loss.sum().backward()
+    times = 1 if reduction == "mean" else 2
+    assert counter.get_total_flops() == times * logits + 2 * PRODUCT
 
 
 def test_a_fused_model_counts_as_much_as_the_stock_one() -> None:
