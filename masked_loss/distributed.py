@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from masked_loss._op import jagged
-from masked_loss._op.arguments import require_local
+from masked_loss._op.arguments import require_local, require_mask, require_tensors
 from masked_loss.reduce import reduced
 
 __all__ = ["global_normalizer"]
@@ -63,7 +63,7 @@ def global_normalizer(
         A 0-dim float64 tensor on the device of target.
 
     Raises:
-        TypeError: target or mask is not a tensor.
+        TypeError: target or mask is not a tensor, or mask is complex.
         ValueError: shapes that do not fit; an unknown count; a group that this rank is not in.
 
     Source: https://github.com/masked-loss/masked_loss/blob/main/masked_loss/distributed.py
@@ -127,14 +127,9 @@ def _count(
 ) -> Tensor:
     if jagged.is_jagged(target) or jagged.is_jagged(mask):
         return jagged.call(_count, locals(), _WHO)
-    for what, x in (("target", target), ("mask", mask), ("cu_seqlens", cu_seqlens)):
-        if x is not None and not isinstance(x, Tensor):
-            raise TypeError(f"{_WHO}: {what} must be a tensor, got {type(x).__name__}")
+    require_tensors(_WHO, {"target": target}, {"mask": mask, "cu_seqlens": cu_seqlens})
     require_local(_WHO, target=target, mask=mask)
-    if mask is not None and mask.shape != target.shape:
-        raise ValueError(
-            f"{_WHO}: mask must have shape {list(target.shape)}, got {list(mask.shape)}"
-        )
+    require_mask(_WHO, mask, target.shape, target)
     if target.dim() == 0 and (shift or count == "sequences"):
         what = "shift" if shift else 'count="sequences"'
         raise ValueError(f"{_WHO}: {what} needs a target with a dimension for time, got []")

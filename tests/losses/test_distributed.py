@@ -416,6 +416,10 @@ def test_errors_say_what_was_expected() -> None:
     target = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"global_normalizer: mask must have shape \[2, 3\]"):
         global_normalizer(target, target[0])
+    with pytest.raises(TypeError, match=r"global_normalizer: mask must be bool.* got complex64"):
+        global_normalizer(target, torch.ones(2, 3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"global_normalizer: mask must be on the device cpu"):
+        global_normalizer(target, torch.ones(2, 3, device="meta"))
     with pytest.raises(TypeError, match=r"global_normalizer: mask must be a tensor, got int"):
         global_normalizer(target, [1])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="sequences of one length"):
