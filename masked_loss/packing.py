@@ -45,13 +45,13 @@ def cu_seqlens(
 
     Returns:
         int32 [S + 1], or [max_sequences + 1], on the device of the argument; int64 for 2**31 tokens
-        or more.
+        or more, which lengths on a device or in a compiled graph must not sum to.
 
     Raises:
-        TypeError: an argument that is not of integers.
+        TypeError: an argument that is not of integers, or a nested one.
         ValueError: none of the three arguments, or several; a negative length; more sequences than
             ``max_sequences`` (on the CPU; on CUDA, and in a compiled graph, an assertion while it
-            runs).
+            runs, as for lengths that sum to too much).
 
     Source: https://github.com/Dao-AILab/flash-attention, ``flash_attn_varlen_func``.
 
@@ -76,16 +76,30 @@ def cu_seqlens(
             raise ValueError(f"{_WHO}: max_sequences must be at least 0, got {max_sequences}")
     ((name, x),) = given.items()
     if name == "lengths":
-        return _of_lengths(_integers(name, torch.as_tensor(x)), max_sequences)
+        return _of_lengths(_integers(name, _as_tensor(x)), max_sequences)
     ids = _integers(name, x)
     if ids.dim() == 0:
         raise ValueError(f"{_WHO}: {name} must have shape [..., T], got []")
     return _of_begins(_begins(name, ids), max_sequences)
 
 
+def _as_tensor(lengths: object) -> object:
+    if isinstance(lengths, Tensor):
+        return lengths
+    try:
+        return torch.as_tensor(lengths)
+    except (RuntimeError, TypeError, ValueError) as error:
+        text = f"{_WHO}: lengths must be a tensor or a list of integers"
+        raise TypeError(f"{text}, got {lengths!r:.60}") from error
+
+
 def _integers(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{_WHO}: {name} must be a tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(
+            f"{_WHO}: {name} must not be nested: the offsets() of a jagged tensor are its bounds"
+        )
     if x.numel() and x.dtype not in _INTEGERS:  # an empty list is one of floats
         raise TypeError(f"{_WHO}: {name} must be integers, got {x.dtype}")
     return x
@@ -101,7 +115,12 @@ def _of_lengths(lengths: Tensor, max_sequences: int | None) -> Tensor:
     if _has_values(lengths) and (lengths < 0).any():
         raise ValueError(f"{_WHO}: lengths must be at least 0, got {int(lengths.min())}")
     total = lengths.long().cumsum(0)
-    huge = _has_values(lengths) and sequences > 0 and int(total[-1]) >= 2**31
+    huge = False
+    if sequences > 0 and _has_values(lengths):
+        huge = int(total[-1]) >= 2**31
+    elif sequences > 0:  # the type has to be known before the values are
+        text = f"{_WHO}: lengths on a device, or in a compiled graph, must sum to less than 2**31"
+        torch._assert_async(total[-1] < 2**31, text)
     bounds = lengths.new_zeros(size + 1, dtype=torch.int64 if huge else torch.int32)
     bounds[1 : sequences + 1] = total
     if 0 < sequences < size:

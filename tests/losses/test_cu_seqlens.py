@@ -79,6 +79,18 @@ def test_a_compiled_graph_of_fixed_size(max_sequences: int) -> None:
         assert bounds.tolist() == expected
 
 
+def test_lengths_of_2_to_the_31_tokens() -> None:
+    lengths = torch.tensor([2**31 - 2, 1])
+    compiled = torch.compile(lambda x: cu_seqlens(lengths=x), backend="aot_eager", fullgraph=True)
+    for bounds in (cu_seqlens(lengths=lengths), compiled(lengths)):
+        assert bounds.dtype == torch.int32
+        assert bounds.tolist() == [0, 2**31 - 2, 2**31 - 1]
+    lengths += 1
+    assert cu_seqlens(lengths=lengths).tolist() == [0, 2**31 - 1, 2**31 + 1]
+    with pytest.raises(RuntimeError, match="must sum to less than"):
+        compiled(lengths)
+
+
 IDS = torch.zeros(2, 3, dtype=torch.int64)
 
 
@@ -94,6 +106,14 @@ IDS = torch.zeros(2, 3, dtype=torch.int64)
         ),
         ({"segment_ids": [1, 1]}, TypeError, "segment_ids must be a tensor, got list"),
         ({"segment_ids": IDS[0, 0]}, ValueError, r"must have shape \[..., T\], got \[\]"),
+        ({"lengths": "1 2"}, TypeError, "a tensor or a list of integers, got '1 2'"),
+        ({"lengths": [[1], [2, 3]]}, TypeError, r"a list of integers, got \[\[1\], \[2, 3\]\]"),
+        ({"lengths": [None]}, TypeError, r"a list of integers, got \[None\]"),
+        (
+            {"position_ids": torch.nested.nested_tensor([IDS[0], IDS[1, :2]], layout=torch.jagged)},
+            TypeError,
+            r"position_ids must not be nested: the offsets\(\) .* are its bounds",
+        ),
         ({"lengths": [1.5]}, TypeError, "lengths must be integers, got torch.float32"),
         ({"lengths": IDS}, ValueError, r"lengths must have shape \[S\], got \[2, 3\]"),
         ({"lengths": [2, -1]}, ValueError, "lengths must be at least 0, got -1"),
