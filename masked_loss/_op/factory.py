@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_loss._op.arguments import typed_error
+from masked_loss._op.arguments import require_constant, typed_error
 from masked_loss._op.autograd import (
     Inputs,
     below_autograd,
@@ -32,6 +32,13 @@ Call = Callable[..., tuple[Tensor, ...]]
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
+
+
+_CONSTANT = frozenset((
+    "normalizer", "class_weight", "temperatures", "teacher_temperatures",
+    "teacher_logits", "teacher_hidden", "teacher_weight", "teacher_bias",
+))  # fmt: skip
+"""Inputs that have no gradient; a mask has one, or selects."""
 
 
 class Signature:
@@ -122,7 +129,7 @@ class Operator:
         self._options = tuple(name for name in options._fields if name in signature.names)
         library.impl(name, self._autograd, "Autograd")
         # A transform of torch.func takes the loss apart before anything else does.
-        library.impl(name, self._by_name(self._checked), "FuncTorchDynamicLayerFrontMode")
+        library.impl(name, self._called, "FuncTorchDynamicLayerFrontMode")
         if kernel is not None:
             below = checked(signature.overload, self._by_name(kernel))
             library.impl(name, below, "CompositeExplicitAutograd")
@@ -149,9 +156,16 @@ class Operator:
             self._check(SimpleNamespace(**dict(tensors), **meaning._asdict(), **more))
         return self._call(inputs, meaning, **more)
 
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch.ops, or from a compiled graph: with autograd."""
+        given = self._signature.bind(args, kwargs)
+        for name in _CONSTANT.intersection(self._inputs):
+            require_constant(self.name, name, getattr(given, name))
+        return self._by_name(self._checked)(*args, **kwargs)
+
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
         if is_differentiated(*(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))):
-            return self._by_name(self._checked)(*args, **kwargs)
+            return self._called(*args, **kwargs)
         with below_autograd():
             return self._overload(*args, **kwargs)
 

@@ -386,6 +386,32 @@ def test_operator_has_the_same_text() -> None:
         torch.ops.masked_loss.masked_reduce(MASK, torch.ones(4, 8))
 
 
+@pytest.mark.parametrize("name", ["class_weight", "temperatures", "normalizer"])
+def test_operators_take_no_constant_that_requires_grad(name: str) -> None:
+    """They have no gradient for it, as the functions say."""
+    operator = torch.ops.masked_loss.cross_entropy
+    shape = {"class_weight": (10,), "temperatures": (4, 7), "normalizer": ()}[name]
+    constant = torch.ones(shape, dtype=torch.float64 if name == "normalizer" else torch.float32)
+
+    def loss(x: torch.Tensor, logits: torch.Tensor = LOGITS) -> torch.Tensor:
+        return operator(logits, TARGET, **{name: x})
+
+    assert loss(constant.requires_grad_().detach(), LOGITS.clone().requires_grad_()).requires_grad
+    with torch.no_grad():
+        assert not loss(constant).requires_grad
+    text = f"cross_entropy: {name} is not differentiable, got one that requires grad"
+    with complain(ValueError, text):
+        loss(constant)
+    with complain(ValueError, text):
+        torch.func.grad(loss)(constant.detach())
+
+
+def test_operators_take_no_teacher_that_requires_grad() -> None:
+    for name in ("masked_divergence", "masked_divergence_stats"):
+        with complain(ValueError, f"{name}: teacher_logits is not differentiable"):
+            getattr(torch.ops.masked_loss, name)(LOGITS, LOGITS.clone().requires_grad_())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "parts"),
     [
