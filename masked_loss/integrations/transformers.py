@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from math import prod
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ def _in_rows(
     """One of logits and target may be flattened: both in the shape of the other, whose rows are
     sequences."""
     shapes = (logits.shape[:-1], target.shape)
-    if shapes[0] == shapes[1] or shapes[0].numel() != shapes[1].numel():  # an error, if at all
+    if shapes[0] == shapes[1] or prod(shapes[0]) != prod(shapes[1]):  # an error, if at all
         return logits, target, mask
     if len(shapes[0]) == len(shapes[1]) and options.get("reduction") == "sequence_mean":
         raise ValueError(
