@@ -127,7 +127,9 @@ def linear_cross_entropy(
             CUDA a device-side assert, as in PyTorch).
         TypeError: a dtype that is not offered.
         ValueError: shapes that do not fit, an unknown reduction, a number out of its range.
-        RuntimeError: in a compiled graph, any of these; its text says which.
+        RuntimeError: in a compiled graph, any of these; its text says which. A second derivative of
+            a scalar reduction needs hidden, weight and bias, which the loss does not keep: one that
+            nobody holds any more, or that was written to.
 
     Under autocast hidden, weight and bias are cast as ``F.linear`` casts them. On CUDA the host
     waits once, for the number of active tokens (with ``"none"`` once more in backward); under graph

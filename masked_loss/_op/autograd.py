@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What PyTorch is asked about a call.
+"""What PyTorch is asked about a call, by private functions of torch where it has no others.
 
-Private functions of torch are used in this file and in factory.py only, each in one place.
+So are a dispatch key kept out (factory.py, linear_chunks.py, checks.py) and a subclass left alone
+(overrides.py, ../fuse/).
 """
 
 from __future__ import annotations
