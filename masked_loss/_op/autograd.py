@@ -63,6 +63,11 @@ def may_require_grad(tensor: Tensor | None) -> bool:
     return False
 
 
+def kept_mask(mask: Tensor | None) -> Tensor | None:
+    """What a loss keeps of its mask for backward: the weights are in the table of tokens."""
+    return mask if may_require_grad(mask) else None
+
+
 def is_differentiated(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(map(may_require_grad, tensors)):
         return True

@@ -18,7 +18,7 @@ from masked_loss._op.autograd import (
     below_autograd,
     is_differentiated,
     keeps_graph,
-    may_require_grad,
+    kept_mask,
 )
 from masked_loss._op.batching import batch_reduced, batch_rows, weighted
 from masked_loss._op.derivatives import Formulas, differentiable, vjp
@@ -72,7 +72,7 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
     logits, target, mask, *more = inputs
     _, _, *rest = outputs
-    mask = mask if may_require_grad(mask) else None  # its weights are in the table
+    mask = kept_mask(mask)
     return logits, target, mask, *more, *rest
 
 
@@ -115,8 +115,7 @@ def _backward(
 
 def reference_of(saved: Inputs, how: How) -> tuple[Tensor, ...]:
     logits, target, mask, normalizer, class_weight, cu_seqlens, temperatures, *rest = saved
-    if rest and mask is None:
-        mask = tables.weights(rest[0]).reshape(logits.shape[:-1])
+    mask = tables.mask_or_weights(mask, rest, logits.shape[:-1])
     options = how.meaning._asdict()
     if temperatures is not None:
         options["temperature"] = temperatures
@@ -193,9 +192,9 @@ fake_nothing("cross_entropy_backward_out")
 
 
 def _statistics(tokens: Tensor, a: SimpleNamespace) -> Tensor:
-    weight, _, top, exponentials, _, entropy, correct = tokens
-    z = a.z_loss * (top + exponentials.log()) ** 2
-    return weighted(weight, torch.ones_like(weight), correct, entropy, z)
+    of = tables.by_name(tables.TOKEN_FIELDS, tokens)
+    z = a.z_loss * (of["top"] + of["sum"].log()) ** 2
+    return weighted(of["weight"], torch.ones_like(z), of["correct"], of["entropy"], z)
 
 
 _ROWS = ("logits", "target", "mask", "temperatures")

@@ -18,7 +18,7 @@ from masked_loss._op.autograd import (
     below_autograd,
     is_differentiated,
     keeps_graph,
-    may_require_grad,
+    kept_mask,
 )
 from masked_loss._op.batching import batch_reduced, batch_rows, weighted
 from masked_loss._op.cross_entropy import require_writable
@@ -99,7 +99,8 @@ def statistics_of(tokens: Tensor, stats: bool) -> Tensor:
         return tokens.new_empty(0, dtype=torch.float64)
     tokens = tokens.double()
     weight = tables.weights(tokens)
-    columns = (tokens[tables.DIVERGENCE_FIELDS.index(name)] for name in _SUMMED)
+    of = tables.by_name(tables.DIVERGENCE_FIELDS, tokens)
+    columns = (of[name] for name in _SUMMED)
     # masked_reduce, whose sums have a fixed order.
     sums = [ops.masked_reduce.default(column, weight, reduction="sum") for column in columns]
     return torch.stack([ops.masked_reduce.default(weight, reduction="sum"), *sums])
@@ -112,7 +113,7 @@ def fake_statistics(like: Tensor, stats: bool) -> Tensor:
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
     logits, teacher, mask, *more = inputs
     _, _, *rest = outputs
-    mask = mask if may_require_grad(mask) else None  # its weights are in the table
+    mask = kept_mask(mask)
     return logits, teacher, mask, *more, *rest
 
 
@@ -156,8 +157,7 @@ def _backward(
 
 def reference_of(saved: Inputs, how: How) -> tuple[Tensor, ...]:
     logits, teacher, mask, normalizer, cu_seqlens, own, others, *rest = saved
-    if rest and mask is None:
-        mask = tables.weights(rest[0]).reshape(logits.shape[:-1])
+    mask = tables.mask_or_weights(mask, rest, logits.shape[:-1])
     stats, wide = how.stats and not rest, tables.loss_dtype(logits)
     options = how.divergence._asdict()
     for name, each in (("temperature", own), ("teacher_temperature", others)):
@@ -250,9 +250,9 @@ implement("masked_divergence_backward", _backward_kernel)
 
 
 def _statistics(tokens: Tensor, a: SimpleNamespace) -> Tensor:
-    weight, value, *_, entropy, teacher_entropy, agreement = tokens
-    ones = torch.ones_like(weight)
-    return weighted(weight, ones, value, entropy, teacher_entropy, agreement)
+    of = tables.by_name(tables.DIVERGENCE_FIELDS, tokens)
+    weight = of["weight"]
+    return weighted(weight, torch.ones_like(weight), *(of[name] for name in _SUMMED))
 
 
 _ROWS = ("logits", "teacher_logits", "temperatures", "teacher_temperatures")

@@ -22,6 +22,7 @@ from masked_loss._op.autograd import (
     Inputs,
     is_differentiated,
     keeps_graph,
+    kept_mask,
     may_require_grad,
     transforms_are_active,
 )
@@ -120,7 +121,7 @@ def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
     head = (hidden, weight, bias)
     if how.meaning.reduction != "none" and not transforms_are_active():
         head = (None, None, None)  # their gradients are there
-    mask = mask if may_require_grad(mask) else None  # its weights are in the table
+    mask = kept_mask(mask)
     return *head, target, mask, *more, *rest
 
 
@@ -134,8 +135,7 @@ def _complete(saved: Inputs, how: How) -> Inputs:
 def _reference(saved: Inputs, how: How) -> tuple[Tensor, ...]:
     hidden, weight, bias, target, mask, *more = saved
     (normalizer, class_weight, cu_seqlens, temperatures, *rest), shift = more, how.meaning.shift
-    if rest and mask is None:
-        mask = tables.weights(rest[0]).reshape(target.shape)
+    mask = tables.mask_or_weights(mask, rest, target.shape)
     scored = target != how.meaning.ignore_index
     weights = reference.token_weights(hidden, mask, scored, shift, cu_seqlens)
     logits = dense_logits(Head(hidden, weight, bias), weights, shift)

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from masked_loss import reference
 from masked_loss._op import checks, divergence, tables
-from masked_loss._op.autograd import Inputs, is_differentiated, keeps_graph, may_require_grad
+from masked_loss._op.autograd import (
+    Inputs,
+    is_differentiated,
+    keeps_graph,
+    kept_mask,
+    may_require_grad,
+)
 from masked_loss._op.batching import batch_by_loop
 from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.divergence import fake_statistics, statistics_of
@@ -88,7 +94,7 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
     *heads, mask, normalizer, cu_seqlens, own, others = inputs
     _, _, *rest = outputs
-    mask = mask if may_require_grad(mask) else None  # its weights are in the table
+    mask = kept_mask(mask)
     return *heads, mask, normalizer, cu_seqlens, own, others, *rest
 
 
@@ -122,8 +128,7 @@ def _backward(
 def _reference(saved: Inputs, how: How) -> tuple[Tensor, ...]:
     heads, (mask, normalizer, cu_seqlens, own, others, *rest) = saved[:6], saved[6:]
     hidden, shift = heads[0], how.divergence.shift
-    if rest and mask is None:
-        mask = tables.weights(rest[0]).reshape(hidden.shape[:-1])
+    mask = tables.mask_or_weights(mask, rest, hidden.shape[:-1])
     weights = reference.token_weights(hidden, mask, None, shift, cu_seqlens)
     logits, teacher = (dense_logits(Head(*head), weights, shift) for head in (heads[:3], heads[3:]))
     stats = how.stats and not rest

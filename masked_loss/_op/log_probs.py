@@ -19,7 +19,7 @@ from masked_loss._op.cross_entropy import require_writable
 from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import Operator, fake, fake_like, fake_nothing
 from masked_loss._op.memory import logits_pool
-from masked_loss._op.tables import log_prob_fields, loss_dtype, ops
+from masked_loss._op.tables import LOG_PROB_FIELDS, log_prob_fields, loss_dtype, ops
 from masked_loss.options import Scoring
 
 INPUTS = ("logits", "target", "mask", "cu_seqlens", "temperatures")
@@ -86,7 +86,8 @@ def _backward(
 def reference_of(saved: Inputs, how: How) -> tuple[Tensor, ...]:
     logits, target, mask, cu_seqlens, temperatures, *rest = saved
     if rest:
-        mask = (rest[0][0] != 0).reshape(logits.shape[:-1])  # a sum of exponentials, or 0
+        sums = rest[0][LOG_PROB_FIELDS.index("sum")]  # of exponentials, or 0
+        mask = (sums != 0).reshape(logits.shape[:-1])
     options = how.scoring._asdict()
     if temperatures is not None:
         options["temperature"] = temperatures

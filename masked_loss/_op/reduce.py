@@ -10,7 +10,7 @@ from torch import Tensor
 
 from masked_loss import reference
 from masked_loss._op import checks, tables
-from masked_loss._op.autograd import Inputs, is_differentiated, may_require_grad
+from masked_loss._op.autograd import Inputs, is_differentiated, kept_mask
 from masked_loss._op.batching import batch_reduced, batch_rows
 from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import Operator, fake, fake_like
@@ -41,7 +41,7 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:
     values, mask, normalizer, cu_seqlens = inputs
     _, tokens, groups = outputs
-    mask = mask if may_require_grad(mask) else None  # its weights are in the table
+    mask = kept_mask(mask)
     return values, mask, normalizer, cu_seqlens, tokens, groups
 
 
@@ -65,8 +65,7 @@ def _backward(
 
 def _reference(saved: Inputs, how: How) -> tuple[Tensor, ...]:
     values, mask, normalizer, cu_seqlens, *rest = saved
-    if rest and mask is None:
-        mask = tables.weights(rest[0]).reshape(values.shape)
+    mask = tables.mask_or_weights(mask, rest, values.shape)
     loss = reference.masked_reduce(
         values.to(tables.loss_dtype(values)), mask, reduction=how.reduction, normalizer=normalizer,
         cu_seqlens=cu_seqlens, dim=-1 if how.per_sequence else None,

@@ -5,6 +5,7 @@ of the fields to those of its enumerations."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +44,17 @@ def log_prob_fields(entropy: bool) -> tuple[str, ...]:
 def weights(tokens: Tensor) -> Tensor:
     """[tokens]: mask * [target != ignore_index]."""
     return tokens[TOKEN_FIELDS.index("weight")]
+
+
+def mask_or_weights(
+    mask: Tensor | None, computed: Sequence[Tensor], shape: torch.Size
+) -> Tensor | None:
+    """The mask; of a loss that is ``computed``, the weights of one that it has not kept."""
+    return weights(computed[0]).reshape(shape) if computed and mask is None else mask
+
+
+def by_name(fields: tuple[str, ...], tokens: Tensor) -> dict[str, Tensor]:
+    return dict(zip(fields, tokens, strict=True))
 
 
 def clear_results(tokens: Tensor) -> None:
