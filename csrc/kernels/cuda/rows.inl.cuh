@@ -4,227 +4,29 @@
 // A team (one warp, or a whole block) works on a row, or on a part of it where rows are few. It
 // reads the row once from memory; for the gradient it looks at it again, in shared memory as far as
 // that reaches, beyond that in L2. A masked row is never read; its gradient is set to zero.
-// Included inside a file's own namespace, after math.inl.h.
-
-// What threads add up: of cross entropy in general also what its options need.
-template <class Loss, class V>
-struct ThreadSums {
-  using Type = typename Loss::template Sums<V>;
-};
-template <class V>
-struct ThreadSums<CrossEntropy<true>, V> {
-  using Type = TargetSums<V>;
-};
-
-// All but plain cross entropy: with a softcap, a temperature, a soft target distribution, or
-// statistics.
-template <class Loss>
-constexpr bool is_general = !std::is_same_v<Loss, CrossEntropy<false>>;
+// Included inside a file's own namespace, after row.inl.cuh.
 
 template <class T, class Loss, int kWarps>
-struct RowKernel {
-  using A = typename Accumulation<T>::Type;
-  static constexpr bool general = is_general<Loss>;
-  // Where several terms make up a gradient in float, it shows every rounding of what is done once
-  // for each row: the threads' sums are merged, and the coefficients computed, in double.
-  using C = std::conditional_t<general, double, A>;
-  template <class X>
-  using SumsOf = typename ThreadSums<Loss, X>::Type;
-  using Sums = SumsOf<C>;
-  static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kPerLoad = kPerWord16<T>;
-  // 16-byte loads that a thread has in flight. What hides the latency of an H200's memory at its
-  // full speed is some 32 KB on a multiprocessor: 512 threads with four each.
-  static constexpr int kLoadsInFlight = general || sizeof(T) == 8 ? 2 : 4;
-  static constexpr int kGradLoads = sizeof(T) == 4 ? 2 : kLoadsInFlight;  // expf wants registers
-  static constexpr int kShiftedLoads = sizeof(T) == 2 ? 1 : 2;            // two words for each
-
-  // Lanes agree on the largest top first, and then only add: each is rescaled, and rounded, once.
-  struct Align {
-    template <int kLanes>
-    ML_FN void lanes(Sums* sums) const {
-      C top = sums->top;
-#pragma unroll
-      for (int mask = kLanes / 2; mask > 0; mask /= 2) top = max(top, from_lane_xor(top, mask));
-      sums->raise(top);
-    }
-  };
+struct RowKernel : RowReader<T, Loss, kWarps> {
+  using Reader = RowReader<T, Loss, kWarps>;
+  using Reader::args, Reader::plan, Reader::capped, Reader::cooling, Reader::soft, Reader::cap;
+  using Reader::find_target, Reader::look, Reader::finish, Reader::mass_of, Reader::logit;
+  using Reader::kThreads, Reader::kPerLoad, Reader::rank, Reader::row_at, Reader::soft_target_at;
+  using Reader::uniform;
+  using typename Reader::A;
+  using typename Reader::Align;
+  using typename Reader::C;
+  using typename Reader::Row;
+  using typename Reader::Sums;
+  // 16-byte loads in flight: expf wants registers, and a shifted word takes two.
+  static constexpr int kGradLoads = sizeof(T) == 4 ? 2 : Reader::kLoadsInFlight;
+  static constexpr int kShiftedLoads = sizeof(T) == 2 ? 1 : 2;
 
   struct Partial {
     Sums sums;
     A own;
   };
   static_assert(sizeof(Partial) <= kPartialBytes, "scratch memory is allocated by it");
-
-  const RowArgs& args;
-  const Plan& plan;
-  const bool capped = general && args.softcap != 0;
-  const bool cooling = general && (args.temperatures || args.temperature != 1);
-  const bool soft = general && (args.probs || args.label_smoothing != 0);
-  const A cap = static_cast<A>(args.softcap);
-  const A probs_scale = args.probs ? static_cast<A>(1 - args.label_smoothing) : A(0);
-  const A uniform = static_cast<A>(args.label_smoothing / static_cast<double>(args.classes));
-
-  // One row, from column `begin` on; x, dx and probs begin there, and target counts from there.
-  struct Row {
-    const T* x;
-    T* dx;
-    const T* probs;
-    const A* class_weight;
-    Token<A> token;
-    InverseTemperature<A> cool;
-    int64_t label;  // its target; of a masked token anything
-    int n;          // columns
-    int target;     // its column; -1 or INT_MAX where it lies in a part before or after this one
-    A own;          // its logit, wherever it lies
-    A hard;
-    A weight;
-  };
-
-  ML_FN static int rank() { return static_cast<int>(threadIdx.x % kThreads); }
-
-  ML_FN A logit(const Row& r, A x) const {
-    if (capped) x = softcap(x, cap);
-    return cooling ? cooled(x, r.cool) : x;
-  }
-
-  ML_FN A soft_target_at(const Row& r, int j, A share) const {
-    return soft_target(r.class_weight ? r.class_weight[j] : A(1),
-                       r.probs ? A(widen(r.probs[j])) : A(0), probs_scale, share);
-  }
-
-  ML_FN Row row_at(int64_t row, int64_t part) const {
-    const int64_t begin = part * plan.width;
-    const int64_t batch = quotient(row, args.steps), step = row - batch * args.steps;
-    const Token<A> token{args, token_of(args, row, step)};
-    Row r{nullptr, nullptr,
-          nullptr, nullptr,
-          token,   InverseTemperature<A>(cooling ? static_cast<double>(token.temperature()) : 1.0)};
-    r.n = static_cast<int>(min(plan.width, args.cols - begin));
-    r.x = static_cast<const T*>(args.logits) + batch * args.batch_stride + step * args.step_stride +
-          begin;
-    r.dx = args.dlogits ? static_cast<T*>(args.dlogits) + batch * args.grad_batch_stride +
-                              step * args.grad_step_stride + begin
-                        : nullptr;
-    r.probs = args.probs ? static_cast<const T*>(args.probs) + row * args.cols + begin : nullptr;
-    const A* const weights = static_cast<const A*>(args.class_weight);
-    r.class_weight = weights ? weights + args.first + begin : nullptr;
-    r.target = -1;
-    r.own = r.hard = A(0);
-    // Together: the target's logit must not wait for one after the other, and the row's first loads
-    // come after it.
-    r.label =
-        Loss::kManyTargets || args.probs ? 0 : index_at(args.target, args.target_type, token.index);
-    r.weight = token.column(TokenField::kWeight);
-    return r;
-  }
-
-  // Of an active row.
-  ML_FN void find_target(Row* r, int64_t part, bool with_logit) const {
-    if (args.probs) return;
-    const int64_t at = r->label - args.first - part * plan.width;
-    r->target = at < 0 ? -1 : at < r->n ? static_cast<int>(at) : INT_MAX;
-    r->hard = Loss::template hard<A>(args, r->label);
-    // Without a forward pass dx may be x, and another part's logit overwritten already.
-    const bool wanted =
-        with_logit && (args.forward || static_cast<uint64_t>(at) < static_cast<uint64_t>(r->n));
-    if (wanted) r->own = A(widen(r->x[at]));
-  }
-
-  // One look at a row
-
-  template <int N>
-  ML_FN void push(const Row& r, SumsOf<A>* sums, const A (&x)[N], int at) const {
-    if constexpr (Loss::kManyTargets) {
-      A y[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = logit(r, x[i]);
-      sums->push(y);
-    } else if constexpr (general) {
-      A y[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = logit(r, x[i]);
-      sums->push(y, args.stats);
-      if (soft) {
-        const A share = uniform_in_units(args.probs, uniform);
-        A q[N];
-#pragma unroll
-        for (int i = 0; i < N; ++i) q[i] = soft_target_at(r, at + i, share);
-        sums->push_soft(y, q);
-      }
-      if (args.stats) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          // Also by a NaN.
-          sums->beaten |= !(x[i] <= r.own) || (x[i] == r.own && at + i < r.target);
-        }
-      }
-    } else {
-      sums->push(x);
-    }
-  }
-
-  ML_FN Sums look(const Row& r, uint4* cache) const {
-    if constexpr (!general && sizeof(T) < 8) {
-      Look<T, kThreads> look{r.x, r.n, rank(), cache, plan.cached};
-      const Sums sums = r.dx ? look.template run<true>() : look.template run<false>();
-      return merge_team<kWarps>(sums, Align{});
-    }
-    const Words16<T> span(r.x, r.n);
-    const int read_again = r.dx ? plan.cached : INT_MAX;  // from here on, out of L2
-    SumsOf<A> sums;
-    for (int i = rank(); i < span.words; i += kLoadsInFlight * kThreads) {
-      uint4 words[kLoadsInFlight];
-#pragma unroll
-      for (int u = 0; u < kLoadsInFlight; ++u) {
-        const int k = i + u * kThreads;
-        words[u] = minus_infinities<T>();
-        if (k < span.words) {
-          words[u] = k < read_again ? __ldcs(span.first + k) : span.first[k];
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kLoadsInFlight; ++u) {
-        const int k = i + u * kThreads;
-        if (k < plan.cached && k < span.words) cache[k] = words[u];
-        A x[kPerLoad];
-        unpack(words[u], x, T{});
-        if (!general || k < span.words) push(r, &sums, x, span.head + k * kPerLoad);
-      }
-    }
-    // What is left of the row is shorter than a warp's width: at most 7 and 7 elements.
-    const int single = rank() < span.head ? rank() : span.tail() + rank() - span.head;
-    if (single < r.n) {
-      const A x[1] = {A(widen(r.x[single]))};
-      push(r, &sums, x, single);
-    }
-    return merge_team<kWarps>(Sums(sums), Align{});
-  }
-
-  // By one thread, in double.
-  ML_FN void finish(const Row& r, const Sums& sums) const {
-    const double own = logit(r, r.own);
-    if constexpr (general) {
-      TargetSums<double> wide(sums);
-      wide.soft_loss *= soft_unit(args.probs, uniform);
-      wide.soft_mass = soft_mass_of(sums);
-      Loss::finish(r.token, wide, own, r.hard);
-      if (args.stats) Loss::finish_stats(r.token, wide);
-    } else {
-      TargetSums<double> wide;
-      wide.top = sums.top, wide.sum = sums.sum;
-      Loss::finish(r.token, wide, own, r.hard);
-    }
-  }
-
-  // The sum of the target distribution.
-  ML_FN A mass_of(const Row& r, const Sums& sums) const {
-    if constexpr (general) return r.hard + soft_mass_of(sums);
-    return r.hard;
-  }
-  ML_FN A soft_mass_of(const Sums& sums) const {
-    return soft_unit(args.probs, uniform) * static_cast<A>(sums.soft_mass);
-  }
 
   // The gradient
 
@@ -472,7 +274,7 @@ __global__ void __launch_bounds__(threads_of(kWarps), blocks_of<T>(is_general<Lo
     rows_kernel(const RowArgs args, const Plan plan) {
   using A = typename Accumulation<T>::Type;
   if (plan.unless_one && *static_cast<const A*>(args.upstream[0].values) == A(1)) return;
-  const RowKernel<T, Loss, kWarps> rows{args, plan};
+  const RowKernel<T, Loss, kWarps> rows{{args, plan}};
   const int teams = static_cast<int>(blockDim.x) / (kWarps * kWarp);
   const int team = static_cast<int>(threadIdx.x) / (kWarps * kWarp);
   uint4* const cache = shared_memory + team * plan.cached;

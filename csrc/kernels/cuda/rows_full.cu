@@ -23,6 +23,7 @@ ML_FN float exp2(float x) { return ::exp2f(x); }
 #include "kernels/losses.inl.h"
 #include "kernels/cuda/look.inl.cuh"
 #include "kernels/cuda/forward.inl.cuh"
+#include "kernels/cuda/row.inl.cuh"
 #include "kernels/cuda/rows.inl.cuh"
 // clang-format on
 
