@@ -33,6 +33,7 @@ from masked_loss.packing import cu_seqlens
 from masked_loss.reduce import masked_mean, masked_reduce
 from masked_loss.stats import DivergenceStats, LossStats
 from masked_loss.topk import topk_divergence
+from masked_loss.vocab import VocabShard
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "MaskedDivergenceLoss",
     "ReducedLossError",
     "TokenLogProbs",
+    "VocabShard",
     "cross_entropy",
     "cu_seqlens",
     "detect_reduced_loss",
