@@ -300,7 +300,8 @@ def run(part: str, cases: list[Case], quick: bool) -> Any:
 
     def measured(measures: list[str], env: dict[str, str]) -> Any:
         return {
-            # PyTorch 2.13's compiled idiom crashes for bf16 without AVX-512, see README.md.
+            # PyTorch 2.13's compiled idiom crashes for bf16 where a processor with AVX-512 is asked
+            # for AVX2, see README.md.
             c.name: in_process(
                 measure, c, measures, rounds, not (c.dtype == "bf16" and env.keys() & AVX2.keys()),
                 env=env,

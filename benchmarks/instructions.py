@@ -22,6 +22,7 @@ ROOT = timing.HERE.parent
 COLS = 16000
 FEW, MORE = 1, 3
 PER_LOGIT = ("forward", "step", "backward", "masked")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
 PER_TOKEN = ("weigh", "reduce")
 LENGTHS = (0, 1, 10, 1000, 100_000)  # of packed sequences; 0: the tokens are in no sequences
 TYPES = {"avx2": ("fp32", "bf16", "fp16", "fp64"), "default": ("fp32", "bf16", "fp16", "fp64")}
@@ -95,8 +96,15 @@ def main() -> None:
         }
         for isa, types in TYPES.items()
     }
-    timing.save("instructions", counts)
+    divergences = {
+        dtype: {kind: count(driver, "avx2", kind, dtype) for kind in DIVERGENCES}
+        for dtype in ("fp32", "bf16")
+    }
+    timing.save("instructions", {**counts, "divergences": divergences})
     print(table(counts))
+    print()
+    steps = ([dtype, *(f"{n:.1f}" for n in of.values())] for dtype, of in divergences.items())
+    print(timing.markdown(("value and gradient, per logit of the student", *DIVERGENCES), steps))
     print()
     sequences = [[f"{packed(driver, k, n):.0f}" for k in PER_TOKEN] for n in LENGTHS]
     names = ["none", *(f"{n:,}" for n in LENGTHS[1:])]

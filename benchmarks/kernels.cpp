@@ -4,11 +4,11 @@
 // valgrind; what more rows cost more is the kernel's.
 //
 //   kernels KERNEL fp64|fp32|bf16|fp16 ROWS COLS [LENGTH]
-//   KERNEL: forward, step (forward and gradient), backward, masked, weigh, reduce, nothing; value
-//   and
-//           gradient of forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl
+//   KERNEL: forward, step (forward and gradient), backward, masked, weigh, reduce, nothing; or
+//           forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl: value and gradient
 //   LENGTH: the rows are packed sequences of so many, with a mean of each; 0, which is without it:
 //           one mean of all
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -38,8 +38,17 @@ double draw() {
   return 6 * sum;
 }
 
+constexpr const char* kKernels[] = {"forward", "step",   "backward", "masked",
+                                    "weigh",   "reduce", "nothing"};
 constexpr const char* kDivergences[] = {"forward_kl", "reverse_kl", "jsd", "skew_forward_kl",
                                         "skew_reverse_kl"};
+
+constexpr const char* kTypes[] = {"fp64", "fp32", "bf16", "fp16"};
+
+template <size_t N>
+bool among(const std::string& name, const char* const (&names)[N]) {
+  return std::find(names, names + N, name) != names + N;
+}
 
 template <class T, class A>
 void run_divergence(int kind, DType dtype, int64_t rows, int64_t cols) {
@@ -134,11 +143,12 @@ void run(const std::string& kernel, DType dtype, int64_t rows, int64_t cols, int
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 5 && argc != 6) {
-    std::fprintf(stderr, "usage: kernels KERNEL DTYPE ROWS COLS [LENGTH]\n");
+  const std::string kernel = argc > 1 ? argv[1] : "", type = argc > 2 ? argv[2] : "";
+  const bool known = among(kernel, kKernels) || among(kernel, kDivergences);
+  if ((argc != 5 && argc != 6) || !known || !among(type, kTypes)) {
+    std::fprintf(stderr, "usage: kernels KERNEL DTYPE ROWS COLS [LENGTH], see kernels.cpp\n");
     return 2;
   }
-  const std::string kernel = argv[1], type = argv[2];
   const int64_t rows = std::atoll(argv[3]), cols = std::atoll(argv[4]);
   const int64_t length = argc > 5 ? std::atoll(argv[5]) : 0;
   if (type == "fp64") run<double, double>(kernel, DType::kFloat64, rows, cols, length);

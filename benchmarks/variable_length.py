@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import resource
 import time
 from collections.abc import Callable
+from functools import partial
 
+import timing
 import torch
 from torch import Tensor
 
 import masked_loss
 
+Call = Callable[[], tuple[Tensor, ...]]
 CLASSES = 8192
 LENGTHS = [37, 200, 64, 181, 12, 150, 96, 109, 3, 172]
 """1024 tokens, half of what they are padded to."""
@@ -27,8 +29,8 @@ CUTS = {"documents of 10": 10, "documents of 100,000": 100_000}
 TOKENS = 1_000_000
 
 
-def forms(kind: str) -> dict[str, Callable[[], Tensor]]:
-    """One step of each form: forward, or forward and gradient."""
+def forms(kind: str) -> dict[str, Call]:
+    """Each form's loss; for a step its gradient too."""
     random = torch.Generator().manual_seed(0)
     tokens = sum(LENGTHS)
     logits = torch.randn(tokens, CLASSES, generator=random)
@@ -51,42 +53,38 @@ def forms(kind: str) -> dict[str, Callable[[], Tensor]]:
         "jagged": (*nested, None),
     }
 
-    def step(logits: Tensor, target: Tensor, bounds: Tensor | None) -> Callable[[], Tensor]:
+    def step(logits: Tensor, target: Tensor, bounds: Tensor | None) -> Call:
         leaf = logits.detach().requires_grad_(kind == "step")
 
-        def call() -> Tensor:
+        def call() -> tuple[Tensor, ...]:
             loss = masked_loss.masked_cross_entropy(
                 leaf, target, reduction="sequence_mean", shift=True, cu_seqlens=bounds
             )
-            if kind == "step":
-                torch.autograd.grad(loss, leaf)
-            return loss
+            return (loss, *torch.autograd.grad(loss, leaf)) if kind == "step" else (loss,)
 
         return call
 
     return {name: step(*x) for name, x in inputs.items()}
 
 
-def cuts(kind: str) -> dict[str, Callable[[], Tensor]]:
-    """One number of tokens, cut into many documents or into few."""
+def cuts(kind: str) -> dict[str, Call]:
+    """The same of one number of tokens, cut into many documents or into few."""
     random = torch.Generator().manual_seed(0)
     values = torch.randn(TOKENS, generator=random).requires_grad_(kind == "step")
 
-    def reduce(length: int) -> Callable[[], Tensor]:
+    def reduce(length: int) -> Call:
         bounds = masked_loss.cu_seqlens(lengths=[length] * (TOKENS // length))
 
-        def call() -> Tensor:
+        def call() -> tuple[Tensor, ...]:
             loss = masked_loss.masked_reduce(values, reduction="sequence_mean", cu_seqlens=bounds)
-            if kind == "step":
-                torch.autograd.grad(loss, values)
-            return loss
+            return (loss, *torch.autograd.grad(loss, values)) if kind == "step" else (loss,)
 
         return call
 
     return {name: reduce(length) for name, length in CUTS.items()}
 
 
-def seconds(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+def seconds(calls: dict[str, Call]) -> dict[str, float]:
     """The least of each. They take turns of some calls, the first of which finds its memory."""
     found = {name: float("inf") for name in calls}
     for _, (name, call), _ in itertools.product(range(8), calls.items(), range(8)):
@@ -96,13 +94,27 @@ def seconds(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     return found
 
 
+def of_tokens(gradient: Tensor) -> Tensor:
+    """One document's rows behind the other's, without padding."""
+    if gradient.is_nested:
+        return gradient.values()
+    if gradient.dim() == 3:
+        return gradient[torch.arange(gradient.shape[1]) < torch.tensor(LENGTHS)[:, None]]
+    assert not gradient[sum(LENGTHS) :].any()
+    return gradient[: sum(LENGTHS)]
+
+
 def check() -> None:
+    """All forms have one loss and one gradient; so have all cuts, which are means of as many."""
     for kind in ("forward", "step"):
-        padded, *others = (call().detach() for call in forms(kind).values())
-        for other in others:
-            torch.testing.assert_close(other, padded)
-        few, many = (call().detach() for call in cuts(kind).values())
-        torch.testing.assert_close(few, many, rtol=0, atol=1e-6)
+        (first, *padded), *others = (call() for call in forms(kind).values())
+        for loss, *gradient in others:
+            torch.testing.assert_close(loss, first)
+            for ours, theirs in zip(gradient, padded, strict=True):
+                torch.testing.assert_close(of_tokens(ours), of_tokens(theirs), rtol=1e-5, atol=1e-9)
+        many, few = (call() for call in cuts(kind).values())
+        torch.testing.assert_close(many[0], few[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(many[1:], few[1:], rtol=1e-6, atol=0)
 
 
 def peak(length: int) -> float:
@@ -112,11 +124,9 @@ def peak(length: int) -> float:
     bounds = masked_loss.cu_seqlens(lengths=[length] * (tokens // length))
     small = (logits[:100], target[:100])
     masked_loss.masked_cross_entropy(*small, reduction="sequence_mean")  # what is made once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    masked_loss.masked_cross_entropy(
-        logits, target, reduction="sequence_mean", shift=True, cu_seqlens=bounds
-    )
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    options = {"reduction": "sequence_mean", "shift": True, "cu_seqlens": bounds}
+    call = partial(masked_loss.masked_cross_entropy, logits, target, **options)
+    return timing.peak_growth(call) / 2**20
 
 
 def main() -> None:
