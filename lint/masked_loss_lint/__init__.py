@@ -18,13 +18,13 @@ from pathlib import Path
 
 from masked_loss_lint.program import Module, Program
 from masked_loss_lint.rules import NOTE, RULES, Finding
-from masked_loss_lint.source import UnreadableError, is_relevant, read
+from masked_loss_lint.source import read
 from masked_loss_lint.walk import Walker
 
 __all__ = ["RULES", "Finding", "Report", "check"]
 
 _FRAMES = 5000  # eight calls within calls, each in ninety expressions and blocks, need 4000
-_TREES = 128  # as many are kept at a time
+_TREES = 64  # as many are kept at a time
 
 
 @dataclass
@@ -48,25 +48,13 @@ def check(paths: Iterable[Path], codes: Collection[str] = tuple(RULES)) -> Repor
 
 
 def _check(paths: Iterable[Path], codes: Collection[str]) -> Report:
-    report = Report()
     cached = lru_cache(maxsize=_TREES)(read)
-    program = Program(Module(path, lambda path=path: cached(path)) for path in paths)  # type: ignore[misc]
+    program = Program(Module(path, cached) for path in paths)
     walker = Walker(program)
-    silenced: dict[str, dict[int, str]] = {}
-    looked_at: list[Module] = []
-    for module in program.modules:
-        try:
-            source = module.source()
-        except UnreadableError as error:
-            report.unreadable.append(str(error))
-            continue
-        report.files += 1
-        module.imports, module.relevant = source.imports, is_relevant(source.text)
-        silenced[str(module.path)] = source.silenced()
-        if module.relevant:
-            looked_at.append(module)
-            walker.look_at(module)
-    walker.finish(looked_at)
+    walker.look_at_all()
+    report = Report(unreadable=[module.error for module in program.modules if module.error])
+    report.files = len(program.modules) - len(report.unreadable)
+    silenced = {str(module.path): module.silenced for module in program.modules}
 
     def is_silenced(finding: Finding) -> bool:
         places = (finding.place, finding.met)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from masked_loss_lint.rules import Finding
-from masked_loss_lint.source import FunctionNode, Source, fills, is_relevant
+from masked_loss_lint.source import FunctionNode, Source, fills
 from masked_loss_lint.values import NONE, Function, Given, Instance, Value
 
 
@@ -89,7 +89,10 @@ class ClassInfo:
 @dataclass(eq=False)
 class Module:
     path: Path
-    source: Callable[[], Source]  # parses it again where that was long ago
+    parsed: Callable[[Path], Source]  # reads it again where that was long ago
+    error: str = ""  # why it cannot be read
+    relevant: bool = False  # it may have something to report
+    silenced: dict[int, str] = field(default_factory=dict)
     imports: list[tuple[str, int]] = field(default_factory=list)  # dotted names, and their levels
     scope: Scope = field(default_factory=Scope)
     infos: dict[tuple[int, int], FunctionInfo | ClassInfo] = field(default_factory=dict)
@@ -102,15 +105,11 @@ class Module:
         self.top = FunctionInfo("<module>", self)
 
     @cached_property
-    def relevant(self) -> bool:
-        return is_relevant(self.text())
-
-    @cached_property
     def fills(self) -> frozenset[object]:
-        return fills(self.text())
+        return fills(self.path.read_text(encoding="utf-8", errors="replace"))
 
-    def text(self) -> str:
-        return self.path.read_text(encoding="utf-8", errors="replace")
+    def source(self) -> Source:
+        return self.parsed(self.path)
 
     def node(self, info: FunctionInfo) -> FunctionNode | ast.Module:
         if info is self.top:

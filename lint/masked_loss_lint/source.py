@@ -22,12 +22,13 @@ _SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "build", "di
 _NOQA = re.compile(r"#\s*noqa(?P<codes>\s*:\s*[A-Z]+\d+(?:[\s,]+[A-Z]+\d+)*)?", re.IGNORECASE)
 _MAGIC = re.compile(r"^\s*[%!?]|^\s*[\w.]+\?{1,2}\s*$")
 # A file without any of these has nothing to report; its names are looked up when others ask.
-_RELEVANT = re.compile(r"loss|entropy|criteri|nll|kl_div|accum|size_average", re.IGNORECASE)
+_RELEVANT = "loss", "entropy", "criteri", "nll", "kl_div", "accum", "size_average"
 _FILL = re.compile(
     r"(?:fill_?|full|full_like|where|pad)\([^=]{0,80}?, *(-\d+|\w*(?:ignore|pad)\w*)\s*[,)]"
     r"|(?:\] *|value *|^[\w. ]*ignore\w* *|label_pad_token_id *)= *(-\d+|[\w.]*(?:ignore|pad)\w*)",
     re.IGNORECASE | re.MULTILINE,
 )
+_SHORT = 6  # lines of a function; what is longer and says nothing of losses is not looked at
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
@@ -49,6 +50,8 @@ class Source:
         self.definitions: dict[tuple[int, int], FunctionNode] = {}
         self._lines = split(self.text)
         self._ascii = self.text.isascii()
+        self.relevant = is_relevant(self.text)
+        self.silenced = self._silenced()
         for node in statements(self.tree):
             if isinstance(node, ast.Import):
                 self.imports += [(alias.name, 0) for alias in node.names]
@@ -57,6 +60,13 @@ class Source:
                 self.imports += [(name, node.level) for name in (node.module or "", *names)]
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 self.definitions[node.lineno, node.col_offset] = node
+                lines = self._lines[node.lineno - 1 : node.end_lineno]
+                if (
+                    len(lines) > _SHORT
+                    and node.name != "__init__"
+                    and not is_relevant("\n".join(lines))
+                ):
+                    node.body = [ast.Return(ast.JoinedStr([]))]  # something unknown
 
     def place(self, node: ast.expr | ast.stmt) -> Place:
         line, column = node.lineno, node.col_offset
@@ -69,7 +79,7 @@ class Source:
             line -= first - 1
         return Place(str(self.path), cell, line, column + 1, lines)
 
-    def silenced(self) -> dict[int, str]:
+    def _silenced(self) -> dict[int, str]:
         """The lines with a `# noqa` comment, and the codes it names ("": all)."""
         if "noqa" not in self.text.lower():
             return {}
@@ -90,7 +100,8 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 def is_relevant(text: str) -> bool:
     """Whether a file may have something to report."""
-    return ("sum(" in text and "mask" in text) or _RELEVANT.search(text) is not None
+    text = text.lower()
+    return any(word in text for word in _RELEVANT) or ("sum(" in text and "mask" in text)
 
 
 def fills(text: str) -> frozenset[object]:
@@ -101,7 +112,7 @@ def fills(text: str) -> frozenset[object]:
 
 def split(text: str) -> list[str]:
     """Lines as the Python parser counts them: a form feed, say, ends none."""
-    return [line.decode() for line in text.encode().splitlines()] or [""]
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def find(paths: Iterable[Path], exclude: Iterable[str] = ()) -> Iterator[Path]:

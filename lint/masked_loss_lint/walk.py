@@ -32,18 +32,9 @@ class Walker(Statements):
 
     # The program
 
-    def look_at(self, module: Module) -> None:
-        """Looks at a file's functions, of whose arguments nothing is known."""
-        self.load(module)
-        self._look_at(module.pending)
-
-    def _look_at(self, functions: list[V.Function]) -> None:
-        for function in functions:
-            self.call(function)
-
-    def finish(self, modules: list[Module]) -> None:
-        """Looks at methods of the objects that are made, and again at what asked for names."""
-        self._look_at_objects()
+    def look_at_all(self) -> None:
+        """Looks at all functions, at methods of the objects made, then at what asked for names."""
+        self._look_at_modules()
         self.stores = {}
         for module, info in self._infos():
             for (_, receiver, telling), outcome in info.outcomes.items():
@@ -54,16 +45,22 @@ class Walker(Statements):
         for module, info in self._infos():
             info.outcomes = {k: o for k, o in info.outcomes.items() if not o.asked & known}
             module.loaded &= bool(module.top.outcomes)
-        for module in modules:
-            self.look_at(module)
-        self._look_at_objects()
+        self._look_at_modules()
 
-    def _look_at_objects(self) -> None:
+    def _look_at_modules(self) -> None:
+        for module in self.program.modules:
+            self.load(module)
+            self._look_at(module.pending if module.relevant else [])
         infos = [info for module in self.program.modules for info in module.infos.values()]
         for info in infos:
             if isinstance(info, ClassInfo):
                 for receiver, method in product(info.made, info.methods.values()):
                     self.initialised(replace(method, receiver=receiver), receiver)
+
+    def _look_at(self, functions: list[V.Function]) -> None:
+        """Of their arguments nothing is known."""
+        for function in functions:
+            self.call(function)
 
     def _infos(self) -> list[tuple[Module, FunctionInfo]]:
         return [
@@ -100,9 +97,12 @@ class Walker(Statements):
             return
         module.loaded = True
         try:
-            module.source()
-        except UnreadableError:
+            source = module.source()
+        except UnreadableError as error:
+            module.error = str(error)
             return
+        module.relevant, module.imports = source.relevant, source.imports
+        module.silenced = source.silenced
         module.pending.clear()
         self.call(V.Function(module.top, module.scope))
 
