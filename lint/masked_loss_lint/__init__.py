@@ -10,6 +10,7 @@ say what is wrong.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -39,12 +40,15 @@ class Report:
 
 def check(paths: Iterable[Path], codes: Collection[str] = tuple(RULES)) -> Report:
     """What the rules named by `codes` find in these files, as one program, in order of place."""
-    limit = sys.getrecursionlimit()
+    limit, collecting = sys.getrecursionlimit(), gc.isenabled()
     sys.setrecursionlimit(max(limit, _FRAMES))
+    gc.disable()  # what is made lives until the end
     try:
         return _check(paths, codes)
     finally:
         sys.setrecursionlimit(limit)
+        if collecting:
+            gc.enable()
 
 
 def _check(paths: Iterable[Path], codes: Collection[str]) -> Report:

@@ -8,7 +8,6 @@ be read).
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +15,13 @@ from typing import Any
 
 from masked_loss_lint import RULES, Finding, Report, check
 from masked_loss_lint.config import ConfigError, codes, read_config
+from masked_loss_lint.fix import fix
 from masked_loss_lint.output import FORMATS, statistics, summary
 from masked_loss_lint.source import find
 
 
 def _codes(text: str) -> list[str]:
-    try:
-        return codes(text.replace(" ", "").split(","))
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return codes(text.replace(" ", "").split(","))
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -32,7 +29,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--ignore": {"type": _codes, "help": "not these rules"},
     "--exclude": {"action": "append", "metavar": "GLOB", "default": []},
     "--format": {"choices": FORMATS, "default": "text"},
-    "--fix": {"action": "store_true", "help": "rewrite what ML002 finds (needs libcst)"},
+    "--fix": {"action": "store_true", "help": "rewrite what ML002 finds"},
     "--statistics": {"action": "store_true", "help": "count the findings of each rule"},
     "--strict": {"action": "store_true", "help": "fail where a file cannot be read"},
     "--verbose": {"action": "store_true", "help": "name what was not understood"},
@@ -63,13 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(errors)
     ignored = given.ignore or config["ignore"]
     selected = [code for code in given.select or config["select"] if code not in ignored]
-    collecting = gc.isenabled()
-    gc.disable()  # what is made lives until the end
-    try:
-        report = check(find(given.paths, [*config["exclude"], *given.exclude]), selected)
-    finally:
-        if collecting:
-            gc.enable()
+    report = check(find(given.paths, [*config["exclude"], *given.exclude]), selected)
     return _print(given, report)
 
 
@@ -82,10 +73,7 @@ def _fail(errors: Sequence[str]) -> int:
 def _print(given: argparse.Namespace, report: Report) -> int:
     found, errors = len(report.findings), list(report.unreadable)
     if given.fix:
-        try:
-            report.findings = _fixed(report.findings, errors)
-        except ModuleNotFoundError:
-            return _fail(["--fix needs libcst: pip install libcst"])
+        report.findings = _fixed(report.findings, errors)
     _fail(errors)
     for text in report.unclear if given.verbose else ():
         print(f"note: {text}", file=sys.stderr)
@@ -100,8 +88,6 @@ def _print(given: argparse.Namespace, report: Report) -> int:
 
 def _fixed(findings: list[Finding], errors: list[str]) -> list[Finding]:
     """Writes the repaired files; returns the findings that remain."""
-    from masked_loss_lint.fix import fix
-
     remaining = list(findings)
     for path in dict.fromkeys(f.place.path for f in findings if f.fixable):
         own = [f for f in findings if f.fixable and f.place.path == path]

@@ -36,18 +36,15 @@ class Calls(Objects):
         function, reads = node.func, len(self.frame.read)
         receiver: Value = UNKNOWN
         if isinstance(function, ast.Attribute):
-            receiver = self._super(function.value) or self.value(function.value)
-            result = self._method(node, function, receiver, reads)
+            receiver = self.value(function.value)
+            result = self._method(node, function, receiver)
             if result is not None:
                 return result
             callee = self.member(receiver, function.attr)
         else:
             callee = self.value(function)
         last, path = names.last_name(function), getattr(callee, "path", "")
-        if (path.startswith("torch.") and path not in SPECS) or path in {
-            "builtins.max",
-            "builtins.min",
-        }:
+        if path.startswith("torch.") and path not in SPECS:
             result = self.torch(last, node)
             if result is not None:
                 return result
@@ -61,12 +58,6 @@ class Calls(Objects):
         if isinstance(callee, V.Super):
             return self._of_base(callee, last, given)
         return self.invoke(callee, given)
-
-    def _super(self, node: ast.expr) -> Value | None:
-        owner, params = self.frame.info.owner, self.frame.info.params
-        if owner is None or not isinstance(node, ast.Call) or names.text(node.func) != "super":
-            return None
-        return V.Super(owner, (params and self.frame.scope.lookup(params[0])) or UNKNOWN)
 
     def _given(self, node: ast.Call) -> Given:
         args = tuple(self.value(argument) for argument in node.args)
@@ -91,13 +82,9 @@ class Calls(Objects):
             read[reads:] = [place for place in read[reads:] if place != logits.copied]
             self.frame.copies.append(Finding(logits.copied, "ML005", _COPIED, met))
 
-    def _method(
-        self, node: ast.Call, function: ast.Attribute, receiver: Value, reads: int
-    ) -> Value | None:
+    def _method(self, node: ast.Call, function: ast.Attribute, receiver: Value) -> Value | None:
         """A method of a tensor, list or dictionary; None: something else is called."""
         name, owner = function.attr, function.value
-        if name in {"size", "dim", "numel"}:
-            del self.frame.read[reads:]
         match receiver:
             case V.Instance() if name in _MODEL_METHODS and not self.method(receiver.info, name):
                 return receiver
@@ -124,11 +111,9 @@ class Calls(Objects):
             case V.Class():
                 return self._construct(callee.info, given)
             case V.Partial():
-                args, keywords = (
-                    callee.given.args + given.args,
-                    callee.given.keywords + given.keywords,
-                )
-                return self.invoke(callee.callee, replace(given, args=args, keywords=keywords))
+                args, keywords = callee.given.args + given.args, callee.given.keywords
+                given = replace(given, args=args, keywords=keywords + given.keywords)
+                return self.invoke(callee.callee, given)
             case V.Instance():
                 for name in ("__call__", "forward"):
                     method = self.in_class(callee.info, name, callee)
@@ -144,8 +129,10 @@ class Calls(Objects):
 
     def _external(self, callee: V.External, given: Given) -> Value:
         path, last, args, node = callee.path, callee.path.rpartition(".")[2], given.args, given.node
-        assert node is not None
         first = args[0] if args else UNKNOWN
+        owner, params = self.frame.info.owner, self.frame.info.params
+        if path == "builtins.super" and owner is not None:
+            return V.Super(owner, (params and self.frame.scope.lookup(params[0])) or UNKNOWN)
         if path in SPECS:
             self._legacy(SPECS[path], node, 0)
             return self._loss(SPECS[path], given)
@@ -161,8 +148,6 @@ class Calls(Objects):
             self.assign(ast.copy_location(target, node), args[2] if name else UNKNOWN)
         if path == "builtins.sum":
             return self.member(first, None) if isinstance(first, V.Record) else UNKNOWN
-        if path == "builtins.dict" and not given.spread:
-            return V.record(NUMBER, dict(given.keywords))
         if path.startswith("builtins.") and hasattr(builtins, last):
             return NUMBER if last in _NUMERIC or V.is_number(first) else UNKNOWN
         if path.startswith(("random.", "math.")):
@@ -188,21 +173,16 @@ class Calls(Objects):
     def _stranger(self, callee: Value, given: Given) -> Value:
         """What code outside the analysed files returns."""
         keywords = dict(given.keywords)
-        assert given.node is not None
         if keywords.get("labels", NONE) != NONE and not _UNREDUCED & keywords.keys():
             return self._model_output(given)
         for value, argument in zip(given.args, given.node.args, strict=False):
-            if _MODELS & set(names.last_words(argument)):
-                if isinstance(value, (V.Thing, V.Instance, V.Partial)):
-                    return value  # model = DistributedDataParallel(model)
-                break
+            if _MODELS & set(names.last_words(argument)) and not isinstance(value, V.External):
+                return value  # model = DistributedDataParallel(model)
         return FOREIGN if callee is FOREIGN or isinstance(callee, V.External) else UNKNOWN
 
     def _model_output(self, given: Given) -> Value:
         """A model that is given labels returns its mean loss first, as all of transformers do."""
-        known = self.by_name("loss")
-        if known is V.ASKED:
-            known = V.Loss("the model", "mean", self.place(given.node), IMPLIED)
+        known = V.Loss("the model", "mean", self.place(given.node), IMPLIED)
         return V.record(FOREIGN, {"loss": known, 0: known})
 
     def _construct(self, info: ClassInfo, given: Given) -> Value:
@@ -224,22 +204,16 @@ class Calls(Objects):
 
     def _of_base(self, callee: V.Super, method: str, given: Given) -> Value:
         """super().__init__(...), .forward(...), .compute_loss(...) of a base that is not read."""
-        if method == "compute_loss":
-            return self._trainer_loss(callee.info, given)
+        bases = [getattr(base, "path", "") for base in self.family(callee.info)[1]]
+        if method == "compute_loss" and "Trainer" in "".join(bases):
+            loss = V.Loss(method, "mean", self.place(given.node), IMPLIED)
+            return V.items([loss, UNKNOWN]) if "return_outputs" in dict(given.keywords) else loss
         if method == "__init__":
             self.frame.outcome.inherits = given
         receiver = callee.receiver
         own = receiver if isinstance(receiver, V.Instance) else V.Instance(callee.info)
         base = self._criterion(own) if method in {"forward", "__call__"} else None
         return self.invoke(base, given) if base else UNKNOWN
-
-    def _trainer_loss(self, info: ClassInfo, given: Given) -> Value:
-        outputs = given.get("return_outputs", V.Const(False))
-        trainer = any("Trainer" in getattr(base, "path", "") for base in self.family(info)[1])
-        if not trainer or not isinstance(outputs, V.Const):
-            return UNKNOWN
-        loss = V.Loss("compute_loss", "mean", self.place(given.node), IMPLIED)
-        return V.items([loss, UNKNOWN]) if outputs.value else loss
 
     def _criterion(self, receiver: V.Instance) -> Value | None:
         """The loss module that an object of a derived class is, with its settings."""
@@ -268,6 +242,6 @@ class Calls(Objects):
         whole = values.get("normalizer", NONE) == NONE  # else: the count of the whole batch
         masked = spec.name == "masked_mean" or values.get("mask", NONE) != NONE
         ignores = values.get("ignore_index") if whole else None
-        uneven = spec.is_ours and masked and whole
+        uneven = masked and whole
         loss = V.Loss(spec.name, reduction, self.place(given.node), ignores, uneven)
         return V.items([loss, UNKNOWN]) if stats.value else loss

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ tomllib: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "toml
 DEFAULTS: dict[str, list[str]] = {"select": [*RULES], "ignore": [], "exclude": []}
 
 
-class ConfigError(Exception):
+class ConfigError(ArgumentTypeError):
     """A setting that means nothing; the text says which."""
 
 

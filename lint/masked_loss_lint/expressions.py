@@ -20,7 +20,6 @@ _METHODS: dict[type[ast.AST], Any] = {}
 _DEEPEST = 90  # expressions and blocks inside others, in one function
 _LONGEST = 8  # elements of a list that are looked at
 _CONVENTIONS = {"F": "torch.nn.functional", "nn": "torch.nn", "torch": "torch"}
-KNOWN_ROOTS = {"torch", "masked_loss", "builtins", "random", "math", "functools", "types"}
 METADATA = {"size", "shape", "device", "dtype", "dim", "ndim", "numel"}
 _EQUAL = {ast.Eq: True, ast.Is: True, ast.NotEq: False, ast.IsNot: False}
 _TENSOR_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
@@ -80,9 +79,6 @@ class Expressions:
                 self.value(child)
         return UNKNOWN
 
-    def of_expr(self, node: ast.Expr) -> None:
-        self.value(node.value)
-
     def of_joinedstr(self, _: ast.JoinedStr) -> Value:
         return UNKNOWN  # what a message prints does not matter
 
@@ -96,18 +92,11 @@ class Expressions:
             module = self.frame.info.module
             if module.stars and not hasattr(builtins, node.id):
                 paths = tuple(f"{dotted}.{node.id}" for dotted, _ in module.stars)
-                return self.import_((*paths, default), module.stars[-1][1])
+                return self.imported(V.Import((*paths, default), module, module.stars[-1][1]))
             return V.External(_CONVENTIONS.get(node.id, default))
         if isinstance(found, V.Sliced) and found.copied:
             self.frame.read.append(found.copied)
         return self.imported(found) if isinstance(found, V.Import) else found
-
-    def import_(self, paths: tuple[str, ...], level: int) -> Value:
-        """What these full names mean: known for PyTorch's, looked up for all others."""
-        for path in paths if level == 0 else ():
-            if path.partition(".")[0] in KNOWN_ROOTS and not path.startswith("builtins."):
-                return V.External(path)
-        return self.imported(V.Import(paths, self.frame.info.module, level))
 
     # Attributes and items
 
@@ -178,10 +167,6 @@ class Expressions:
             return self.value(node.body if outcome else node.orelse)
         return join(self.value(node.body), self.value(node.orelse))
 
-    def of_boolop(self, node: ast.BoolOp) -> Value:
-        values = [self.value(operand) for operand in node.values]
-        return NUMBER if all(map(is_number, values)) else UNKNOWN
-
     def of_namedexpr(self, node: ast.NamedExpr) -> Value:
         value = self.value(node.value)
         self.assign(node.target, value)
@@ -193,24 +178,18 @@ class Expressions:
 
     of_yieldfrom = of_yield
 
-    def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp) -> Value:
-        return V.items(self._elements(node, [node.elt]))
-
-    of_listcomp = of_setcomp = of_generatorexp = _comprehension
-
-    def of_dictcomp(self, node: ast.DictComp) -> Value:
-        self._elements(node, [node.key, node.value])
-        return UNKNOWN
-
-    def _elements(self, node: Any, parts: list[ast.expr]) -> list[Value]:
+    def of_listcomp(self, node: Any) -> Value:
+        """All elements are alike."""
         outside, self.frame.scope = self.frame.scope, Scope(self.frame.scope)
         for generator in node.generators:
             self.bind_elements(generator.target, generator.iter, True)
             for condition in generator.ifs:
                 self.value(condition)
-        values = [self.value(part) for part in parts]
+        value = self.value(node.value if isinstance(node, ast.DictComp) else node.elt)
         self.frame.scope = outside
-        return values
+        return V.items([value])
+
+    of_setcomp = of_generatorexp = of_dictcomp = of_listcomp
 
     # Operators
 

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Rewriting `size_average` and `reduce` in the source text, touching nothing else. Needs libcst."""
+"""Rewriting `size_average` and `reduce` in the source text, touching nothing else."""
 
 from __future__ import annotations
 
+import io
+import re
+import tokenize
 from collections.abc import Collection
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import libcst as cst
-from libcst.metadata import MetadataWrapper, PositionProvider
+from masked_loss_lint.torch_losses import SPECS, legacy_reduction
 
-from masked_loss_lint.torch_losses import SPECS, LossSpec, legacy_reduction
-
+_LOSSES = {spec.name: spec for spec in reversed(SPECS.values())}  # torch's first
 _OLD = ("size_average", "reduce")
+_FLAGS = {"None": None, "False": False, "0": False}
+_NO_VALUE = (tokenize.NL, tokenize.COMMENT)
 
 
 def fix(path: Path, places: Collection[tuple[int, int]]) -> int:
@@ -22,89 +25,71 @@ def fix(path: Path, places: Collection[tuple[int, int]]) -> int:
     other goes, and so does a `reduction` that PyTorch overrules; positional arguments after one of
     them become keywords. A call whose comments would be lost is left as it is.
     """
-    module = cst.parse_module(path.read_bytes())
-    rewriter = _Rewriter(places)
-    changed = MetadataWrapper(module).visit(rewriter)
-    if rewriter.count:
-        path.write_bytes(changed.bytes)
-    return rewriter.count
+    data, count = path.read_bytes(), 0
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+    text = data.decode(encoding)
+    for line, column in sorted(places, reverse=True):  # a call inside another begins after it
+        changed = _rewritten(text, (line, column - 1))
+        try:
+            compile(changed, path, "exec")
+        except SyntaxError:
+            continue
+        if changed != text and changed.count("#") == text.count("#"):
+            text, count = changed, count + 1
+    if count:
+        path.write_bytes(text.encode(encoding))
+    return count
 
 
-class _Rewriter(cst.CSTTransformer):
-    METADATA_DEPENDENCIES = (PositionProvider,)
-
-    def __init__(self, places: Collection[tuple[int, int]]) -> None:
-        super().__init__()
-        self._places = frozenset(places)
-        self.count = 0
-
-    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.Call:  # noqa: N802
-        start = self.get_metadata(PositionProvider, original_node).start
-        if (start.line, start.column + 1) not in self._places:
-            return updated_node
-        changed = _rewritten(updated_node)
-        self.count += changed is not None
-        return changed or updated_node
-
-
-def _spec(call: cst.Call) -> LossSpec | None:
-    """The loss by its last name; the linter has found out that it is one."""
-    name = call.func.attr if isinstance(call.func, cst.Attribute) else call.func
-    found = [s for s in SPECS.values() if isinstance(name, cst.Name) and s.name == name.value]
-    return found[0] if found else None
-
-
-def _rewritten(call: cst.Call) -> cst.Call | None:
-    spec = _spec(call)
+def _rewritten(text: str, place: tuple[int, int]) -> str:
+    lines = [0, *(found.end() for found in re.finditer(r"\r\n|\r|\n", text))]
+    tokens = tokenize.generate_tokens(io.StringIO(text, newline="").readline)
+    call = [(t.type, t.string, _at(lines, t.start), _at(lines, t.end)) for t in tokens]
+    call = [token for token in call if token[2] >= _at(lines, place)]
+    names = [n for n, (kind, *_) in enumerate(call) if kind == tokenize.NAME]
+    start = next(n for n, (_, string, *_) in enumerate(call) if string == "(" and n > names[0])
+    spec = _LOSSES.get(next(call[n][1] for n in reversed(names) if n < start))
     if spec is None:
-        return None
-    names = [a.keyword.value if a.keyword else spec.parameters[i] for i, a in enumerate(call.args)]
-    flags = [_constant(call.args[names.index(n)].value) if n in names else None for n in _OLD]
+        return text  # under another name
+    begin, depth = call[start][3], 1
+    inside: list[tuple[str, int, int]] = []  # the tokens of one argument, where they begin and end
+    arguments: list[tuple[str, list[str]]] = []  # names; what is before, the value, what is after
+    for kind, string, here, end in call[start + 1 :]:
+        if kind == tokenize.OP:
+            depth += (string in "([{") - (string in ")]}")
+        if depth > 1 or (depth and string != ","):
+            inside += [] if kind in _NO_VALUE else [(string, here, end)]
+            continue
+        named = [string for string, *_ in inside[1:2]] == ["="]
+        name = inside[0][0] if named else spec.parameters[len(arguments)] if inside else ""
+        cuts = [begin, inside[0][1], inside[-1][2], here] if inside else [begin, here, here, here]
+        arguments.append((name, [text[a:b] for a, b in pairwise(cuts)]))
+        begin, inside = end, []
+        if not depth:
+            break
+    return text[: call[start][3]] + ",".join(_arguments(arguments)) + text[here:]
+
+
+def _at(lines: list[int], place: tuple[int, int]) -> int:
+    return lines[place[0] - 1] + place[1]
+
+
+def _arguments(given: list[tuple[str, list[str]]]) -> list[str]:
+    values = {name: value.rpartition("=")[2].strip(" ()") for name, (_, value, _) in given}
+    flags = [_FLAGS.get(values.get(name, "None"), True) for name in _OLD]
     reduction = None if flags == [None, None] else legacy_reduction(*flags)
-    kept: list[cst.Arg] = []
-    placed, moved = reduction is None, False
-    for name, argument in zip(names, call.args, strict=True):
+    placed, moved, comment, end = reduction is None, False, "", ""
+    kept: list[str] = []
+    for name, (before, value, after) in given:
+        before = comment + before if kept else given[0][1][0]
+        comment = end = ""
         if name in _OLD or (name == "reduction" and reduction is not None):
-            if placed and "#" in cst.Module([]).code_for_node(argument):
-                return None  # its comment would be lost
-            if not placed:
-                value = cst.SimpleString(f'"{reduction}"')
-                kept.append(argument.with_changes(value=value, **_keyword("reduction")))
-            placed, moved = True, True
-        elif moved and argument.keyword is None:
-            if isinstance(argument.value, cst.NamedExpr) and not argument.value.lpar:
-                return None
-            kept.append(argument.with_changes(**_keyword(name)))
-        else:
-            kept.append(argument)
-    if kept and kept[-1].comma is not call.args[-1].comma:
-        comma = _last_comma(kept[-1].comma, call.args[-1].comma)
-        if comma is None:
-            return None
-        space = call.args[-1].whitespace_after_arg
-        kept[-1] = kept[-1].with_changes(comma=comma, whitespace_after_arg=space)
-    return call.with_changes(args=kept)
-
-
-def _last_comma(own: Any, last: Any) -> Any:
-    """The end of the call as it is written, with the comment of the argument that is last now."""
-    if not isinstance(own, cst.Comma) or "#" not in cst.Module([]).code_for_node(own):
-        return last
-    spaces = getattr(own, "whitespace_after", None), getattr(last, "whitespace_after", None)
-    if not all(isinstance(space, cst.ParenthesizedWhitespace) for space in spaces):
-        return None  # the comment would be lost
-    before: Any = spaces[0]
-    after: Any = spaces[1]
-    space = before.with_changes(indent=after.indent, last_line=after.last_line)
-    return own.with_changes(whitespace_after=space)
-
-
-def _keyword(name: str) -> dict[str, object]:
-    none = cst.SimpleWhitespace("")
-    equal = cst.AssignEqual(whitespace_before=none, whitespace_after=none)
-    return {"keyword": cst.Name(name), "equal": equal}
-
-
-def _constant(node: cst.BaseExpression) -> bool | None:
-    text = node.value if isinstance(node, (cst.Name, cst.Integer)) else ""
-    return None if text == "None" else text not in {"False", "0"}
+            moved = True
+            if placed:  # it goes, but for a comment before it, which is one on the last argument
+                comment, end = before.rstrip(), after
+                continue
+            placed, value = True, f'reduction="{reduction}"'
+        elif moved and name and not re.match(rf"{name}\s*=", value):
+            value = f"{name}={value}"
+        kept.append(before + value + after)
+    return [*kept[:-1], kept[-1] + comment + end] if kept else []

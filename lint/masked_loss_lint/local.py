@@ -31,7 +31,7 @@ def legacy_arguments(spec: LossSpec, node: ast.Call, skip: int = 0) -> tuple[str
         return None  # kl_div(p, q, None, None, "sum"), or its caller chose: reduce=reduce
     fixable = len(constants) == len(legacy) and not (hidden or None in keywords or skip)
     if len(constants) < len(legacy):
-        advice = f"this call means reduction={_expression(legacy)}"
+        advice = "choose a reduction= instead"
     elif all(value is None for value in constants.values()):
         advice = "None is their default: leave out"
     else:
@@ -44,15 +44,6 @@ def legacy_arguments(spec: LossSpec, node: ast.Call, skip: int = 0) -> tuple[str
                 advice += "meant?"
     are = " and ".join(named) + (" are" if len(named) > 1 else " is")
     return f"{spec.name}: {are} deprecated: {advice}", fixable
-
-
-def _expression(legacy: dict[str, ast.expr]) -> str:
-    average, reduce = (names.text(legacy[n]) if n in legacy else "True" for n in _LEGACY)
-    known = {"True": '"mean"', "None": '"mean"', "False": '"sum"'}
-    mean = known.get(average, f'"mean" if {average} else "sum"')
-    if reduce in {"True", "None"}:
-        return mean
-    return '"none"' if reduce == "False" else f'({mean}) if {reduce} else "none"'
 
 
 def is_guarded(function: ast.AST, masks: set[str], divisor: ast.expr) -> bool:
@@ -68,43 +59,32 @@ def _tests(function: ast.AST) -> tuple[set[str] | None, set[str]]:
     tested x.any(), x.sum(), len(x)."""
     tested: set[str] = set()
     counted: set[str] = set()
+    tests: list[ast.expr] = []
     for node in ast.walk(function):
-        pending: list[ast.expr] = []
-        if isinstance(node, ast.Call):
-            if _called(node) in _REPAIRS:
-                return None, set()
-            pending += node.args[:1] if _called(node) == "where" else []
-        elif isinstance(node, ast.Compare):
-            if names.text(node.left) == names.text(node.comparators[0]):  # loss != loss
-                return None, set()
-            if not _is_identity(node):
-                tested.add(names.text(node.left))  # count[count == 0] = 1
-        elif isinstance(node, (ast.If, ast.While, ast.IfExp, ast.Assert)):
-            pending.append(node.test)
-        while pending:
-            test = pending.pop()
-            if isinstance(test, ast.BoolOp):
-                pending += test.values
-            elif not _is_identity(test):  # `mask is not None` says nothing of what it holds
-                _note(test, tested, counted)
+        called = names.last_name(node.func) if isinstance(node, ast.Call) else ""
+        if called in _REPAIRS or (isinstance(node, ast.Compare) and _is_nan_test(node)):
+            return None, set()
+        if isinstance(node, ast.Compare) and not _is_identity(node):
+            tested.add(names.text(node.left))  # count[count == 0] = 1
+        if called == "where" or isinstance(node, (ast.If, ast.While, ast.IfExp, ast.Assert)):
+            tests += getattr(node, "args", [getattr(node, "test", None)])[:1]
+    for test in tests:
+        if isinstance(test, ast.BoolOp):
+            tests += test.values
+        elif not _is_identity(test):  # `mask is not None` says nothing of what it holds
+            for inner in ast.walk(test):
+                if isinstance(inner, (ast.Name, ast.Attribute)):
+                    tested.add(names.text(inner))
+                elif isinstance(inner, ast.Call) and names.last_name(inner.func) in _COUNTING:
+                    owner = getattr(inner.func, "value", inner.func)
+                    counted |= {names.key(part) for part in (owner, *inner.args)}
     return tested, counted
 
 
-def _note(test: ast.expr, tested: set[str], counted: set[str]) -> None:
-    for inner in ast.walk(test):
-        if isinstance(inner, (ast.Name, ast.Attribute)):
-            tested.add(names.text(inner))
-        elif isinstance(inner, ast.Call) and _called(inner) in _COUNTING:
-            counted |= {names.key(argument) for argument in inner.args}
-            if isinstance(inner.func, ast.Attribute):
-                counted.add(names.key(inner.func.value))
+def _is_nan_test(node: ast.Compare) -> bool:
+    return names.text(node.left) == names.text(node.comparators[0])  # loss != loss
 
 
 def _is_identity(node: ast.expr) -> bool:
     ops = node.ops if isinstance(node, ast.Compare) else []
     return bool(ops) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops)
-
-
-def _called(node: ast.Call) -> str:
-    function = node.func
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")

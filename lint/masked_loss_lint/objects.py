@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from masked_loss_lint import names
 from masked_loss_lint import values as V
-from masked_loss_lint.expressions import METADATA
 from masked_loss_lint.program import ClassInfo, Module, Outcome, Program
 from masked_loss_lint.source import statements
 from masked_loss_lint.tensors import Tensors
@@ -17,7 +16,6 @@ from masked_loss_lint.torch_losses import SPECS
 from masked_loss_lint.values import (
     FOREIGN,
     NONE,
-    NUMBER,
     UNKNOWN,
     Given,
     Value,
@@ -25,6 +23,15 @@ from masked_loss_lint.values import (
     is_number,
     join,
 )
+
+_KNOWN = {
+    "torch",
+    "masked_loss",
+    "random",
+    "math",
+    "functools",
+    "types",
+}  # whose files are not read
 
 
 class Objects(Tensors):
@@ -43,8 +50,6 @@ class Objects(Tensors):
     tells: Callable[[str, Value], bool]
 
     def member(self, owner: Value, key: str | int | None) -> Value:
-        if key in METADATA:
-            return NUMBER if key == "ndim" else UNKNOWN
         match owner:
             case V.External() if isinstance(key, str):
                 if owner.path.startswith("builtins."):  # a name that nothing in the file binds
@@ -55,9 +60,7 @@ class Objects(Tensors):
                     return V.any_of([value for _, value in owner.fields] or [UNKNOWN])
                 found = owner.get(key)
                 return found if found not in (None, NONE) else self.member(owner.base, key)
-            case V.Instance() if isinstance(key, str):
-                return self.in_class(owner.info, key, owner)
-            case V.Class() if isinstance(key, str):
+            case V.Instance() | V.Class() if isinstance(key, str):
                 return self.in_class(owner.info, key, owner)
             case V.Super() if isinstance(key, str):
                 bases = self.family(owner.info)[0][1:]
@@ -65,13 +68,8 @@ class Objects(Tensors):
                 return replace(method, receiver=owner.receiver) if method else owner
             case V.ModuleRef() if isinstance(key, str):
                 return self._of_module(owner.module, key)
-            case V.Partial() if isinstance(key, str):
-                return owner if key == "forward" else owner.given.get(key, UNKNOWN)
-            case V.Function() if key == "forward":
+            case V.Partial() | V.Function() if key == "forward":
                 return owner
-        loss = as_loss(owner)
-        if loss is not None and not isinstance(key, str):
-            return UNKNOWN if loss.reduced else loss
         if owner is FOREIGN:
             return FOREIGN
         return self.by_name(key) if isinstance(owner, V.Thing) and isinstance(key, str) else UNKNOWN
@@ -81,6 +79,8 @@ class Objects(Tensors):
     def imported(self, term: V.Import) -> Value:
         for path in term.paths:
             parts = path.split(".") if path else []
+            if parts and parts[0] in _KNOWN and not term.level:
+                return V.External(path)
             for length in range(len(parts), -1 if term.level else 0, -1):
                 module = self.program.find(".".join(parts[:length]), term.importer, term.level)
                 if module is not None and (module is not term.importer or length == len(parts)):

@@ -10,19 +10,18 @@ from collections.abc import Sequence
 
 from masked_loss_lint import RULES, Finding, Report
 
+_PLACE, _FINDING = ("path", "cell", "line", "column"), ("code", "message", "fixable")
+
 
 def text(findings: Sequence[Finding]) -> str:
     return "\n".join(f"{f.place}:{f.place.column}: {f.code} {f.message}" for f in findings)
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    keys = ("path", "cell", "line", "column")
-    rows = [{**{key: getattr(f.place, key) or None for key in keys}, **_plain(f)} for f in findings]
-    return json.dumps(rows, indent=2)
-
-
-def _plain(finding: Finding) -> dict[str, object]:
-    return {key: getattr(finding, key) for key in ("code", "message", "fixable")}
+    """Of each finding its place and what is said of it."""
+    places = [{key: getattr(f.place, key) or None for key in _PLACE} for f in findings]
+    rest = [{key: getattr(f, key) for key in _FINDING} for f in findings]
+    return json.dumps([a | b for a, b in zip(places, rest, strict=True)], indent=2)
 
 
 def github(findings: Sequence[Finding]) -> str:

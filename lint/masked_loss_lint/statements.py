@@ -11,7 +11,6 @@ from typing import Any
 from masked_loss_lint import names
 from masked_loss_lint import values as V
 from masked_loss_lint.calls import Calls
-from masked_loss_lint.expressions import KNOWN_ROOTS
 from masked_loss_lint.program import ClassInfo, FunctionInfo, Scope
 from masked_loss_lint.values import NONE, NUMBER, UNKNOWN, Value, join
 
@@ -121,10 +120,6 @@ class Statements(Calls):
         self.value(node.subject)
         return self._branches([*(case.body for case in node.cases), []])
 
-    def of_global(self, node: ast.Global) -> None:
-        for name in node.names:
-            self.frame.scope.names[name] = self.frame.info.module.scope.names.get(name, UNKNOWN)
-
     # Assignments
 
     def assign(self, target: ast.expr, value: Value) -> None:
@@ -135,8 +130,6 @@ class Statements(Calls):
             known = isinstance(value, (V.Record, V.Loss)) and not starred
             for number, element in enumerate(target.elts):
                 self.assign(element, self.member(value, number) if known else UNKNOWN)
-        elif isinstance(target, ast.Starred):
-            self.assign(target.value, UNKNOWN)
         elif isinstance(target, ast.Attribute):
             self._assign_member(target.value, target.attr, _named(value, target.attr))
         elif isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
@@ -146,8 +139,6 @@ class Statements(Calls):
         self.store(key, value)
         if isinstance(value, V.Sliced) and value.copied:
             self.frame.read.append(value.copied)
-        if not isinstance(owner, (ast.Name, ast.Attribute)):
-            return
         whole = self.value(owner)
         if isinstance(whole, V.Partial):
             keywords = (*whole.given.keywords, (key, value))
@@ -169,7 +160,7 @@ class Statements(Calls):
             and iterable.args
         ):
             iterable = iterable.args[0]
-        self.assign(target, self.member(value, None) if isinstance(value, V.Record) else UNKNOWN)
+        self.assign(target, self.member(value, None))
         zipped = isinstance(iterable, ast.Call) and names.text(iterable.func) == "zip"
         loaders = "load" in names.text(iterable).lower() if zipped or alone else False
         if alone or ((zipped or names.is_mask(iterable)) and not loaders):
@@ -182,20 +173,17 @@ class Statements(Calls):
     def of_import(self, node: ast.Import) -> None:
         for alias in node.names:
             path = alias.name if alias.asname else alias.name.partition(".")[0]
-            self._bind_import(alias.asname or path, path, 0)
+            term = V.Import((path,), self.frame.info.module)
+            self.frame.scope.names[alias.asname or path] = term
 
     def of_importfrom(self, node: ast.ImportFrom) -> None:
         for alias in node.names:
             path = f"{node.module}.{alias.name}" if node.module else alias.name
+            term = V.Import((path,), self.frame.info.module, node.level)
             if alias.name == "*":
                 self.frame.info.module.stars.append((node.module or "", node.level))
             else:
-                self._bind_import(alias.asname or alias.name, path, node.level)
-
-    def _bind_import(self, name: str, path: str, level: int) -> None:
-        known = level == 0 and path.partition(".")[0] in KNOWN_ROOTS
-        term = V.External(path) if known else V.Import((path,), self.frame.info.module, level)
-        self.frame.scope.names[name] = term
+                self.frame.scope.names[alias.asname or alias.name] = term
 
     def of_functiondef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         self.frame.scope.names[node.name] = self._function(node, self.frame.scope)

@@ -11,7 +11,7 @@ from masked_loss_lint import names, rules
 from masked_loss_lint import values as V
 from masked_loss_lint.expressions import Expressions
 from masked_loss_lint.local import is_guarded
-from masked_loss_lint.values import NUMBER, UNKNOWN, Value, as_loss, is_number, join
+from masked_loss_lint.values import NUMBER, UNKNOWN, Value, as_loss, is_number
 
 _REDUCTIONS = {"sum": "sum", "mean": "mean", "nansum": "sum", "nanmean": "mean"}
 _COMPARISONS = {"ne", "eq", "gt", "ge", "lt", "le", "logical_not"}
@@ -36,13 +36,7 @@ class Tensors(Expressions):
         if name == "einsum" and len(rest) == 2:
             product = self.operate(node, ast.Mult(), *rest)
             whole = isinstance(first, ast.Constant) and str(first.value).endswith("->")
-            return self.reduce("sum", node, product) if whole else product
-        if name in {"max", "min", "maximum"} and len(rest) == 1:
-            values = [self.value(a) for a in node.args]
-            count = next(filter(V.is_count, values), None)
-            if isinstance(count, V.Total) and name != "min":
-                return replace(count, guarded=True)
-            return NUMBER if all(map(is_number, values)) else None
+            return self.reduce("sum", node, product, "", node) if whole else product
         if name == "where" and len(rest) == 2:
             return self._where(node, *node.args)
         if name in {"tensor", "as_tensor"}:
@@ -71,7 +65,7 @@ class Tensors(Expressions):
             if name.endswith("_"):
                 self.assign(owner, result)
             summed = name in {"dot", "inner", "vdot"}
-            return self.reduce("sum", node, result) if summed else result
+            return self.reduce("sum", node, result, "", node) if summed else result
         if name in _REDUCTIONS:
             given = [*node.args, *(k.value for k in node.keywords if k.arg != "dtype")]
             dims = ", ".join(map(names.text, given))
@@ -91,8 +85,6 @@ class Tensors(Expressions):
             return self.compare(node, [owner, other], [receiver, self.value(other)])
         if name in names.VIEWS:
             return self._viewed(node, name, receiver)
-        if V.is_count(receiver) and name == "item":
-            return receiver
         if is_number(receiver) or isinstance(receiver, V.Mask) or name in _NUMERIC:
             return UNKNOWN if node.args else NUMBER
         if isinstance(receiver, V.TENSORS):
@@ -124,9 +116,7 @@ class Tensors(Expressions):
         if isinstance(op, (ast.Add, ast.Sub)):
             a = NUMBER if names.is_auxiliary(left) else a
             return self._add(a, NUMBER if names.is_auxiliary(right) else b)
-        if is_number(a) and (is_number(b) or isinstance(op, ast.Pow)):
-            return NUMBER
-        if isinstance(op, ast.Pow) and isinstance(a, V.TENSORS):
+        if isinstance(op, ast.Pow) and isinstance(a, V.TENSORS) and not V.is_count(a):
             return a
         masks = isinstance(a, V.Mask) or isinstance(b, V.Mask)
         joins = isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor))
@@ -135,14 +125,10 @@ class Tensors(Expressions):
     def _add(self, a: Value, b: Value) -> Value:
         for value, other in ((a, b), (b, a)):
             if is_number(other) and not V.is_count(other):
-                return replace(value, guarded=True) if V.is_count(value) else value  # type: ignore[type-var]
-        if is_number(a) or is_number(b):
-            return b if is_number(a) else a
+                return replace(value, guarded=True) if isinstance(value, V.Total) else value
         first, second = as_loss(a), as_loss(b)
         if first is None or second is None:
             return UNKNOWN
-        if first.reduced == second.reduced:
-            return join(first, second)
         return second if first.reduced else first
 
     def key(self, node: ast.expr, value: Value) -> object:
@@ -182,9 +168,7 @@ class Tensors(Expressions):
                 self.report(rules.Finding(place, rules.NOTE, text, place))
         return V.Product(factors, place)
 
-    def reduce(
-        self, op: str, node: ast.Call, base: Value, dims: str = "", owner: ast.expr | None = None
-    ) -> Value:
+    def reduce(self, op: str, node: ast.Call, base: Value, dims: str, owner: ast.expr) -> Value:
         """The sum or mean of a value; `owner` is how it is written."""
         if isinstance(base, V.Either):
             results = [self.reduce(op, node, option, dims, owner) for option in base.options]
@@ -196,20 +180,12 @@ class Tensors(Expressions):
             loss = next((f.loss for f in base.factors if f.loss is not None), None)
             return replace(total, factors=base.factors, loss=_reduced(loss, total))
         loss = base if isinstance(base, V.Loss) else as_loss(base)
-        if loss is not None and not (owner is not None and names.is_mask(owner)):
+        if loss is not None and not names.is_mask(owner):
             if dims:
                 return UNKNOWN if loss.reduced else replace(loss, ignores=None)
             if op == "mean" and isinstance(base, V.Loss):
                 self.report(rules.counted_ignored(loss, place))
             return _reduced(loss, total) or UNKNOWN
-        if is_number(base):
-            return NUMBER
-        if isinstance(base, V.Total):
-            return UNKNOWN if dims else base
-        if owner is None or (dims and op == "mean"):
-            return UNKNOWN
-        if not dims and _is_error(owner):
-            return replace(total, loss=V.Loss(op, op, place))
         mask = isinstance(base, V.Mask) or names.is_mask(owner)
         never = getattr(base, "never_empty", False) or names.is_never_empty(names.text(owner))
         key = self.key(owner, base) if op == "sum" else None
@@ -234,10 +210,8 @@ class Tensors(Expressions):
                 self.report(rules.unguarded(place, text))
             if same or (count.of_mask and (total.op or (loss and loss.reduction == "sum"))):
                 mean = loss and V.Loss(loss.function, "mean", place, uneven=True)
-                return UNKNOWN if count.dims else V.Total("ratio", place, loss=mean)
-        if is_number(left) and not V.is_count(left):
-            return NUMBER
-        return UNKNOWN if isinstance(count, V.Mask) else left
+                return UNKNOWN if total.dims or count.dims else V.Total("ratio", place, loss=mean)
+        return left
 
     def _is_guarded(self, count: V.Total, same: list[V.Factor], divisor: ast.expr) -> bool:
         """Whether something excludes a mask without a token; else 0 / 0 is NaN for any x."""
@@ -258,15 +232,3 @@ def _reduced(loss: V.Loss | None, total: V.Total) -> V.Loss | None:
 def _is_inverse(node: ast.BinOp) -> bool:
     """True for 1 / steps."""
     return isinstance(node.op, ast.Div) and getattr(node.left, "value", None) == 1
-
-
-def _is_error(node: ast.expr) -> bool:
-    """True for (a - b) ** 2, (a - b).abs(): what a mean squared or absolute error is a mean of."""
-    inner: ast.expr | None = None
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        inner = node.left
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        by_torch = names.text(node.func.value) == "torch" and node.args
-        if node.func.attr in {"abs", "pow", "square"}:
-            inner = node.args[0] if by_torch else node.func.value
-    return isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Sub)

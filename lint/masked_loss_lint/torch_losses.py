@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # One line for each function, the module that calls it, and the positional parameters of both:
 # tensors of a call | settings, which the module's constructor has too. A trailing | brings more of
@@ -53,32 +53,22 @@ _SHORT = {
 REDUCTIONS = {"none", "mean", "sum", "elementwise_mean", "batchmean", "sequence_mean"}
 
 
-@dataclass(frozen=True)
-class LossSpec:
+class LossSpec(NamedTuple):
     """One loss function, or the constructor of a loss module."""
 
     path: str  # torch.nn.functional.cross_entropy, torch.nn.CrossEntropyLoss
     forward: str  # the path of the function behind it
     parameters: tuple[str, ...]  # in positional order
+    name: str
+    function: str
+    is_ours: bool = False
 
     @property
     def is_module(self) -> bool:
         return self.path != self.forward
 
-    @property
-    def is_ours(self) -> bool:
-        return "masked_loss." in self.path
 
-    @property
-    def function(self) -> str:
-        return self.forward.rpartition(".")[2]
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition(".")[2]
-
-
-def _specs(table: str, functions: list[str], modules: list[str]) -> dict[str, LossSpec]:
+def _specs(table: str, functions: str, *modules: str) -> dict[str, LossSpec]:
     specs = {}
     for line in table.strip().splitlines():
         names, settings, *more = line.split("|")
@@ -86,23 +76,20 @@ def _specs(table: str, functions: list[str], modules: list[str]) -> dict[str, Lo
         groups = [settings.replace("NORMALIZER", ""), " ".join([*tensors, settings, *more])]
         for short, text in _SHORT.items():
             groups = [group.replace(short, text) for group in groups]
-        forward = f"{functions[0]}.{function}"
-        for owner, name, parameters in (
-            *((owner, module, groups[0]) for owner in modules if module != "-"),
-            *((owner, function, groups[1]) for owner in functions),
-        ):
-            path = f"{owner}.{name}"
-            is_function = name == function
-            spec = LossSpec(path, path if is_function else forward, tuple(parameters.split()))
-            specs[path] = spec
+        of_module, of_function = (tuple(group.split()) for group in groups)
+        forward, ours = f"{functions}.{function}", table is _OURS
+        specs[forward] = LossSpec(forward, forward, of_function, function, function, ours)
+        for path in (f"{owner}.{module}" for owner in modules if module != "-"):
+            specs[path] = LossSpec(path, forward, of_module, module, function, ours)
     return specs
 
 
-SPECS = _specs(_TORCH, ["torch.nn.functional"], ["torch.nn", "torch.nn.modules.loss"])
-SPECS |= _specs(_OURS, ["masked_loss"], ["masked_loss"])
+SPECS = _specs(_TORCH, "torch.nn.functional", "torch.nn", "torch.nn.modules.loss")
+SPECS |= _specs(_OURS, "masked_loss", "masked_loss")
 for _name, _function in (("cross_entropy", "masked_cross_entropy"), ("masked_reduce",) * 2):
     _path = f"torch.ops.masked_loss.{_name}"
-    SPECS[_path] = LossSpec(_path, _path, SPECS[f"masked_loss.{_function}"].parameters)
+    _spec = SPECS[f"masked_loss.{_function}"]
+    SPECS[_path] = _spec._replace(path=_path, forward=_path, name=_name, function=_name)
 
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:

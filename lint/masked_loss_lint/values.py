@@ -14,6 +14,7 @@ from masked_loss_lint.torch_losses import SPECS
 if TYPE_CHECKING:
     from masked_loss_lint.program import ClassInfo, FunctionInfo, Module, Scope
 
+_NO_CALL = ast.Call(ast.Name("?"), [], [])
 _DEEPEST = 7  # values inside values; what nests deeper is not understood
 
 
@@ -188,7 +189,7 @@ class Given:
     args: tuple[Value, ...] = ()
     keywords: tuple[tuple[str, Value], ...] = ()
     spread: bool = False
-    node: ast.Call | None = field(default=None, compare=False)
+    node: ast.Call = field(default=_NO_CALL, compare=False)
 
     def by(self, parameters: Iterable[str]) -> dict[str, Value]:
         """They and their names."""
