@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from masked_loss._op import jagged
-from masked_loss._op.arguments import require_local, require_mask, require_tensors
+from masked_loss._op.arguments import is_distributed, require_mask, require_tensors
 from masked_loss.reduce import reduced
 
 __all__ = ["global_normalizer"]
@@ -59,8 +60,11 @@ def global_normalizer(
         count: ``"tokens"``, or ``"sequences"``.
         group: the ranks whose gradients are averaged together; None: all.
 
+    Of DTensors it is the count of the whole, :math:`\sum_r \sum_n w_n` over the ranks that share
+    the tokens, for the loss of DTensors is the whole's too; ``group`` has no place there.
+
     Returns:
-        A 0-dim float64 tensor on the device of target.
+        A 0-dim float64 tensor on the device of target; a replicated DTensor if target is one.
 
     Raises:
         TypeError: target or mask is not a tensor, or mask is complex.
@@ -90,6 +94,10 @@ def global_normalizer(
         for batch in zip(targets, masks, bounds, strict=True)
     ]
     total = torch.stack(counts).sum() if len(counts) > 1 else counts[0]
+    if is_distributed(total):
+        if group is not None:
+            raise ValueError(f"{_WHO}: group must be None with DTensors, whose mesh has the ranks")
+        return total
     if dist.is_available() and dist.is_initialized():
         ranks = dist.get_world_size(group)
         if ranks < 1:
@@ -127,8 +135,9 @@ def _count(
 ) -> Tensor:
     if jagged.is_jagged(target) or jagged.is_jagged(mask):
         return jagged.call(_count, locals(), _WHO)
+    if is_distributed(target) or is_distributed(mask):
+        return _count_whole(locals())
     require_tensors(_WHO, {"target": target}, {"mask": mask, "cu_seqlens": cu_seqlens})
-    require_local(_WHO, target=target, mask=mask)
     require_mask(_WHO, mask, target.shape, target)
     if target.dim() == 0 and (shift or count == "sequences"):
         what = "shift" if shift else 'count="sequences"'
@@ -151,3 +160,9 @@ def _count(
         return active.any(dim=-1).sum().double()
     each = reduced(_WHO, active.double(), None, "sum", None, -1, cu_seqlens)
     return (each > 0).sum().double()
+
+
+def _count_whole(arguments: dict[str, Any]) -> Tensor:
+    from masked_loss import _dtensor
+
+    return _dtensor.count(_WHO, _count, arguments)

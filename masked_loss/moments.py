@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,9 @@ from masked_loss._op.arguments import require_constant
 from masked_loss._op.overrides import is_overridden, override
 from masked_loss.reduce import reduced, rounded, weighed
 
+if TYPE_CHECKING:
+    Group: TypeAlias = dist.ProcessGroup | Sequence[dist.ProcessGroup] | None
+
 
 def masked_moments(
     values: Tensor,
@@ -21,7 +26,7 @@ def masked_moments(
     dim: int | tuple[int, ...] | None = None,
     correction: float = 0,
     cu_seqlens: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Mean, variance and count of values, weighted by a mask.
 
@@ -46,7 +51,8 @@ def masked_moments(
         cu_seqlens: the bounds of packed sequences, as in :func:`masked_loss.masked_reduce`:
             ``dim=-1`` gives [S] moments, and tokens behind the last have weight 0.
         group: the ranks whose values count together, ``torch.distributed.group.WORLD`` for all of
-            them. None: this process alone, and no communication.
+            them; or several groups, as the dimensions of a mesh have. None: this process alone,
+            and no communication; of DTensors those that share the values.
 
     Returns:
         (mean, var, count), of the shape of values without ``dim``: count float64, the others
@@ -96,7 +102,7 @@ def masked_whiten(
     correction: float = 0,
     eps: float = 1e-8,
     cu_seqlens: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
 ) -> Tensor:
     r"""Values brought to mean 0 and variance 1, as advantages and rewards are.
 
@@ -155,7 +161,7 @@ def _moments(
     weight: Tensor,
     dim: int | tuple[int, ...] | None,
     correction: float,
-    group: dist.ProcessGroup | None,
+    group: Group,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not correction >= 0:
@@ -189,8 +195,15 @@ def _or_one(x: Tensor) -> Tensor:
     return x.where(x != 0, 1)
 
 
-def _over_ranks(who: str, local: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def _over_ranks(who: str, local: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """Merges count, mean and sum of squared deviations, in the order of the ranks."""
+    for one in group if isinstance(group, (list, tuple)) else [group]:
+        local = _over_group(who, local, one)
+    count, mean, squares = local
+    return count, mean, squares
+
+
+def _over_group(who: str, local: Tensor, group: Any) -> Tensor:
     ranks = dist.get_world_size(group)
     if ranks < 1:
         raise ValueError(
@@ -206,4 +219,4 @@ def _over_ranks(who: str, local: Tensor, group: dist.ProcessGroup) -> tuple[Tens
         mean = mean + away * share
         squares = squares + its_squares + away**2 * count * share
         count = total
-    return count, mean, squares
+    return torch.stack([count, mean, squares])

@@ -13,7 +13,6 @@ from masked_loss._op.arguments import (
     require_floating,
     require_kind,
     require_mask,
-    require_none_or_all_distributed,
 )
 from masked_loss._op.overrides import is_overridden, override
 from masked_loss.reduce import reduced, rounded
@@ -91,7 +90,6 @@ def topk_divergence(
     require_floating(who, "log_probs", log_probs)
     require_floating(who, "teacher_log_probs", teacher_log_probs)
     require_constant(who, "teacher_log_probs", teacher_log_probs)
-    require_none_or_all_distributed(who, log_probs=log_probs, teacher_log_probs=teacher_log_probs)
     if log_probs.dim() == 0 or log_probs.shape != teacher_log_probs.shape:
         raise ValueError(
             f"{who}: log_probs and teacher_log_probs must have the same shape [..., K], "

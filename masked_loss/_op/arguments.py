@@ -38,7 +38,7 @@ def typed_error(
         return TypeError(f"{who}: {name} must be {found[1]}, got {found[3]}")
     try:
         require_local(who, **{names.get(name, name): x for name, x in tensors.items()})
-    except TypeError as better:  # than "mixed torch.Tensor and DTensor", "no sharding strategy"
+    except ValueError as better:  # than "mixed torch.Tensor and DTensor", "no sharding strategy"
         return better
     return error
 
@@ -65,18 +65,18 @@ def _hint(text: str, tensors: dict[str, Tensor | None]) -> str:
 
 
 def require_local(who: str, **tensors: Any) -> None:
-    distributed = [name for name, x in tensors.items() if type(x).__name__ == "DTensor"]
+    distributed = [name for name, x in tensors.items() if is_distributed(x)]
     if distributed:
-        raise TypeError(
-            f"{who}: {', '.join(distributed)} must be a local tensor, got a DTensor: give "
-            "to_local() where the tokens are sharded, full_tensor() where the classes are"
+        raise ValueError(
+            f"{who}: {', '.join(distributed)} must be a local tensor, as the others are, got a "
+            "DTensor: give to_local() of it, or logits, target and mask as DTensors to the "
+            "functions of masked_loss"
         )
 
 
-def require_none_or_all_distributed(who: str, **tensors: Tensor) -> None:
-    """As operators of PyTorch, which do not say which tensor it is."""
-    if len({type(x).__name__ == "DTensor" for x in tensors.values()}) == 2:
-        require_local(who, **tensors)
+def is_distributed(x: Any) -> bool:
+    """Whether it is a DTensor, of which ``has_torch_function`` does not tell; without an import."""
+    return type(x).__name__ == "DTensor"
 
 
 def require_tensor(who: str, what: str, value: Any) -> None:
@@ -105,7 +105,6 @@ def require_mask(who: str, mask: Tensor | None, shape: torch.Size, like: Tensor)
     if mask is None:
         return
     require_tensor(who, "mask", mask)
-    require_none_or_all_distributed(who, values=like, mask=mask)
     if mask.is_complex():
         raise TypeError(f"{who}: mask must be bool, integer or floating, got {name_of(mask)}")
     if mask.shape != shape:

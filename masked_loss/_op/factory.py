@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_loss._op.arguments import require_constant, typed_error
+from masked_loss._op.arguments import (
+    is_distributed,
+    require_constant,
+    require_local,
+    typed_error,
+)
 from masked_loss._op.autograd import (
     Inputs,
     below_autograd,
@@ -164,6 +169,9 @@ class Operator:
         return self._by_name(self._checked)(*args, **kwargs)
 
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
+        if any(map(is_distributed, (*args, *kwargs.values()))):
+            given = vars(self._signature.bind(args, kwargs))
+            require_local(self.name, **{name: given[name] for name in self._inputs})
         if is_differentiated(*(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))):
             return self._called(*args, **kwargs)
         with below_autograd():

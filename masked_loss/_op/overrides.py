@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How a public function lets a tensor subclass or a mode answer, or takes jagged tensors apart."""
+"""How a public function lets a tensor subclass or a mode answer, or takes apart jagged tensors and
+DTensors."""
 
 from __future__ import annotations
 
@@ -12,13 +13,20 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from masked_loss._op import jagged
+from masked_loss._op.arguments import is_distributed
 
 
 def is_overridden(*tensors: Any) -> bool:
     """Whether :func:`override` gives the results of a call with these arguments."""
     if not torch.compiler.is_compiling() and has_torch_function(tensors):
         return True
-    return any(map(jagged.is_jagged, tensors))
+    return any(jagged.is_jagged(x) or is_distributed(x) for x in tensors)
+
+
+def _has_torch_function(arguments: dict[str, Any]) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return has_torch_function(tuple(x for x in arguments.values() if isinstance(x, Tensor)))
 
 
 def override(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -30,6 +38,10 @@ def override(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         nested = any(map(jagged.is_jagged, arguments.values()))
     if nested:
         return jagged.call(function, arguments)
+    if any(map(is_distributed, arguments.values())) and not _has_torch_function(arguments):
+        from masked_loss import _dtensor
+
+        return _dtensor.call(function, arguments)
     parameters = inspect.signature(function).parameters.values()
     args = [arguments[p.name] for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     kwargs = {p.name: arguments[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}

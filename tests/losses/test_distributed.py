@@ -6,15 +6,12 @@ Real process groups (gloo). The ranks are spawned and do all cases of their numb
 
 from __future__ import annotations
 
-import os
-import tempfile
-import traceback
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from rank_cases import ENDS, errors_of, needs_gloo, report
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -37,9 +34,7 @@ from masked_loss.fuse import LazyLogits
 
 V, D, T = 41, 16, 9
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"
-)
+pytestmark = needs_gloo
 
 
 class Model(nn.Module):
@@ -332,62 +327,15 @@ for _wrap in WRAPPERS:
             )
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """Does every case, with two ranks and with three, and leaves what it raised in a file."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    errors: dict[int, dict[str, str]] = {}
-    for ranks in (2, 3):
-        if rank >= ranks:
-            continue
-        store = dist.FileStore(os.path.join(folder, f"store{ranks}"), ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-        errors[ranks] = {}
-        for name, case in CASES.items():
-            try:
-                case(rank, ranks)
-            except BaseException:
-                errors[ranks][name] = f"rank {rank}: {traceback.format_exc()}"
-                break  # the other ranks may wait: what follows would not mean anything
-        torch.save(errors, os.path.join(folder, f"errors{rank}"))
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def all_errors() -> dict[int, dict[str, str]]:
-    """By the number of ranks: the cases that failed."""
-    found: dict[int, dict[str, str]] = {2: {}, 3: {}}
-    context = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=run_rank, args=(rank, folder), daemon=True) for rank in range(3)
-        ]
-        for process in processes:
-            process.start()
-        for rank, process in enumerate(processes):
-            process.join(180)
-            path = os.path.join(folder, f"errors{rank}")
-            reported = torch.load(path) if os.path.exists(path) else {}
-            for ranks in (2, 3):
-                found[ranks].update(reported.get(ranks, {}))
-                if ranks not in reported and rank < ranks:
-                    found[ranks]["every rank ends"] = f"rank {rank}: exit {process.exitcode}"
-            process.kill()
-    return found
+    return errors_of(__name__, (2, 3))
 
 
-@pytest.fixture(params=[2, 3], ids=["2 ranks", "3 ranks"])
-def errors(request: pytest.FixtureRequest, all_errors: dict[int, dict[str, str]]) -> dict[str, str]:
-    return all_errors[request.param]
-
-
-@pytest.mark.parametrize("case", [*CASES, "every rank ends"])
-def test_ranks(case: str, errors: dict[str, str]) -> None:
-    if case in errors:
-        pytest.fail(errors[case])
-    if errors:
-        pytest.skip(f"{', '.join(errors)} failed before")
+@pytest.mark.parametrize("number", [2, 3], ids=["2 ranks", "3 ranks"])
+@pytest.mark.parametrize("case", [*CASES, ENDS])
+def test_ranks(case: str, number: int, all_errors: dict[int, dict[str, str]]) -> None:
+    report(case, all_errors[number])
 
 
 def test_without_a_process_group_it_is_the_local_count() -> None:

@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import masked_loss
 from masked_loss import cross_entropy, linear_cross_entropy, masked_cross_entropy, masked_reduce
@@ -215,36 +213,6 @@ def test_a_running_graph_speaks_for_the_function() -> None:
     ):
         with pytest.raises(RuntimeError, match=rf"^IndexError: {who}: target\[0\] is 7"):
             torch.compile(call, backend="eager", fullgraph=True)(T + 7)
-
-
-def test_dtensors_are_told_what_to_do() -> None:
-    """Whichever argument is one, and where all of them are."""
-    one = torch.ones(4)
-    calls: list[tuple[Callable[..., Any], str]] = [
-        (lambda d: masked_cross_entropy(d(X), T), "masked_cross_entropy: logits"),
-        (lambda d: masked_cross_entropy(X, d(T)), "masked_cross_entropy: target"),
-        (lambda d: masked_cross_entropy(X, T, d(one)), "masked_cross_entropy: mask"),
-        (lambda d: masked_cross_entropy(d(X), d(T)), "masked_cross_entropy: logits, target"),
-        (lambda d: cross_entropy(d(X).requires_grad_(), d(T)), "cross_entropy: input, target"),
-        (lambda d: cross_entropy(X, T, weight=d(X[0])), "cross_entropy: weight"),
-        (lambda d: masked_reduce(d(one), one), "masked_reduce: values"),
-        (lambda d: linear_cross_entropy(H, d(W), T), "linear_cross_entropy: weight"),
-        (lambda d: linear_cross_entropy(d(H), d(W), d(T)), "linear_cross_entropy: hidden, weight"),
-        (lambda d: masked_loss.token_log_probs(d(X), d(T)), "token_log_probs: logits, target"),
-        (lambda d: masked_loss.masked_divergence(d(X), X), "masked_divergence: logits"),
-        (lambda d: masked_loss.masked_moments(d(X), X), "masked_moments: values"),
-        (lambda d: masked_loss.topk_divergence(d(X), X), "topk_divergence: log_probs"),
-        (lambda d: masked_loss.global_normalizer(d(T)), "global_normalizer: target"),
-    ]
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for call, text in calls:
-            remedy = rf"{text}\b.* must be a local tensor, got a DTensor: give to_local\(\)"
-            with pytest.raises(TypeError, match=remedy):
-                call(lambda x: distribute_tensor(x, mesh, [Shard(0)]))
-    finally:
-        dist.destroy_process_group()
 
 
 EMPTY: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
