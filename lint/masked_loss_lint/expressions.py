@@ -221,7 +221,7 @@ class Expressions:
         made = calls and "arange" in names.text(node)
         if made or any(labels) or any(isinstance(value, V.Mask) for value in values):
             text = names.text(node)
-            return V.Mask(text, never_empty=made or names.is_never_empty(text))
+            return V.Mask(made or names.is_never_empty(text))
         return NUMBER if any(value is NUMBER or V.is_count(value) for value in values) else UNKNOWN
 
     def test(self, node: ast.expr) -> bool | None:

@@ -31,8 +31,8 @@ auxiliary: aux auxiliary balance balancing router moe reg vq commitment
 coefficient: lambda lamb lam alpha beta gamma coef coeff coefficient scale rate ratio
 sequence: attention attn att length lengths len lens seq sequence pad padding src key
 view: view reshape flatten squeeze unsqueeze contiguous float double half bfloat16 long int bool to
-view: type type_as cpu cuda clone detach requires_grad_ view_as expand expand_as ravel byte
-view: transpose permute t masked_fill masked_fill_ ne eq ge gt le lt logical_not repeat
+view: type type_as cpu cuda clone detach requires_grad view_as expand expand_as ravel byte
+view: transpose permute t masked_fill ne eq ge gt le lt logical_not repeat
 shape: view reshape flatten squeeze unsqueeze view_as ravel transpose permute t
 """
 _KINDS: dict[str, set[str]] = {}

@@ -13,25 +13,10 @@ from masked_loss_lint.program import ClassInfo, Module, Outcome, Program
 from masked_loss_lint.source import statements
 from masked_loss_lint.tensors import Tensors
 from masked_loss_lint.torch_losses import SPECS
-from masked_loss_lint.values import (
-    FOREIGN,
-    NONE,
-    UNKNOWN,
-    Given,
-    Value,
-    as_loss,
-    is_number,
-    join,
-)
+from masked_loss_lint.values import FOREIGN, NONE, UNKNOWN, Given, Value, as_loss, is_number, join
 
-_KNOWN = {
-    "torch",
-    "masked_loss",
-    "random",
-    "math",
-    "functools",
-    "types",
-}  # whose files are not read
+# Whose files are not read
+_KNOWN = {"torch", "masked_loss", "random", "math", "functools", "types"}
 
 
 class Objects(Tensors):

@@ -45,7 +45,7 @@ class Statements(Calls):
                 if names.is_scalar(node.value):
                     named = NUMBER
                 elif names.is_never_empty(text):  # sequence_mask(lengths)
-                    named = V.Mask(text, never_empty=True)
+                    named = V.Mask(never_empty=True)
             self.assign(target, named)
 
     def of_annassign(self, node: ast.AnnAssign) -> None:

@@ -15,15 +15,15 @@ from masked_loss_lint.values import NUMBER, UNKNOWN, Value, as_loss, is_number
 
 _REDUCTIONS = {"sum": "sum", "mean": "mean", "nansum": "sum", "nanmean": "mean"}
 _COMPARISONS = {"ne", "eq", "gt", "ge", "lt", "le", "logical_not"}
-_CLAMPS = {"clamp", "clamp_min", "clip", "maximum", "clamp_", "clamp_min_"}
+_CLAMPS = {"clamp", "clamp_min", "clip", "maximum"}
 _SCALING = {"abs", "neg", "nan_to_num", "clamp", "clamp_min", "clamp_max", "exp", "sqrt"}
 _ONE = {"1", "()", "(1,)", "[]", "[1]"}  # the sizes of a tensor of one element
-_SELECTING = {"masked_fill", "masked_fill_", "masked_select"}
+_SELECTING = {"masked_fill", "masked_select"}
 _NUMERIC = {"item", "numel", "dim", "any", "all", "nelement"}
 _OPERATORS: dict[str, type[ast.operator]] = {
-    **dict.fromkeys(("mul", "mul_", "multiply", "dot", "inner", "vdot", "matmul"), ast.Mult),
-    **dict.fromkeys(("div", "div_", "divide", "true_divide"), ast.Div),
-    **dict.fromkeys(("add", "sub", "add_", "sub_"), ast.Add),
+    **dict.fromkeys(("mul", "multiply", "dot", "inner", "vdot", "matmul"), ast.Mult),
+    **dict.fromkeys(("div", "divide", "true_divide"), ast.Div),
+    **dict.fromkeys(("add", "sub"), ast.Add),
 }
 
 
@@ -57,13 +57,20 @@ class Tensors(Expressions):
         return chosen
 
     def tensor_method(
+        self, node: ast.Call, owner: ast.expr, name: str, base: Value
+    ) -> Value | None:
+        """What a method of a tensor returns, and does in place; None: an ordinary call."""
+        result = self._computed(node, owner, name.rstrip("_"), base)
+        if name.endswith("_") and result is not None:
+            self.assign(owner, result)
+        return result
+
+    def _computed(
         self, node: ast.Call, owner: ast.expr, name: str, receiver: Value
     ) -> Value | None:
         alone = len(node.args) == 1
         if name in _OPERATORS and alone and (_OPERATORS[name] != ast.Add or not node.keywords):
             result = self.operate(node, _OPERATORS[name](), owner, node.args[0])
-            if name.endswith("_"):
-                self.assign(owner, result)
             summed = name in {"dot", "inner", "vdot"}
             return self.reduce("sum", node, result, "", node) if summed else result
         if name in _REDUCTIONS:
@@ -71,14 +78,10 @@ class Tensors(Expressions):
             dims = ", ".join(map(names.text, given))
             return self.reduce(_REDUCTIONS[name], node, receiver, dims, owner)
         if name in _CLAMPS and isinstance(receiver, V.Total) and receiver.counts:
-            guarded = replace(receiver, guarded=True)
-            if name.endswith("_"):
-                self.assign(owner, guarded)
-            return guarded
+            return replace(receiver, guarded=True)
         if name in _SELECTING and node.args:
-            if not self.selects(node.args[0], self.value(node.args[0])):
-                return receiver if isinstance(receiver, V.TENSORS) else UNKNOWN
-            left = self.selected(node, receiver, node.args[0])
+            mask = self.selects(node.args[0], self.value(node.args[0]))
+            left = self.selected(node, receiver, node.args[0]) if mask else receiver
             return left if name == "masked_select" else receiver
         if name in _COMPARISONS and not isinstance(receiver, V.Mask) and node.args:
             other = node.args[-1]
@@ -120,7 +123,7 @@ class Tensors(Expressions):
             return a
         masks = isinstance(a, V.Mask) or isinstance(b, V.Mask)
         joins = isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor))
-        return V.Mask(names.text(node)) if masks and joins else UNKNOWN
+        return V.Mask() if masks and joins else UNKNOWN
 
     def _add(self, a: Value, b: Value) -> Value:
         for value, other in ((a, b), (b, a)):
@@ -132,8 +135,6 @@ class Tensors(Expressions):
         return second if first.reduced else first
 
     def key(self, node: ast.expr, value: Value) -> object:
-        if isinstance(value, V.Mask):
-            return value.key
         known = isinstance(value, V.TENSORS) or (isinstance(value, V.Thing) and value.key)
         return value if known else names.key(node)
 
@@ -157,9 +158,7 @@ class Tensors(Expressions):
         factors = (*one, *two)
         masks = [f for f in factors if f.mask]
         if len(masks) == len(factors):
-            return V.Mask(names.text(node), any(f.never_empty for f in factors))
-        if len(factors) > 12:
-            return UNKNOWN
+            return V.Mask(any(f.never_empty for f in factors))
         place = self.place(node)
         self.report(rules.masked(factors, place, place))
         for factor in factors if masks else ():

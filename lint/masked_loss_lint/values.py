@@ -85,7 +85,6 @@ class Loss(Value):
 class Mask(Value):
     """A tensor of zeros and ones, known by how it was computed."""
 
-    key: str
     never_empty: bool = False  # made of lengths or of padding: a sequence has a token
 
 
@@ -279,9 +278,6 @@ def is_scalar(value: Value) -> bool:
 
 def as_loss(value: Value) -> Loss | None:
     """The loss that a value is."""
-    if isinstance(value, Either):
-        joint = any_of(as_loss(option) or UNKNOWN for option in value.options)
-        return joint if isinstance(joint, Loss) else None
     if isinstance(value, Total):
         return None if value.dims else value.loss
     return value if isinstance(value, Loss) else None
@@ -293,15 +289,11 @@ def join(a: Value, b: Value) -> Value:
         loss = as_loss(other)
         if one in (NONE, other) or (is_number(one) and loss is not None and loss.reduced):
             return other
-    if is_number(a) and is_number(b):
-        return NUMBER
     match a, b:
         case Loss(), Loss():
             if a.reduced != b.reduced:
                 return UNKNOWN
             return replace(min(a, b, key=lambda loss: loss.place), uneven=a.uneven and b.uneven)
-        case Mask(), Mask():
-            return a
         case Partial(), Partial():
             kinds = [text_of(p.given.get("reduction", UNKNOWN)) for p in (a, b)]
             return a if None not in kinds and len({k == "none" for k in kinds}) == 1 else UNKNOWN

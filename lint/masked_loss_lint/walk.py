@@ -24,6 +24,7 @@ from masked_loss_lint.values import NONE, NUMBER, UNKNOWN, Given, Value
 
 _MAX_CONTEXTS = 8  # looks at one function with different arguments
 _MAX_DEPTH = 8  # of calls within calls
+_TELLING = V.Instance, V.Class, V.Function, V.Partial, V.Record, *V.TENSORS
 _FLAGS = {"reduce", "reduction", "average", "mean", "sum", "loss", "token", "sample", "return"}
 
 
@@ -139,17 +140,12 @@ class Walker(Statements):
 
     def tells(self, name: str, value: Value) -> bool:
         """True for an argument that may decide what a loss is."""
-        match value:
-            case V.Const():
-                flag = isinstance(value.value, bool) and bool(_FLAGS & set(names.words(name)))
-                return flag or value.value in REDUCTIONS
-            case V.External():
-                return value.path in SPECS
-            case V.Instance() | V.Class() | V.Function():
-                return value.info.module.relevant
-            case V.Record():
-                return any(self.tells(str(key), inside) for key, inside in value.fields)
-        return isinstance(value, (V.Partial, *V.TENSORS)) and not V.is_number(value)
+        if isinstance(value, V.Const):
+            flag = isinstance(value.value, bool) and bool(_FLAGS & set(names.words(name)))
+            return flag or value.value in REDUCTIONS
+        if isinstance(value, V.External):
+            return value.path in SPECS
+        return isinstance(value, _TELLING) and not V.is_number(value)
 
     def _arguments(self, function: V.Function, given: dict[str, Value]) -> dict[str, Value]:
         """What the parameters are; of an unknown one only a default that is a loss is believed."""
