@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from masked_loss.vocab import VocabShard
 
 
 class Meaning(NamedTuple):
@@ -51,6 +55,21 @@ class Chunking(NamedTuple):
     """The host may wait for the number of active tokens, to compute no others."""
 
 
+class Shards(NamedTuple):
+    """Which classes of the vocabulary other ranks have: a VocabShard as the operators take it."""
+
+    vocab_group: str
+    """The name of the ranks' group; empty: all classes are here."""
+    bounds: Sequence[int]
+    """Where the classes of each rank begin, and where the last ones end."""
+    reduce_hidden: bool = True
+    """The gradient of hidden states is added up over the ranks; otherwise each has its own part."""
+
+    def of_logits(self) -> dict[str, Any]:
+        """What a loss of logits takes of it."""
+        return {"vocab_group": self.vocab_group, "bounds": self.bounds}
+
+
 # The keywords of the functions, as their overloads name them.
 
 
@@ -59,6 +78,10 @@ class _OfRows(TypedDict, total=False):
     temperature: float | Tensor
     shift: bool
     cu_seqlens: Tensor | None
+
+
+class _Sharded(TypedDict, total=False):
+    vocab: VocabShard | None
 
 
 class _Linear(TypedDict, total=False):
@@ -80,7 +103,7 @@ class _CrossEntropy(_OfRows, total=False):
     z_loss: float
 
 
-class CrossEntropyKeywords(_CrossEntropy, _Dense, total=False):
+class CrossEntropyKeywords(_CrossEntropy, _Dense, _Sharded, total=False):
     pass
 
 
@@ -92,7 +115,7 @@ class _Scoring(_OfRows, total=False):
     ignore_index: int
 
 
-class ScoringKeywords(_Scoring, _Dense, total=False):
+class ScoringKeywords(_Scoring, _Dense, _Sharded, total=False):
     pass
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
+from masked_loss.options import Shards
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -103,6 +105,14 @@ def _member(who: str, group: ProcessGroup | None) -> ProcessGroup:
             f"{who}: group must be one that this rank is in; rank {dist.get_rank()} is not"
         )
     return group
+
+
+def shards_of(who: str, vocab: Any, what: str, columns: int) -> Shards:
+    """As the operators take it, of ``what`` with so many columns."""
+    if isinstance(vocab, Shards):
+        return vocab
+    require_vocab(who, vocab, what, columns)
+    return Shards(vocab.group.group_name, list(vocab.bounds))
 
 
 def require_vocab(who: str, vocab: Any, what: str, columns: int) -> None:

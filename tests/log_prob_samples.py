@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class LogProbSample:
         """The results of a function, and the gradient of all of them, computed in ``dtype``."""
         leaf = self.logits.to(dtype).requires_grad_()
         options = dict(self.options)
-        if function is not token_log_probs:
+        if function is reference.token_log_probs:
             options.pop("inplace_backward", None)
         if isinstance(options.get("temperature"), Tensor):
             options["temperature"] = options["temperature"].to(accumulation_dtype(dtype))
@@ -76,10 +77,16 @@ def sample(
     return LogProbSample(logits, target, mask, chosen)
 
 
-def check(classes: int, ids: int | None, options: str, dtype: torch.dtype) -> None:
+def check(
+    classes: int,
+    ids: int | None,
+    options: str,
+    dtype: torch.dtype,
+    function: Callable[..., Any] = token_log_probs,
+) -> None:
     """As exact as eager PyTorch, and one rounding more."""
     s = sample(classes, ids, options, dtype)
-    ours = s.call(token_log_probs, dtype)
+    ours = s.call(function, dtype)
     eager = s.call(reference.token_log_probs, accumulation_dtype(dtype))
     truth = s.call(reference.token_log_probs, torch.float64)
     assert ours.keys() == truth.keys()

@@ -143,6 +143,23 @@ struct RowArgs : Formula {
   void* results[2];      // out, of log-probabilities: [rows, ids], and the entropy [rows] or null
   Upstream upstream[2];  // of each result of the loss
   void* scratch;         // as in WeighArgs
+  // out, instead of losses: what these columns tell of each token, [part_numbers, rows] of the
+  // accumulation type. stats: what they tell of the entropy too, of log-probabilities also.
+  void* part;
+};
+
+// Numbers that a shard of the classes tells of each token: see shards.inl.h.
+inline constexpr int64_t part_numbers(const RowArgs& args) {
+  const bool log_probs = args.loss == RowLoss::kLogProbs;
+  const bool soft = !log_probs && args.label_smoothing != 0;
+  return 2 + 2 * soft + args.stats + (args.stats && !log_probs) + args.ids;
+}
+
+// From what all shards tell to the token table, and to the results of log-probabilities.
+struct MergeArgs : RowArgs {
+  const void* parts;      // [shards, part_numbers, rows]
+  const int64_t* bounds;  // [shards + 1]: shard r has the classes from bounds[r] to bounds[r + 1]
+  int64_t shards;
 };
 
 // What the token table holds of a divergence: weights and values where cross entropy has them, so

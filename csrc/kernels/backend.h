@@ -17,6 +17,8 @@ struct Backend {
   // on the device.
   int64_t (*weigh)(const WeighArgs& args, Queue queue);
   void (*cross_entropy)(const RowArgs& args, Queue queue);
+  // What shards of the rows told, merged.
+  void (*merge)(const MergeArgs& args, Queue queue);
   // The gradient anew where dloss is not 1, for which args.dlogits holds it already.
   void (*rescale)(const RowArgs& args, Queue queue);
   // Of pairs of rows: values, and gradients of the first.

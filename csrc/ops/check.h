@@ -351,6 +351,20 @@ inline void has_classes(const char* who, const Tensor& logits) {
   }
 }
 
+// Columns of logits as a shard of the classes, which may be none.
+inline void shard(const char* who, const Tensor& logits, const Shard& shard) {
+  constexpr int64_t kMostColumns = 1 << 29;  // a CUDA kernel's index into a row is an int
+  const int64_t columns = shape_of(logits).back();
+  if (columns > kMostColumns) {
+    fail("ValueError", who, ": a shard must have at most ", kMostColumns, " classes, got ",
+         columns);
+  }
+  if (shard.first < 0 || shard.first + columns > shard.classes) {
+    fail("ValueError", who, ": a shard of ", columns, " classes from ", shard.first,
+         " on must lie within all ", shard.classes);
+  }
+}
+
 inline void cross_entropy(const char* who, const Tensor& logits, const Tensor& target,
                           bool probabilities, bool shift) {
   const Shape tokens = tokens_of(who, logits, shift && !probabilities);
@@ -361,7 +375,6 @@ inline void cross_entropy(const char* who, const Tensor& logits, const Tensor& t
     class_indices(who, target);
   }
   has_shape(who, "target", target, probabilities ? shape_of(logits) : tokens);
-  has_classes(who, logits);
 }
 
 // The position of a flat index in a shape, as it is written in Python.

@@ -35,20 +35,28 @@ struct Problem {
 
 Problem make_problem(const Device& device, const Options& options, const Tensor& logits,
                      const Tensor& target, const OptionalTensor& class_weight,
-                     const OptionalTensor& temperatures) {
+                     const OptionalTensor& temperatures,
+                     const std::optional<Shard>& shard = std::nullopt) {
   const Formula formula = check::formula(kCrossEntropy, options);
-  const bool probabilities = check::is_floating(check::dtype_of(target));
+  const bool probabilities = !shard && check::is_floating(check::dtype_of(target));
   check::cross_entropy(kCrossEntropy, logits, target, probabilities, options.shift);
+  if (shard) {
+    check::shard(kCrossEntropy, logits, *shard);
+  } else {
+    check::has_classes(kCrossEntropy, logits);
+  }
   Problem p{rows_of(logits), as_contiguous(target),   std::nullopt,
             std::nullopt,    outer(shape_of(logits)), device};
   p.wide = logits.scalar_type() == ScalarType::Double;
-  if (class_weight) check::class_weight(kCrossEntropy, *class_weight, p.logits.cols);
+  const int64_t classes = shard ? shard->classes : p.logits.cols;
+  if (class_weight) check::class_weight(kCrossEntropy, *class_weight, classes);
   p.class_weight = as_type(class_weight, accumulation_type(p.wide));
   check::temperatures(kCrossEntropy, temperatures, p.token_shape);
   p.temperatures = as_type(temperatures, accumulation_type(p.wide));
   RowArgs& a = p.args;
   static_cast<Formula&>(a) = formula;
   set_rows(a, p.logits);
+  set_shard(a, shard);
   a.shift = options.shift;
   a.target = probabilities ? nullptr : p.target.data_ptr();
   a.target_type = probabilities ? DType::kInt64 : *check::dtype_of(target);
@@ -116,11 +124,14 @@ std::tuple<Tensor, Tensor> cross_entropy_stats(Tensor logits, const Inputs& inpu
   return {std::get<0>(results), std::get<1>(results)};
 }
 
-void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, const Saved& saved,
-                                bool recompute_unless_one, const Options& options) {
+namespace {
+
+void backward(const Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const Saved& saved,
+              const std::optional<Shard>& shard, bool recompute_unless_one,
+              const Options& options) {
   const Device device(logits);
-  Problem p =
-      make_problem(device, options, logits, saved.target, saved.class_weight, saved.temperatures);
+  Problem p = make_problem(device, options, logits, saved.target, saved.class_weight,
+                           saved.temperatures, shard);
   const Tables tables{saved.tokens, saved.groups};
   check_tables(kCrossEntropy, tables, p.args.rows, p.wide, TokenField::kSaved);
   const Tensor scale = upstream(kCrossEntropy, dloss, p.wide, p.args.rows);
@@ -128,6 +139,13 @@ void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, con
   p.args.upstream[0] = dloss_of(scale, false);
   set_gradient(kCrossEntropy, p.args, device, dlogits, logits);
   p.run(recompute_unless_one ? device.kernels.rescale : device.kernels.cross_entropy);
+}
+
+}  // namespace
+
+void cross_entropy_backward_out(Tensor dlogits, Tensor dloss, Tensor logits, const Saved& saved,
+                                bool recompute_unless_one, const Options& options) {
+  backward(dlogits, dloss, logits, saved, std::nullopt, recompute_unless_one, options);
 }
 
 Tensor cross_entropy_backward(Tensor dloss, Tensor logits, const Saved& saved,
@@ -167,13 +185,13 @@ std::tuple<Tensor, Tensor> weigh(Tensor target, OptionalTensor mask, OptionalTen
   return {tables.tokens, tables.groups};
 }
 
-void rows(Tensor logits, const Saved& saved, OptionalTensor dloss, bool forward, bool gradient,
-          const Options& options) {
+void rows(Tensor logits, const Saved& saved, OptionalTensor dloss, const Shard& shard, bool forward,
+          bool gradient, const Options& options) {
   const Device device(logits);
   Options of_rows = options;
   of_rows.shift = false;
-  Problem p =
-      make_problem(device, of_rows, logits, saved.target, saved.class_weight, saved.temperatures);
+  Problem p = make_problem(device, of_rows, logits, saved.target, saved.class_weight,
+                           saved.temperatures, shard);
   const Tables tables{saved.tokens, saved.groups};
   check_tables(kLinear, tables, p.args.rows, p.wide, TokenField::kSaved);
   OptionalTensor scale;
@@ -196,6 +214,52 @@ std::tuple<Tensor, Tensor> reduce(Tensor tokens, Tensor groups, Tensor target, b
                stats ? TokenField::kCount : TokenField::kSaved);
   const Reduced results = reduced(Device(tokens), tables, reduction, options.z_loss, shape, stats);
   return {results.loss, results.stats};
+}
+
+// Shards of the classes
+
+Tensor cross_entropy_partial(Tensor logits, const Saved& saved, const Shard& shard,
+                             const Options& options) {
+  const Device device(logits);
+  Problem p = make_problem(device, options, logits, saved.target, saved.class_weight,
+                           saved.temperatures, shard);
+  check_tokens(kCrossEntropy, saved.tokens, p.args.rows, p.wide, TokenField::kSaved);
+  p.args.table = saved.tokens.data_ptr();
+  p.args.stats = saved.tokens.size(0) == TokenField::kCount;
+  const Tensor part = empty(logits, {part_numbers(p.args), p.args.rows}, accumulation_id(p.wide));
+  tell(p.args, device, part);
+  return part;
+}
+
+void cross_entropy_merge(Tensor parts, const Saved& saved, Tensor bounds, const Options& options) {
+  const Device device(parts);
+  MergeArgs args{};
+  static_cast<Formula&>(args) = check::formula(kCrossEntropy, options);
+  const Tensor target = as_contiguous(saved.target);
+  const OptionalTensor class_weight = as_type(saved.class_weight, parts.scalar_type());
+  args.target = target.data_ptr();
+  args.target_type = check::class_indices(kCrossEntropy, target);
+  args.rows = target.numel();
+  args.class_weight = data(class_weight);
+  args.stats = saved.tokens.size(0) == TokenField::kCount;
+  const bool wide = parts.scalar_type() == ScalarType::Double;
+  check_tokens(kCrossEntropy, saved.tokens, args.rows, wide, TokenField::kSaved);
+  args.table = saved.tokens.data_ptr();
+  merge(kCrossEntropy, args, device, parts, bounds);
+}
+
+void cross_entropy_shard_backward_out(Tensor dlogits, Tensor dloss, Tensor logits,
+                                      const Saved& saved, const Shard& shard,
+                                      const Options& options) {
+  backward(dlogits, dloss, logits, saved, shard, false, options);
+}
+
+Tensor cross_entropy_shard_backward(Tensor dloss, Tensor logits, const Saved& saved,
+                                    const Shard& shard, const Options& options) {
+  Tensor dlogits = empty_as(logits);
+  ask_for_large_pages(dlogits);
+  backward(dlogits, dloss, logits, saved, shard, false, options);
+  return dlogits;
 }
 
 }  // namespace masked_loss

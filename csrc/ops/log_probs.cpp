@@ -43,8 +43,8 @@ struct Problem {
   bool wide;
 
   Problem(const Tensor& logits_, const Tensor& target_, const OptionalTensor& temperatures_,
-          const Scoring& options)
-      : logits(rows_of(checked(logits_))),
+          const Scoring& options, const std::optional<Shard>& shard = std::nullopt)
+      : logits(rows_of(checked(logits_, shard))),
         ids(logits_, target_, options.shift),
         wide(check::floating(kLogProbs, "logits", logits_) == DType::kFloat64) {
     check::temperature(kLogProbs, "temperature", options.temperature);
@@ -52,6 +52,7 @@ struct Problem {
     temperatures = as_type(temperatures_, accumulation_type(wide));
     args.loss = RowLoss::kLogProbs;
     set_rows(args, logits);
+    set_shard(args, shard);
     args.shift = options.shift;
     args.target = ids.target.data_ptr();
     args.target_type = ids.type;
@@ -68,9 +69,13 @@ struct Problem {
   }
 
  private:
-  static const Tensor& checked(const Tensor& logits) {
+  static const Tensor& checked(const Tensor& logits, const std::optional<Shard>& shard) {
     constexpr int64_t kMostClasses = 1 << 29;  // a CUDA kernel's index into a row is an int
     check::tokens_of(kLogProbs, logits, false);
+    if (shard) {
+      check::shard(kLogProbs, logits, *shard);
+      return logits;
+    }
     check::has_classes(kLogProbs, logits);
     if (shape_of(logits).back() > kMostClasses) {
       check::fail("ValueError", kLogProbs, ": logits must have at most ", kMostClasses,
@@ -79,6 +84,11 @@ struct Problem {
     return logits;
   }
 };
+
+// Of the table of tokens.
+int64_t columns_of(bool entropy) {
+  return entropy ? LogProbField::kCount : LogProbField::kEntropySum;
+}
 
 // Which tokens are masked, into the row `weight`. They are in no groups: only shift has to know
 // where sequences begin. `keep_ignored`: also a token all of whose ids are ignored.
@@ -121,8 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> token_log_probs_forward(Tensor logits, Tensor
   const Device device(logits);
   Problem p(logits, target, temperatures, scoring);
   const int32_t number = accumulation_id(p.wide);
-  const int64_t columns = entropy ? LogProbField::kCount : LogProbField::kEntropySum;
-  const Tensor table = empty(logits, {columns, p.args.rows}, number);
+  const Tensor table = empty(logits, {columns_of(entropy), p.args.rows}, number);
   const Tensor log_probs = empty(logits, shape_of(p.ids.target), number);
   const Tensor entropies = empty(logits, entropy ? p.ids.tokens : Shape{0}, number);
   p.args.table = table.data_ptr();
@@ -158,13 +167,15 @@ std::tuple<Tensor, Tensor> token_log_probs_entropy(Tensor logits, Tensor target,
   return {std::get<0>(results), std::get<1>(results)};
 }
 
-void token_log_probs_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTensor dentropy,
-                                  Tensor logits, Tensor target, Tensor tokens,
-                                  OptionalTensor temperatures, const Scoring& scoring) {
+namespace {
+
+void backward(const Tensor& dlogits, const Tensor& dlog_probs, const OptionalTensor& dentropy,
+              const Tensor& logits, const Tensor& target, const Tensor& tokens,
+              const OptionalTensor& temperatures, const std::optional<Shard>& shard,
+              const Scoring& scoring) {
   const Device device(logits);
-  Problem p(logits, target, temperatures, scoring);
-  check_tokens(kLogProbs, tokens, p.args.rows, p.wide,
-               dentropy ? LogProbField::kCount : LogProbField::kEntropySum);
+  Problem p(logits, target, temperatures, scoring, shard);
+  check_tokens(kLogProbs, tokens, p.args.rows, p.wide, columns_of(dentropy.has_value()));
   check::has_shape(kLogProbs, "dlog_probs", dlog_probs, shape_of(target));
   if (dentropy) check::has_shape(kLogProbs, "dentropy", *dentropy, p.ids.tokens);
   set_gradient(kLogProbs, p.args, device, dlogits, logits);
@@ -176,6 +187,15 @@ void token_log_probs_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTen
   p.run(device);
 }
 
+}  // namespace
+
+void token_log_probs_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTensor dentropy,
+                                  Tensor logits, Tensor target, Tensor tokens,
+                                  OptionalTensor temperatures, const Scoring& scoring) {
+  backward(dlogits, dlog_probs, dentropy, logits, target, tokens, temperatures, std::nullopt,
+           scoring);
+}
+
 Tensor token_log_probs_backward(Tensor dlog_probs, OptionalTensor dentropy, Tensor logits,
                                 Tensor target, Tensor tokens, OptionalTensor temperatures,
                                 const Scoring& scoring) {
@@ -183,6 +203,61 @@ Tensor token_log_probs_backward(Tensor dlog_probs, OptionalTensor dentropy, Tens
   ask_for_large_pages(dlogits);
   token_log_probs_backward_out(dlogits, dlog_probs, dentropy, logits, target, tokens, temperatures,
                                scoring);
+  return dlogits;
+}
+
+// Shards of the classes
+
+Tensor token_log_probs_partial(Tensor logits, Tensor target, Tensor tokens,
+                               OptionalTensor temperatures, bool entropy, const Shard& shard,
+                               const Scoring& scoring) {
+  const Device device(logits);
+  Problem p(logits, target, temperatures, scoring, shard);
+  check_tokens(kLogProbs, tokens, p.args.rows, p.wide, columns_of(entropy));
+  p.args.table = tokens.data_ptr();
+  p.args.stats = entropy;
+  const Tensor part = empty(logits, {part_numbers(p.args), p.args.rows}, accumulation_id(p.wide));
+  tell(p.args, device, part);
+  return part;
+}
+
+std::tuple<Tensor, Tensor> token_log_probs_merge(Tensor parts, Tensor target, Tensor tokens,
+                                                 Tensor bounds, bool entropy,
+                                                 const Scoring& scoring) {
+  const Device device(parts);
+  const bool wide = parts.scalar_type() == ScalarType::Double;
+  const Tensor ids = as_contiguous(target);
+  MergeArgs args{};
+  args.loss = RowLoss::kLogProbs;
+  args.rows = tokens.size(1);
+  check_tokens(kLogProbs, tokens, args.rows, wide, columns_of(entropy));
+  args.table = tokens.data_ptr();
+  args.target = ids.data_ptr();
+  args.target_type = check::class_indices(kLogProbs, ids);
+  args.ids = args.rows ? ids.numel() / args.rows : 1;
+  args.ignore_index = scoring.ignore_index;
+  args.stats = entropy;
+  const Tensor log_probs = empty(parts, shape_of(target), accumulation_id(wide));
+  const Tensor entropies = empty(parts, {entropy ? args.rows : 0}, accumulation_id(wide));
+  args.results[0] = log_probs.data_ptr();
+  args.results[1] = entropy ? entropies.data_ptr() : nullptr;
+  merge(kLogProbs, args, device, parts, bounds);
+  return {log_probs, entropies};
+}
+
+void token_log_probs_shard_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTensor dentropy,
+                                        Tensor logits, Tensor target, Tensor tokens,
+                                        OptionalTensor temperatures, const Shard& shard,
+                                        const Scoring& scoring) {
+  backward(dlogits, dlog_probs, dentropy, logits, target, tokens, temperatures, shard, scoring);
+}
+
+Tensor token_log_probs_shard_backward(Tensor dlog_probs, OptionalTensor dentropy, Tensor logits,
+                                      Tensor target, Tensor tokens, OptionalTensor temperatures,
+                                      const Shard& shard, const Scoring& scoring) {
+  const Tensor dlogits = empty_as(logits);
+  ask_for_large_pages(dlogits);
+  backward(dlogits, dlog_probs, dentropy, logits, target, tokens, temperatures, shard, scoring);
   return dlogits;
 }
 

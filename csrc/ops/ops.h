@@ -47,8 +47,21 @@ std::tuple<Tensor, Tensor> weigh(Tensor target, OptionalTensor mask, OptionalTen
 // Some tokens' logits become their gradient. forward: the table of these tokens, of which only the
 // weights were there, is filled; without it, it is there already. The rows are the tokens' own:
 // options.shift is not heeded.
-void rows(Tensor logits, const Saved& saved, OptionalTensor dloss, bool forward, bool gradient,
-          const Options& options);
+void rows(Tensor logits, const Saved& saved, OptionalTensor dloss, const Shard& shard, bool forward,
+          bool gradient, const Options& options);
+
+// Of logits that are a shard of the classes: what they tell of each token with a weight
+// -> [part_numbers, tokens].
+Tensor cross_entropy_partial(Tensor logits, const Saved& saved, const Shard& shard,
+                             const Options& options);
+// What all shards told, [shards, part_numbers, tokens], into the table of tokens. bounds: int64,
+// where the classes of each begin, and where the last ones end.
+void cross_entropy_merge(Tensor parts, const Saved& saved, Tensor bounds, const Options& options);
+Tensor cross_entropy_shard_backward(Tensor dloss, Tensor logits, const Saved& saved,
+                                    const Shard& shard, const Options& options);
+void cross_entropy_shard_backward_out(Tensor dlogits, Tensor dloss, Tensor logits,
+                                      const Saved& saved, const Shard& shard,
+                                      const Options& options);
 
 // -> loss, stats; groups gets its means
 std::tuple<Tensor, Tensor> reduce(Tensor tokens, Tensor groups, Tensor target, bool stats,
@@ -105,6 +118,22 @@ Tensor token_log_probs_backward(Tensor dlog_probs, OptionalTensor dentropy, Tens
 void token_log_probs_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTensor dentropy,
                                   Tensor logits, Tensor target, Tensor tokens,
                                   OptionalTensor temperatures, const Scoring& scoring);
+
+// The same of log-probabilities; the weights of the tokens in the table's row of sums.
+Tensor token_log_probs_partial(Tensor logits, Tensor target, Tensor tokens,
+                               OptionalTensor temperatures, bool entropy, const Shard& shard,
+                               const Scoring& scoring);
+// -> log_probs, entropy
+std::tuple<Tensor, Tensor> token_log_probs_merge(Tensor parts, Tensor target, Tensor tokens,
+                                                 Tensor bounds, bool entropy,
+                                                 const Scoring& scoring);
+Tensor token_log_probs_shard_backward(Tensor dlog_probs, OptionalTensor dentropy, Tensor logits,
+                                      Tensor target, Tensor tokens, OptionalTensor temperatures,
+                                      const Shard& shard, const Scoring& scoring);
+void token_log_probs_shard_backward_out(Tensor dlogits, Tensor dlog_probs, OptionalTensor dentropy,
+                                        Tensor logits, Tensor target, Tensor tokens,
+                                        OptionalTensor temperatures, const Shard& shard,
+                                        const Scoring& scoring);
 
 // The ranges of the options, for operators whose tensors hold nothing: fakes.
 void check_formula(std::string who, const Options& options);

@@ -62,6 +62,16 @@ struct Fields<const Saved&> {
   using types = Types<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor>;
 };
 
+// Which classes the columns of some logits are: the first of them, and of how many.
+#define ML_SHARD "int first, int classes"
+struct Shard {
+  int64_t first, classes;
+};
+template <>
+struct Fields<const Shard&> {
+  using types = Types<int64_t, int64_t>;
+};
+
 // What the log-probability of a token means.
 #define ML_SCORING \
   "float temperature=1.0, int ignore_index=-100, float? softcap=None, bool shift=False"

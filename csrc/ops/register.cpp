@@ -15,6 +15,13 @@
 #define ML_FORWARD "Tensor logits, " ML_INPUTS ", bool stats, " ML_OPTIONS ") -> " ML_TABLES
 #define ML_TABLES "(Tensor loss, Tensor stats, Tensor tokens, Tensor groups"
 
+// Which classes the ranks of a group have.
+#define ML_SHARDS "str vocab_group, int[] bounds, "
+#define ML_SHARDED_PUBLIC                                                                    \
+  "(Tensor logits, " ML_PUBLIC_INPUTS ", bool inplace_backward=False, " ML_SHARDS ML_OPTIONS \
+  ") "                                                                                       \
+  "-> "
+
 #define ML_PUBLIC_CHUNKS \
   "int? chunk_tokens=None, ScalarType? accumulation_dtype=None, bool pack=True, "
 #define ML_CHUNKS ", int? chunk_tokens, ScalarType? accumulation_dtype, bool pack, "
@@ -25,12 +32,14 @@
   ", Tensor? bias=None, " ML_PUBLIC_CHUNKS ML_OPTIONS ") -> "
 #define ML_HEAD_GRADIENTS "Tensor dhidden, Tensor dweight, Tensor dbias)"
 
-#define ML_LOG_PROBS_PUBLIC                                                        \
+#define ML_LOG_PROBS_INPUTS                                                        \
   "(Tensor logits, Tensor target, Tensor? mask=None, *, Tensor? cu_seqlens=None, " \
-  "Tensor? temperatures=None, bool inplace_backward=False, " ML_SCORING ") -> "
+  "Tensor? temperatures=None, bool inplace_backward=False, "
+#define ML_LOG_PROBS_PUBLIC ML_LOG_PROBS_INPUTS ML_SCORING ") -> "
+#define ML_SHARDED_LOG_PROBS ML_LOG_PROBS_INPUTS ML_SHARDS ML_SCORING ") -> "
 #define ML_LOG_PROBS_BACKWARD                                                          \
   "Tensor dlog_probs, Tensor? dentropy, Tensor logits, Tensor target, Tensor tokens, " \
-  "Tensor? temperatures, " ML_SCORING
+  "Tensor? temperatures, "
 #define ML_HEADS ML_HEAD "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, "
 #define ML_COMPARED                                                          \
   "Tensor? mask=None, *, Tensor? normalizer=None, Tensor? cu_seqlens=None, " \
@@ -68,7 +77,18 @@
     ") -> (Tensor tokens, Tensor groups)")                                                        \
   _(rows,                                                                                         \
     "(Tensor(a!) logits, Tensor target, Tensor(b!) tokens, Tensor groups, Tensor? class_weight, " \
-    "Tensor? temperatures, Tensor? dloss, bool forward, bool gradient, " ML_OPTIONS ") -> ()")    \
+    "Tensor? temperatures, Tensor? dloss, " ML_SHARD ", bool forward, bool gradient, " ML_OPTIONS \
+    ") -> ()")                                                                                    \
+  _(cross_entropy_partial,                                                                        \
+    "(Tensor logits, " ML_SAVED ", " ML_SHARD ", " ML_OPTIONS ") -> Tensor")                      \
+  _(cross_entropy_merge,                                                                          \
+    "(Tensor parts, Tensor target, Tensor(a!) tokens, Tensor groups, Tensor? class_weight, "      \
+    "Tensor? temperatures, Tensor bounds, " ML_OPTIONS ") -> ()")                                 \
+  _(cross_entropy_shard_backward,                                                                 \
+    "(Tensor dloss, Tensor logits, " ML_SAVED ", " ML_SHARD ", " ML_OPTIONS ") -> Tensor")        \
+  _(cross_entropy_shard_backward_out,                                                             \
+    "(Tensor(a!) dlogits, Tensor dloss, Tensor logits, " ML_SAVED ", " ML_SHARD ", " ML_OPTIONS   \
+    ") -> ()")                                                                                    \
   _(reduce, "(Tensor tokens, Tensor(a!) groups, Tensor target, bool stats, " ML_OPTIONS           \
             ") -> (Tensor loss, Tensor stats)")                                                   \
   _(masked_reduce,                                                                                \
@@ -95,11 +115,32 @@
   _(token_log_probs_forward,                                                                      \
     "(Tensor logits, Tensor target, Tensor? mask, Tensor? cu_seqlens, Tensor? temperatures, "     \
     "bool entropy, " ML_SCORING ") -> (Tensor log_probs, Tensor entropy, Tensor tokens)")         \
-  _(token_log_probs_backward, "(" ML_LOG_PROBS_BACKWARD ") -> Tensor")                            \
-  _(token_log_probs_backward_out, "(Tensor(a!) dlogits, " ML_LOG_PROBS_BACKWARD ") -> ()")
+  _(token_log_probs_backward, "(" ML_LOG_PROBS_BACKWARD ML_SCORING ") -> Tensor")                 \
+  _(token_log_probs_backward_out,                                                                 \
+    "(Tensor(a!) dlogits, " ML_LOG_PROBS_BACKWARD ML_SCORING ") -> ()")                           \
+  _(token_log_probs_partial,                                                                      \
+    "(Tensor logits, Tensor target, Tensor tokens, Tensor? temperatures, "                        \
+    "bool entropy, " ML_SHARD ", " ML_SCORING ") -> Tensor")                                      \
+  _(token_log_probs_merge,                                                                        \
+    "(Tensor parts, Tensor target, Tensor(a!) tokens, Tensor bounds, "                            \
+    "bool entropy, " ML_SCORING ") -> (Tensor log_probs, Tensor entropy)")                        \
+  _(token_log_probs_shard_backward,                                                               \
+    "(" ML_LOG_PROBS_BACKWARD ML_SHARD ", " ML_SCORING ") -> Tensor")                             \
+  _(token_log_probs_shard_backward_out,                                                           \
+    "(Tensor(a!) dlogits, " ML_LOG_PROBS_BACKWARD ML_SHARD ", " ML_SCORING ") -> ()")
 
 // Operators whose kernels are in masked_loss/_op/.
 #define ML_PYTHON_OPERATORS(_)                                                                  \
+  _(sharded_cross_entropy, ML_SHARDED_PUBLIC "Tensor")                                          \
+  _(sharded_cross_entropy_stats, ML_SHARDED_PUBLIC "(Tensor loss, Tensor stats)")               \
+  _(sharded_cross_entropy_forward,                                                              \
+    "(Tensor logits, " ML_INPUTS ", bool stats, " ML_SHARDS ML_OPTIONS ") -> " ML_TABLES ")")   \
+  _(sharded_token_log_probs, ML_SHARDED_LOG_PROBS "Tensor")                                     \
+  _(sharded_token_log_probs_entropy, ML_SHARDED_LOG_PROBS "(Tensor log_probs, Tensor entropy)") \
+  _(sharded_token_log_probs_forward,                                                            \
+    "(Tensor logits, Tensor target, Tensor? mask, Tensor? cu_seqlens, Tensor? temperatures, "   \
+    "bool entropy, " ML_SHARDS ML_SCORING                                                       \
+    ") -> (Tensor log_probs, Tensor entropy, Tensor tokens)")                                   \
   _(linear_cross_entropy, ML_LINEAR_PUBLIC "Tensor")                                            \
   _(linear_cross_entropy_stats, ML_LINEAR_PUBLIC "(Tensor loss, Tensor stats)")                 \
   _(linear_cross_entropy_forward, "(" ML_HEAD ML_INPUTS ", bool stats" ML_CHUNKING ML_OPTIONS   \

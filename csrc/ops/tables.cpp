@@ -110,6 +110,27 @@ Reduced reduced(const Device& device, const Tables& tables, Reduction reduction,
                  stats);
 }
 
+void tell(RowArgs& args, const Device& device, const Tensor& part) {
+  args.part = part.data_ptr();
+  args.forward = true;
+  if (args.rows > 0 && args.cols > 0) device.kernels.cross_entropy(args, device.queue());
+}
+void merge(const char* who, MergeArgs& args, const Device& device, const Tensor& parts,
+           const Tensor& bounds) {
+  args.dtype = parts.scalar_type() == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
+  if (bounds.scalar_type() != ScalarType::Long || bounds.dim() != 1 || !bounds.is_contiguous() ||
+      bounds.numel() < 2) {
+    check::fail("ValueError", who, ": bounds must be int64 [R + 1], got shape ",
+                check::text(shape_of(bounds)));
+  }
+  args.shards = bounds.numel() - 1;
+  check::has_shape(who, "parts", parts, {args.shards, part_numbers(args), args.rows});
+  if (!parts.is_contiguous()) check::fail("ValueError", who, ": parts must be contiguous");
+  args.parts = parts.data_ptr();
+  args.bounds = static_cast<const int64_t*>(bounds.data_ptr());
+  if (args.rows > 0) device.kernels.merge(args, device.queue());
+}
+
 Tensor upstream(const char* who, const Tensor& dloss, bool wide, int64_t count) {
   if (dloss.dim() != 0 && dloss.numel() != count && count != 0) {
     check::fail("ValueError", who, ": dloss must be a scalar or one value for each of ", count,

@@ -64,6 +64,12 @@ Reduced reduced(const Device& device, const Tables& tables, const Shape& shape, 
 Reduced reduced(const Device& device, const Tables& tables, Reduction reduction, double z_loss,
                 const Shape& token_shape, bool stats);
 
+// Of each token what these columns tell, into `part`.
+void tell(RowArgs& args, const Device& device, const Tensor& part);
+// What all shards of the classes tell, into the table and the results of `args`.
+void merge(const char* who, MergeArgs& args, const Device& device, const Tensor& parts,
+           const Tensor& bounds);
+
 // The upstream gradient: one value, or one for each token or sequence.
 Tensor upstream(const char* who, const Tensor& dloss, bool wide, int64_t count);
 Upstream dloss_of(const Tensor& values, bool per_sequence);
@@ -79,6 +85,12 @@ inline void set_rows(RowArgs& args, const RowLayout& logits) {
   args.cols = args.classes = logits.cols;
   args.batch_stride = logits.batch_stride;
   args.step_stride = logits.step_stride;
+}
+// Of rows that are a shard of the classes, or are all of them.
+inline void set_shard(RowArgs& args, const std::optional<Shard>& shard) {
+  if (!shard) return;
+  args.first = shard->first;
+  args.classes = shard->classes;
 }
 
 // And of their gradient, whose rows are like theirs. dlogits may be the logits.

@@ -22,6 +22,11 @@ below_autograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
 transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether a torch.func transform is running, vmap included."""
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_INFRA_MODES = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
 _is_legacy_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 _is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 _unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
@@ -43,6 +48,16 @@ def are_plain(*tensors: Tensor | None) -> bool:
         if _is_legacy_batch(tensor):  # of torch.autograd's own vmap
             return False
     return True
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether a call is to be one node, of a graph or of a transform; not under modes that look on,
+    as torch.distributed's CommDebugMode does."""
+    if torch.compiler.is_compiling() or transforms_are_active():
+        return True
+    if any(torch._C._get_dispatch_mode(key) is not None for key in _INFRA_MODES):
+        return True
+    return any(x is not None and type(x) not in _PLAIN_TYPES for x in tensors)
 
 
 def keeps_graph() -> bool:

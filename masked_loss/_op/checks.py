@@ -107,8 +107,9 @@ def cross_entropy(
     mask: Tensor | None,
     class_weight: Tensor | None,
     shift: bool,
+    all_classes: int | None = None,
 ) -> None:
-    """The tensors of a cross entropy, but its normalizer."""
+    """The tensors of a cross entropy, but its normalizer. all_classes: of which logits has some."""
     probabilities = target.dtype in FLOATING
     rows(who, logits, shift and not probabilities)
     if probabilities:
@@ -119,10 +120,12 @@ def cross_entropy(
     else:
         class_indices(who, target)
         shape(who, "target", target, logits.shape[:-1])
-    classes(who, logits)
+    if all_classes is None:
+        classes(who, logits)
     if class_weight is not None:
         floating(who, "class_weight", class_weight)
-        shape(who, "class_weight", class_weight, logits.shape[-1:])
+        expected = logits.shape[-1:] if all_classes is None else torch.Size([all_classes])
+        shape(who, "class_weight", class_weight, expected)
     if mask is not None:
         mask_of(who, mask, logits.shape[:-1])
 

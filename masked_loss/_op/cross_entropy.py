@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""cross_entropy and cross_entropy_stats: the loss of logits that are there."""
+"""cross_entropy and cross_entropy_stats: the loss of logits that are there.
+
+sharded_cross_entropy is that of a rank's shard of the classes. Forward exchanges what the shards
+tell of their rows (exchange.py); backward needs no more than the tables that this fills.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,30 @@ import torch
 from torch import Tensor
 
 from masked_loss import reference
-from masked_loss._op import checks, tables
+from masked_loss._op import checks, exchange, tables
 from masked_loss._op.autograd import (
     Inputs,
     are_plain,
     below_autograd,
     is_differentiated,
+    is_traced,
     keeps_graph,
     kept_mask,
 )
 from masked_loss._op.batching import batch_reduced, batch_rows, weighted
 from masked_loss._op.derivatives import Formulas, differentiable, vjp
-from masked_loss._op.factory import Operator, fake, fake_like, fake_nothing
+from masked_loss._op.factory import (
+    Operator,
+    fake,
+    fake_like,
+    fake_nothing,
+    implement,
+    kernel,
+    record,
+)
 from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import ops
-from masked_loss.options import Meaning
+from masked_loss.options import Meaning, Shards
 
 INPUTS = (
     "logits", "target", "mask", "normalizer", "class_weight", "cu_seqlens", "temperatures",
@@ -42,13 +55,19 @@ class How(NamedTuple):
     would round half types twice."""
     inplace: bool
     """Backward writes the gradient over the logits."""
+    shards: Shards | None = None
+    """What the other ranks have of the loss."""
+    columns: tuple[int, int] | None = None
+    """The first class that is here, and how many there are on all ranks."""
 
 
 def _call(
-    stats: bool, inputs: Inputs, meaning: Meaning, *, inplace_backward: bool
+    stats: bool, inputs: Inputs, meaning: Meaning, *, inplace_backward: bool, **shards: Any
 ) -> tuple[Tensor, ...]:
     """loss, stats if asked for, perhaps more; where nothing is differentiated, just the kernels."""
     logits, target, mask, *_ = inputs
+    if shards:
+        return _call_sharded(stats, inputs, meaning, inplace_backward, Shards(**shards))
     if not is_differentiated(logits, mask, target):
         return ops.cross_entropy_forward.default(*inputs, stats, *meaning)
     plain = are_plain(logits)
@@ -60,9 +79,29 @@ def _call(
     return function(*inputs, How(meaning, stats, fused, inplace))
 
 
+def _call_sharded(
+    stats: bool, inputs: Inputs, meaning: Meaning, inplace: bool, shards: Shards
+) -> tuple[Tensor, ...]:
+    logits, target, mask, *_ = inputs
+    inplace = inplace and are_plain(logits)
+    if inplace:
+        require_writable("masked_cross_entropy", logits)
+    # A row is not at hand any more when all ranks have told of theirs: there is nothing to fuse.
+    how = How(meaning, stats, False, inplace, shards, exchange.columns(shards))
+    if not is_differentiated(logits, mask, target):
+        return _forward(inputs, how)
+    return (_with_stats if stats else _without_stats)(*inputs, how)
+
+
 def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     """loss, stats, tokens, groups, and perhaps the gradient for dloss = 1."""
-    meaning, stats, fused, _ = how
+    meaning, stats, fused, _, shards, _ = how
+    if shards is not None and not is_traced(*inputs):
+        return _run_sharded(inputs, how)
+    if shards is not None:
+        return ops.sharded_cross_entropy_forward.default(
+            *inputs, stats, shards.vocab_group, shards.bounds, *meaning
+        )
     if not fused:
         return ops.cross_entropy_forward.default(*inputs, stats, *meaning)
     dlogits = logits_pool.empty_like(inputs[0])
@@ -95,25 +134,35 @@ def _backward(
         )
     if not needs_logits:
         pass
+    elif not plain and how.columns is not None:
+        gradient = ops.cross_entropy_shard_backward.default(*args, *how.columns, *meaning)
     elif not plain:
         gradient = ops.cross_entropy_backward.default(*args, *meaning)
     elif how.inplace:
         with below_autograd():  # to which logits that require grad are not to be written
-            ops.cross_entropy_backward_out.default(logits, *args, False, *meaning)
+            _write_gradient(logits, args, False, how)
         torch.autograd.graph.increment_version(logits)
         gradient = logits.detach()
     elif dlogits and not keeps_graph():
         (gradient,) = dlogits
         # On CUDA the operator looks at dloss itself: reading it here would wait for the device.
         if not dloss.is_cpu or dloss.item() != 1:
-            ops.cross_entropy_backward_out.default(gradient, *args, True, *meaning)
+            _write_gradient(gradient, args, True, how)
     else:
         gradient = logits_pool.empty_like(logits)
-        ops.cross_entropy_backward_out.default(gradient, *args, False, *meaning)
+        _write_gradient(gradient, args, False, how)
     return gradient, dtarget, dmask, None, None, None, None
 
 
+def _write_gradient(into: Tensor, args: Inputs, unless_one: bool, how: How) -> None:
+    if how.columns is None:
+        ops.cross_entropy_backward_out.default(into, *args, unless_one, *how.meaning)
+    else:
+        ops.cross_entropy_shard_backward_out.default(into, *args, *how.columns, *how.meaning)
+
+
 def reference_of(saved: Inputs, how: How) -> tuple[Tensor, ...]:
+    exchange.require_whole("masked_cross_entropy", how.shards)
     logits, target, mask, normalizer, class_weight, cu_seqlens, temperatures, *rest = saved
     mask = tables.mask_or_weights(mask, rest, logits.shape[:-1])
     options = how.meaning._asdict()
@@ -135,6 +184,40 @@ _without_stats, _with_stats = (
     differentiable(Formulas("CrossEntropy", _forward, _save, _backward, reference_of, results))
     for results in (1, 2)
 )
+
+
+# Of a shard of the classes
+
+
+@kernel
+def _run_sharded(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
+    logits, target, mask, normalizer, class_weight, cu_seqlens, temperatures = inputs
+    meaning, stats, _, _, shards, _ = how
+    assert shards is not None
+    first, classes = exchange.columns(shards)
+    wide = logits.dtype == torch.float64
+    tokens, groups = ops.weigh.default(
+        target, mask, normalizer, class_weight, cu_seqlens, classes, wide, stats, *meaning
+    )
+    saved = (target, tokens, groups, class_weight, temperatures)
+    part = ops.cross_entropy_partial.default(logits, *saved, first, classes, *meaning)
+    parts, bounds = exchange.gathered(part, shards), exchange.bounds_on(part.device, shards)
+    ops.cross_entropy_merge.default(parts, *saved, bounds, *meaning)
+    loss, statistics = ops.reduce.default(tokens, groups, target, stats, *meaning)
+    return loss, statistics, tokens, groups
+
+
+def _sharded_kernel(
+    stats: bool, inputs: Inputs, meaning: Meaning, *, inplace_backward: bool, **shards: Any
+) -> tuple[Tensor, ...]:
+    return _run_sharded(inputs, How(meaning, stats, False, False, Shards(**shards)))
+
+
+def _sharded_forward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
+    inputs = tuple(getattr(a, name) for name in INPUTS)
+    return _run_sharded(
+        inputs, How(record(Meaning, a), a.stats, False, False, Shards(a.vocab_group, a.bounds))
+    )
 
 
 def require_writable(who: str, logits: Tensor) -> None:
@@ -166,7 +249,8 @@ def require_writable(who: str, logits: Tensor) -> None:
 def _check(a: SimpleNamespace) -> None:
     who = "masked_cross_entropy"
     checks.formula(who, a)
-    checks.cross_entropy(who, a.logits, a.target, a.mask, a.class_weight, a.shift)
+    classes = a.bounds[-1] if hasattr(a, "bounds") else None
+    checks.cross_entropy(who, a.logits, a.target, a.mask, a.class_weight, a.shift, classes)
     checks.temperatures(who, a.temperatures, a.logits.shape[:-1])
     checks.reduction(who, a.reduction, a.logits.dim() - 1, a.normalizer)
     checks.cu_seqlens(who, a.cu_seqlens)
@@ -186,9 +270,21 @@ def _fake(a: SimpleNamespace, stats: bool) -> tuple[Tensor, ...]:
 fake("cross_entropy")(lambda a: _fake(a, False))
 fake("cross_entropy_stats")(lambda a: _fake(a, True))
 fake("cross_entropy_forward", "cross_entropy_fused")(lambda a: _fake(a, a.stats))
-fake_like("logits", "cross_entropy_backward")
+fake("sharded_cross_entropy")(lambda a: _fake(a, False))
+fake("sharded_cross_entropy_stats")(lambda a: _fake(a, True))
+fake("sharded_cross_entropy_forward")(lambda a: _fake(a, a.stats))
+fake_like("logits", "cross_entropy_backward", "cross_entropy_shard_backward")
 fake_like("mask", "mask_grad")
-fake_nothing("cross_entropy_backward_out")
+fake_nothing(
+    "cross_entropy_backward_out", "cross_entropy_shard_backward_out", "cross_entropy_merge"
+)
+
+
+@fake("cross_entropy_partial")
+def _fake_partial(a: SimpleNamespace) -> tuple[Tensor]:
+    stats = a.tokens.shape[0] == len(tables.TOKEN_FIELDS)
+    numbers = 3 + 2 * (a.label_smoothing != 0) + 2 * stats
+    return (a.tokens.new_empty((numbers, a.tokens.shape[1])),)
 
 
 def _statistics(tokens: Tensor, a: SimpleNamespace) -> Tensor:
@@ -206,3 +302,8 @@ cross_entropy, cross_entropy_stats = (
     Operator(name, INPUTS, partial(_call, stats), check=_check)
     for name, stats in (("cross_entropy", False), ("cross_entropy_stats", True))
 )
+sharded_cross_entropy, sharded_cross_entropy_stats = (
+    Operator(name, INPUTS, partial(_call, stats), partial(_sharded_kernel, stats), check=_check)
+    for name, stats in (("sharded_cross_entropy", False), ("sharded_cross_entropy_stats", True))
+)
+implement("sharded_cross_entropy_forward", _sharded_forward_kernel)

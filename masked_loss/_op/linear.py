@@ -210,8 +210,8 @@ def _run(head: Head, given: Rows, how: How, forward: bool) -> tuple[Tensor, Tens
         each = None if temperatures is None else take(temperatures, at)
         upstream = take(dloss, at) if dloss is not None and dloss.dim() else dloss
         ops.rows.default(
-            y, take(target, at), table, groups, class_weight, each, upstream, forward,
-            any(how.needs), *how.meaning,
+            y, take(target, at), table, groups, class_weight, each, upstream, 0, y.shape[1],
+            forward, any(how.needs), *how.meaning,
         )  # fmt: skip
         if forward:
             both.write(at, table)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""token_log_probs and token_log_probs_entropy: the log-probabilities of logits that are there."""
+"""token_log_probs and token_log_probs_entropy: the log-probabilities of logits that are there.
+
+sharded_token_log_probs are those of a rank's shard of the classes, as in cross_entropy.py.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,29 @@ import torch
 from torch import Tensor
 
 from masked_loss import reference
-from masked_loss._op import checks
-from masked_loss._op.autograd import Inputs, are_plain, below_autograd, is_differentiated
+from masked_loss._op import checks, exchange
+from masked_loss._op.autograd import (
+    Inputs,
+    are_plain,
+    below_autograd,
+    is_differentiated,
+    is_traced,
+)
 from masked_loss._op.batching import batch_rows
 from masked_loss._op.cross_entropy import require_writable
 from masked_loss._op.derivatives import Formulas, differentiable
-from masked_loss._op.factory import Operator, fake, fake_like, fake_nothing
+from masked_loss._op.factory import (
+    Operator,
+    fake,
+    fake_like,
+    fake_nothing,
+    implement,
+    kernel,
+    record,
+)
 from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import LOG_PROB_FIELDS, log_prob_fields, loss_dtype, ops
-from masked_loss.options import Scoring
+from masked_loss.options import Scoring, Shards
 
 INPUTS = ("logits", "target", "mask", "cu_seqlens", "temperatures")
 WHO = "token_log_probs"
@@ -31,10 +48,13 @@ class How(NamedTuple):
     entropy: bool
     inplace: bool
     """Backward writes the gradient over the logits."""
+    shards: Shards | None = None
+    columns: tuple[int, int] | None = None
+    """The first class that is here, and how many there are on all ranks."""
 
 
 def _call(
-    entropy: bool, inputs: Inputs, scoring: Scoring, *, inplace_backward: bool
+    entropy: bool, inputs: Inputs, scoring: Scoring, *, inplace_backward: bool, **shards: Any
 ) -> tuple[Tensor, ...]:
     """log_probs, and the entropy if it is asked for."""
     logits, target, mask, *more = inputs
@@ -42,6 +62,9 @@ def _call(
         inputs = logits, target, mask.detach(), *more
     inplace = inplace_backward and are_plain(logits)
     how = How(scoring, entropy, inplace)
+    if shards:
+        of_ranks = Shards(**shards)
+        how = how._replace(shards=of_ranks, columns=exchange.columns(of_ranks))
     if not is_differentiated(logits):
         return _forward(inputs, how)[: 1 + entropy]
     if inplace:
@@ -51,9 +74,16 @@ def _call(
 
 def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     """log_probs, perhaps the entropy, and the table of tokens."""
-    log_probs, entropy, tokens = ops.token_log_probs_forward.default(
-        *inputs, how.entropy, *how.scoring
-    )
+    scoring, with_entropy, _, shards, _ = how
+    if shards is None:
+        results = ops.token_log_probs_forward.default(*inputs, with_entropy, *scoring)
+    elif is_traced(*inputs):
+        results = ops.sharded_token_log_probs_forward.default(
+            *inputs, with_entropy, shards.vocab_group, shards.bounds, *scoring
+        )
+    else:
+        results = _run_sharded(inputs, how)
+    log_probs, entropy, tokens = results
     return (log_probs, entropy, tokens) if how.entropy else (log_probs, tokens)
 
 
@@ -69,21 +99,29 @@ def _backward(
     dlog_probs, *dentropy = upstream
     if dlog_probs is None:
         dlog_probs = torch.zeros(target.shape, dtype=tokens.dtype, device=tokens.device)
-    args = (dlog_probs, *(dentropy or [None]), logits, target, tokens, temperatures, *how.scoring)
+    columns = how.columns or ()
+    args = (
+        dlog_probs, *(dentropy or [None]), logits, target, tokens, temperatures, *columns,
+        *how.scoring,
+    )  # fmt: skip
+    into, made = ops.token_log_probs_backward_out, ops.token_log_probs_backward
+    if columns:
+        into, made = ops.token_log_probs_shard_backward_out, ops.token_log_probs_shard_backward
     if not plain:
-        gradient = ops.token_log_probs_backward.default(*args)
+        gradient = made.default(*args)
     elif how.inplace:
         with below_autograd():  # to which logits that require grad are not to be written
-            ops.token_log_probs_backward_out.default(logits, *args)
+            into.default(logits, *args)
         torch.autograd.graph.increment_version(logits)
         gradient = logits.detach()
     else:
         gradient = logits_pool.empty_like(logits)
-        ops.token_log_probs_backward_out.default(gradient, *args)
+        into.default(gradient, *args)
     return gradient, None, None, None, None
 
 
 def reference_of(saved: Inputs, how: How) -> tuple[Tensor, ...]:
+    exchange.require_whole(WHO, how.shards)
     logits, target, mask, cu_seqlens, temperatures, *rest = saved
     if rest:
         sums = rest[0][LOG_PROB_FIELDS.index("sum")]  # of exponentials, or 0
@@ -106,9 +144,48 @@ _without_entropy, _with_entropy = (
 )
 
 
+# Of a shard of the classes
+
+
+@kernel
+def _run_sharded(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
+    logits, target, mask, cu_seqlens, temperatures = inputs
+    scoring, with_entropy, _, shards, _ = how
+    assert shards is not None
+    first, classes = exchange.columns(shards)
+    keep_ignored = with_entropy and target.dim() == logits.dim()
+    weights = ops.log_probs_weigh.default(
+        logits, target, mask, cu_seqlens, classes, scoring.ignore_index, scoring.shift, keep_ignored
+    )
+    tokens = weights.new_empty((len(log_prob_fields(with_entropy)), *weights.shape))
+    tokens[LOG_PROB_FIELDS.index("sum")] = weights
+    part = ops.token_log_probs_partial.default(
+        logits, target, tokens, temperatures, with_entropy, first, classes, *scoring
+    )
+    log_probs, entropy = ops.token_log_probs_merge.default(
+        exchange.gathered(part, shards), target, tokens, exchange.bounds_on(part.device, shards),
+        with_entropy, *scoring,
+    )  # fmt: skip
+    return log_probs, entropy.view(logits.shape[:-1]) if with_entropy else entropy, tokens
+
+
+def _sharded_kernel(
+    entropy: bool, inputs: Inputs, scoring: Scoring, *, inplace_backward: bool, **shards: Any
+) -> tuple[Tensor, ...]:
+    return _run_sharded(inputs, How(scoring, entropy, False, Shards(**shards)))
+
+
+def _sharded_forward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
+    inputs = tuple(getattr(a, name) for name in INPUTS)
+    return _run_sharded(
+        inputs, How(record(Scoring, a), a.entropy, False, Shards(a.vocab_group, a.bounds))
+    )
+
+
 def _check(a: SimpleNamespace) -> None:
     check_weights(a)
-    checks.classes(WHO, a.logits)
+    if not hasattr(a, "bounds"):
+        checks.classes(WHO, a.logits)
     checks.formula(WHO, a)
     checks.temperatures(WHO, a.temperatures, a.logits.shape[:-1])
 
@@ -150,8 +227,27 @@ def fake_weights(a: SimpleNamespace) -> Tensor:
 fake("token_log_probs")(lambda a: _fake(a, False))
 fake("token_log_probs_entropy")(lambda a: _fake(a, True))
 fake("token_log_probs_forward")(lambda a: _fake(a, a.entropy))
-fake_like("logits", "token_log_probs_backward")
-fake_nothing("token_log_probs_backward_out")
+fake("sharded_token_log_probs")(lambda a: _fake(a, False))
+fake("sharded_token_log_probs_entropy")(lambda a: _fake(a, True))
+fake("sharded_token_log_probs_forward")(lambda a: _fake(a, a.entropy))
+fake_like("logits", "token_log_probs_backward", "token_log_probs_shard_backward")
+fake_nothing("token_log_probs_backward_out", "token_log_probs_shard_backward_out")
+
+
+@fake("token_log_probs_partial")
+def _fake_partial(a: SimpleNamespace) -> tuple[Tensor]:
+    ids = a.target.shape[-1] if a.target.dim() == a.logits.dim() else 1
+    return (a.tokens.new_empty((2 + a.entropy + ids, a.tokens.shape[1])),)
+
+
+@fake("token_log_probs_merge")
+def _fake_merge(a: SimpleNamespace) -> tuple[Tensor, ...]:
+    return (
+        a.parts.new_empty(a.target.shape),
+        a.parts.new_empty((a.tokens.shape[1] if a.entropy else 0,)),
+    )
+
+
 _ROWS = ("logits", "target", "temperatures")
 batch_rows("token_log_probs_forward", (*_ROWS, "mask"))
 batch_rows("token_log_probs_backward", (*_ROWS, "dlog_probs", "dentropy"), ("tokens",))
@@ -160,3 +256,11 @@ token_log_probs, token_log_probs_entropy = (
     Operator(name, INPUTS, partial(_call, entropy), options=Scoring, check=_check)
     for name, entropy in (("token_log_probs", False), ("token_log_probs_entropy", True))
 )
+sharded_token_log_probs, sharded_token_log_probs_entropy = (
+    Operator(
+        f"sharded_{name}", INPUTS, partial(_call, entropy), partial(_sharded_kernel, entropy),
+        Scoring, _check,
+    )
+    for name, entropy in (("token_log_probs", False), ("token_log_probs_entropy", True))
+)  # fmt: skip
+implement("sharded_token_log_probs_forward", _sharded_forward_kernel)

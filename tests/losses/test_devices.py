@@ -46,6 +46,7 @@ TENSORS = {
     "teacher_weight": torch.randn(5, 4),
     "teacher_bias": torch.randn(5),
     "weights": torch.ones(6),
+    "bounds": torch.tensor([0, 5]),
 }
 NUMBERS = {
     "reduction": "mean",
@@ -60,6 +61,9 @@ NUMBERS = {
     "teacher_temperature": 1.0,
     "needs": [True] * 3,
     "who": "a loss",
+    "vocab_group": "",
+    "bounds": [0, 5],
+    "first": 0,
 }
 FLAGS = {"forward", "gradient"}
 
@@ -87,6 +91,9 @@ def arguments(name: str) -> dict[str, Any]:
         kind = str(argument.type)
         if argument.name in ("tokens", "groups"):
             call[argument.name] = {"tokens": tokens, "groups": groups}[argument.name]
+        elif argument.name == "parts":
+            numbers = 5 if "label_smoothing" in names else 3
+            call[argument.name] = torch.ones(1, numbers, 6)
         elif "Tensor" in kind:
             call[argument.name] = TENSORS[argument.name].clone()
         elif argument.name in NUMBERS:

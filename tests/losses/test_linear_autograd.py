@@ -342,6 +342,6 @@ def test_opcheck_of_the_kernels(reduction: str) -> None:
     tokens[1:].zero_()
     logits, index = torch.randn(target.numel(), classes), target.reshape(-1)
     chunk = (logits, index, tokens, groups, None, 0.5 + torch.rand(index.shape))
-    how = {"dloss": None, "forward": True, "gradient": True, **options}
-    torch.library.opcheck(ops.rows.default, chunk, how, test_utils=tests)
+    how = {"dloss": None, "first": 0, "classes": classes, "forward": True, "gradient": True}
+    torch.library.opcheck(ops.rows.default, chunk, how | options, test_utils=tests)
     torch.library.opcheck(ops.reduce.default, (tokens, groups, target, True), options)

@@ -121,6 +121,7 @@ int64_t no_scratch(const Args&) {
 
 const Backend kBackend = {on_threads<&weigh>,
                           on_threads<&rows_of_this_machine>,
+                          on_threads<&merge>,
                           on_threads<&rescale>,
                           on_threads<&pairs_of_this_machine>,
                           on_threads<&load_values>,

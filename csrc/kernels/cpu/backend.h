@@ -46,6 +46,7 @@ int64_t weigh(const WeighArgs& args, const Threads& threads);
 void cross_entropy(const RowArgs& args, const Threads& threads, const Kernels& table = kernels());
 void divergence(const DivergenceArgs& args, const Threads& threads,
                 const Kernels& table = kernels());
+void merge(const MergeArgs& args, const Threads& threads);
 // The gradient anew where dloss is not 1, for which args.dlogits holds it already.
 void rescale(const RowArgs& args, const Threads& threads);
 void load_values(const ValuesArgs& args, const Threads& threads);

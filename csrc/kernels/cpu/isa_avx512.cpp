@@ -24,6 +24,7 @@ using VecOf = std::conditional_t<std::is_same_v<T, double>, Portable<double, 64>
 #include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/losses.inl.h"
+#include "kernels/shards.inl.h"
 #include "kernels/cpu/fetch.inl.h"
 #include "kernels/cpu/divergence.inl.h"
 #include "kernels/cpu/log_probs.inl.h"

@@ -21,6 +21,7 @@ using VecOf = Portable<std::conditional_t<std::is_same_v<T, double>, double, flo
 #include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/losses.inl.h"
+#include "kernels/shards.inl.h"
 #include "kernels/cpu/fetch.inl.h"
 #include "kernels/cpu/divergence.inl.h"
 #include "kernels/cpu/log_probs.inl.h"

@@ -64,7 +64,7 @@ struct RowKernel {
   }
 
   void run_finish(int64_t row, const void* partial) const {
-    if (!active(row)) return finish_masked(token(row));
+    if (!active(row)) return masked_results(row);
     Sums all;
     for (int64_t i = 0; i * kSegment < args.cols; ++i) {
       append(&all, static_cast<const Sums*>(partial)[i]);
@@ -110,7 +110,7 @@ struct RowKernel {
   bool active(int64_t row) const { return token(row).column(TokenField::kWeight) != 0; }
 
   void masked(int64_t row) const {
-    if (args.forward) finish_masked(token(row));
+    if (args.forward) masked_results(row);
     if (args.dlogits) clear<V>(dlogits_of(row), args.cols, args.stream);
   }
 
@@ -225,8 +225,9 @@ struct RowKernel {
     return lanes_added(lanes, top);
   }
 
-  // From the first look's sums to what the token table keeps of them.
+  // From the first look's sums to what the token table keeps of them, or to what a shard tells.
   void finish(const Row& r, const Sums& sums) const {
+    if (args.part) return tell(r, sums);
     if constexpr (Loss::kManyTargets) {
       Loss::finish(r.token, sums);
       for (int64_t k = 0; k < args.ids; ++k) {
@@ -240,12 +241,51 @@ struct RowKernel {
     }
   }
 
-  static void finish_masked(const Token<A>& token) {
-    Loss::finish_masked(token);
-    for (int64_t k = 0; Loss::kManyTargets && k < token.args.ids; ++k) token.log_prob(k) = 0;
+  void masked_results(int64_t row) const {
+    if (args.part) return;
+    const Token<A> t = token(row);
+    Loss::finish_masked(t);
+    for (int64_t k = 0; Loss::kManyTargets && k < args.ids; ++k) t.log_prob(k) = 0;
   }
 
   void finish_loss(const Row& r, const Sums& sums) const {
+    TargetSums<double> all = all_sums(r, sums);
+    Loss::finish(r.token, all, r.target >= 0 ? logit_at(r, r.target) : A(0), r.hard);
+    if (!args.stats) return;
+    all.beaten = has_nan(r, sums) || r.target < 0 || !is_argmax(r);
+    Loss::finish_stats(r.token, all);
+  }
+
+  void tell(const Row& r, const Sums& sums) const {
+    ShardSums all;
+    if constexpr (Loss::kManyTargets) {
+      all.top = sums.top, all.sum = sums.sum;
+      if constexpr (Loss::kSlope) all.entropy_sum = sums.entropy_sum;
+    } else {
+      all = ShardSums(all_sums(r, sums));
+      if (args.stats) all.best = best(r, sums);
+    }
+    write_shard(r.token, all);
+    for (int64_t k = 0; k < args.ids; ++k) {
+      const int64_t j = r.token.id(k) - args.first;
+      if (is_here(j)) write_id(r.token, k, logit_at(r, j));
+    }
+  }
+
+  bool is_here(int64_t column) const { return 0 <= column && column < args.cols; }
+
+  // As ShardSums has it.
+  double best(const Row& r, const Sums& sums) const {
+    const double none = std::numeric_limits<double>::quiet_NaN();
+    if (has_nan(r, sums)) return none;
+    if (is_here(r.target)) return is_argmax(r) ? A(widen(r.x[r.target])) : none;
+    double largest = -std::numeric_limits<double>::infinity();
+    for (int64_t j = 0; j < args.cols; ++j) largest = std::max<double>(largest, widen(r.x[j]));
+    return largest;
+  }
+
+  // With what a second look adds to a loss of one target.
+  TargetSums<double> all_sums(const Row& r, const Sums& sums) const {
     TargetSums<double> all;
     all.top = sums.top, all.sum = sums.sum;
     if constexpr (Loss::kSoft) {
@@ -257,18 +297,19 @@ struct RowKernel {
       });
       all.soft_loss = unit * soft[0], all.soft_mass = unit * static_cast<A>(soft[1]);
     }
-    Loss::finish(r.token, all, r.target >= 0 ? logit_at(r, r.target) : A(0), r.hard);
-    if (!args.stats) return;
+    if (!args.stats) return all;
     double spread[1] = {0};
     add_up<V>(args.cols, spread, [&](int64_t j, auto count, V(&terms)[1]) {
       const V y = logit(r, load<V>(r.x + j, count));
       terms[0] = entropy_term(exp(y - V(sums.top)), y, V(sums.top));
     });
     all.entropy_sum = spread[0];
-    // A NaN is the argmax of its row, and makes the sum one too.
-    const bool has_nan = sums.sum != sums.sum && std::any_of(r.x, r.x + args.cols, is_nan);
-    all.beaten = has_nan || r.target < 0 || !is_argmax(r);
-    Loss::finish_stats(r.token, all);
+    return all;
+  }
+
+  // A NaN is the argmax of its row, and makes the sum one too.
+  bool has_nan(const Row& r, const Sums& sums) const {
+    return sums.sum != sums.sum && std::any_of(r.x, r.x + args.cols, is_nan);
   }
 
   // argmax of the logits = target, where the first of equal logits wins.
@@ -416,8 +457,8 @@ void with_mapping(const RowArgs& args, const F& f) {
 template <class T, class F>
 void with_loss(const RowArgs& args, const F& f) {
   if (args.loss == RowLoss::kLogProbs) {
-    // The entropy itself, or its gradient.
-    const bool with_entropy = args.results[1] || args.upstream[1].values;
+    // The entropy itself, what a shard tells of it, or its gradient.
+    const bool with_entropy = args.results[1] || args.stats || args.upstream[1].values;
     return with_entropy ? with_mapping<T, LogProbs<true>>(args, f)
                         : with_mapping<T, LogProbs<false>>(args, f);
   }

@@ -8,10 +8,14 @@
 namespace masked_loss::cpu {
 namespace {
 
+// clang-format off
 #include "kernels/cpu/scalar.inl.h"
 #include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/token.inl.h"
+#include "kernels/losses.inl.h"
+#include "kernels/shards.inl.h"
+// clang-format on
 
 constexpr int64_t kPiece = 8192;
 
@@ -85,6 +89,14 @@ int64_t weigh(const WeighArgs& args, const Threads& threads) {
   for (int64_t g = 0; g < args.groups.count; ++g) write_group(args, sums[g], active_groups, g);
   const auto first = std::find_if(bad.begin(), bad.end(), [](int64_t i) { return i >= 0; });
   return first == bad.end() ? -1 : *first;
+}
+
+void merge(const MergeArgs& args, const Threads& threads) {
+  with_accumulation(args.dtype == DType::kFloat64, [&](auto a) {
+    share(args.rows, args.shards * part_numbers(args), threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) Merger<decltype(a)>{args, {args, i}}.run();
+    });
+  });
 }
 
 void reduce(const ReduceArgs& args, const Threads& threads) {

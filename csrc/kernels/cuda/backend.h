@@ -21,6 +21,7 @@ int64_t scratch_bytes(const ReduceArgs& args);
 
 int64_t weigh(const WeighArgs& args, Stream stream);
 void cross_entropy(const RowArgs& args, Stream stream);
+void merge(const MergeArgs& args, Stream stream);
 void rescale(const RowArgs& args, Stream stream);
 void divergence(const DivergenceArgs& args, Stream stream);
 void load_values(const ValuesArgs& args, Stream stream);

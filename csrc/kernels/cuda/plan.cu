@@ -24,8 +24,8 @@ constexpr Team kLosses[] = {{2048, 1, 4, 8}, {INT64_MAX, 4, 1, 8}};
 constexpr Team kFused[] = {
     {512, 1, 4, 8}, {1024, 2, 1, 16}, {2048, 4, 1, 8}, {4096, 8, 1, 4}, {INT64_MAX, 16, 1, 2}};
 constexpr Team kGeneral[] = {{128, 1, 4, 8}, {2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
-// However many rows there are, a log-probability has the same bits.
-constexpr Team kLogProbs[] = {{2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
+// However many rows there are, a log-probability, or what a shard tells, has the same bits.
+constexpr Team kWholeRows[] = {{2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
 constexpr Team kDouble[] = {{INT64_MAX, 4, 1, 8}};
 // Where rows are few, more warps for each: as many threads as a multiprocessor holds are wanted.
 constexpr int64_t kWarpsWanted = 32;
@@ -63,10 +63,12 @@ Plan plan_rows(const RowArgs& args) {
   const bool general = log_probs || args.softcap != 0 || args.temperatures ||
                        args.temperature != 1 || args.label_smoothing != 0 || args.probs ||
                        args.stats;
-  const bool losses = !general && args.dtype != DType::kFloat64 && args.forward && !args.dlogits;
+  const bool whole = log_probs || args.part;
+  const bool losses =
+      !whole && !general && args.dtype != DType::kFloat64 && args.forward && !args.dlogits;
   const int64_t sms = attribute(cudaDevAttrMultiProcessorCount);
   const Team* entry = args.dtype == DType::kFloat64 ? kDouble
-                      : log_probs                   ? kLogProbs
+                      : whole                       ? kWholeRows
                       : general                     ? kGeneral
                       : losses                      ? kLosses
                                                     : kFused;
@@ -81,7 +83,7 @@ Plan plan_rows(const RowArgs& args) {
   const int64_t blocks = team.blocks * sms;
   Plan plan{general, team.warps, team.teams, blocks, 1, args.cols, 0, false, Phase::kRows};
   if (losses) plan.phase = Phase::kLosses;
-  if (log_probs) return plan;
+  if (whole) return plan;
   int64_t parts = ceil_div(args.cols, kMaxWidth);
   if (words >= kSplitWords) {
     parts = std::max(parts, std::min(blocks / args.rows, words / kPartWords));

@@ -193,17 +193,22 @@ struct RowReader {
   // By one thread, in double.
   ML_FN void finish(const Row& r, const Sums& sums) const {
     const double own = logit(r, r.own);
+    const TargetSums<double> wide = all_sums(sums);
+    Loss::finish(r.token, wide, own, r.hard);
     if constexpr (general) {
-      TargetSums<double> wide(sums);
+      if (args.stats) Loss::finish_stats(r.token, wide);
+    }
+  }
+  ML_FN TargetSums<double> all_sums(const Sums& sums) const {
+    TargetSums<double> wide;
+    wide.top = sums.top, wide.sum = sums.sum;
+    if constexpr (Loss::kSlope) wide.entropy_sum = sums.entropy_sum;
+    if constexpr (general && !Loss::kManyTargets) {
+      wide = TargetSums<double>(sums);
       wide.soft_loss *= soft_unit(args.probs, uniform);
       wide.soft_mass = soft_mass_of(sums);
-      Loss::finish(r.token, wide, own, r.hard);
-      if (args.stats) Loss::finish_stats(r.token, wide);
-    } else {
-      TargetSums<double> wide;
-      wide.top = sums.top, wide.sum = sums.sum;
-      Loss::finish(r.token, wide, own, r.hard);
     }
+    return wide;
   }
 
   // The sum of the target distribution.

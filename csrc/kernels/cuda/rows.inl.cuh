@@ -192,12 +192,14 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
     });
   }
 
-  // f(k, the id's column, or -1 where it is ignored), shared out to the team.
+  // f(k, the id's column, or less than 0 where it is ignored or in another shard), shared out to
+  // the team.
   template <class F>
   ML_FN void for_each_id(const Row& r, const F& f) const {
     for (int64_t k = rank(); k < args.ids; k += kThreads) {
       const int64_t id = r.token.id(k);
-      f(k, id == args.ignore_index ? -1 : id - args.first);
+      const int64_t column = id - args.first;
+      f(k, id != args.ignore_index && column < args.cols ? column : -1);
     }
   }
 
@@ -312,6 +314,7 @@ void launch_team(const RowArgs& args, const Plan& plan, Stream stream) {
 
 template <class T>
 void launch_rows(const RowArgs& args, const Plan& plan, Stream stream) {
+  if (args.part) return launch_shard<T>(args, plan, stream);
   if constexpr (sizeof(T) < 8) {
     if (plan.phase == Phase::kLosses) return launch_forward<T>(args, plan, stream);
   }

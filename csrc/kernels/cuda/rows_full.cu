@@ -21,9 +21,11 @@ ML_FN float exp2(float x) { return ::exp2f(x); }
 #include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/losses.inl.h"
+#include "kernels/shards.inl.h"
 #include "kernels/cuda/look.inl.cuh"
 #include "kernels/cuda/forward.inl.cuh"
 #include "kernels/cuda/row.inl.cuh"
+#include "kernels/cuda/shard.inl.cuh"
 #include "kernels/cuda/rows.inl.cuh"
 // clang-format on
 

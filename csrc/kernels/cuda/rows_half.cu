@@ -32,9 +32,11 @@ ML_FN float exp(float x) { return exp2(x * 1.4426950408889634f); }
 #include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/losses.inl.h"
+#include "kernels/shards.inl.h"
 #include "kernels/cuda/look.inl.cuh"
 #include "kernels/cuda/forward.inl.cuh"
 #include "kernels/cuda/row.inl.cuh"
+#include "kernels/cuda/shard.inl.cuh"
 #include "kernels/cuda/rows.inl.cuh"
 // clang-format on
 

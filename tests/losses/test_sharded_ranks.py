@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Losses of a vocabulary that is shared out to ranks, in real process groups (gloo).
+
+The ranks are spawned once, and do all cases of their number in one go.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from masked_loss import VocabShard, masked_cross_entropy, token_log_probs
+
+V, SHAPE = 13, (3, 7)
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"
+)
+
+
+def problem(shift: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(5)
+    logits = torch.randn(*SHAPE, V, generator=random, dtype=torch.float64)
+    target = torch.randint(V, SHAPE, generator=random)
+    mask = torch.rand(SHAPE, generator=random, dtype=torch.float64)
+    mask = mask * (mask > 0.3)
+    masked = mask == 0
+    if shift:
+        masked = torch.cat([masked[:, 1:], masked[:, :1] | True], dim=1)
+    logits[masked] = torch.nan  # never read
+    return logits, target, mask
+
+
+def all_shards(ranks: int) -> list[VocabShard]:
+    """An even split, one without classes on the second rank, and one of many on the last."""
+    group = dist.group.WORLD
+    assert group is not None
+    rank = dist.get_rank()
+    empty = VocabShard(group, (0, 4, 4, *range(5, 5 + ranks - 3), V) if ranks > 2 else (0, 0, V))
+    return [VocabShard.even(V), empty, VocabShard.gather(1 if rank < ranks - 1 else V + 1 - ranks)]
+
+
+def mine(x: Tensor, shard: VocabShard) -> Tensor:
+    first = shard.bounds[shard.rank]
+    return x[..., first : first + shard.columns].clone().requires_grad_()
+
+
+def assert_equal_on_all_ranks(x: Tensor) -> None:
+    everyones = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, x.detach())
+    assert all(torch.equal(x.detach(), other) for other in everyones)
+
+
+def collectives(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, int | None]:
+    """What a call gives, and its collectives as the first rank counts them: to import what counts
+    takes as long as torch itself."""
+    if dist.get_rank() > 0:
+        return function(*args, **options), None
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    with CommDebugMode() as mode:
+        result = function(*args, **options)
+    return result, mode.get_total_counts()
+
+
+def flat(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [x for r in results for x in flat(r)]
+
+
+CROSS_ENTROPY: list[dict[str, Any]] = [
+    {},
+    {"reduction": "none", "softcap": 3.0, "temperature": 0.7},
+    {"reduction": "sequence_mean", "shift": True, "label_smoothing": 0.2, "z_loss": 0.01},
+    {"class_weight": torch.linspace(0.5, 2, V), "label_smoothing": 0.1, "normalizer": 5.0},
+]
+LOG_PROBS: list[dict[str, Any]] = [{}, {"softcap": 3.0, "temperature": 0.7, "shift": True}]
+WHOLE = [(masked_cross_entropy, {"return_stats": True, **o}) for o in CROSS_ENTROPY]
+WHOLE += [(token_log_probs, {"return_entropy": True, **o}) for o in LOG_PROBS]
+
+
+def of_logits(rank: int, ranks: int) -> None:
+    """The results and gradients of one process; on all ranks the same, of one exchange."""
+    for shard in all_shards(ranks):
+        for function, options in WHOLE:
+            logits, target, mask = problem(options.get("shift", False))
+            leaves = [logits.requires_grad_()]
+            if function is masked_cross_entropy:
+                leaves.append(mask.requires_grad_())
+            expected = flat(function(logits, target, mask, **options))
+            smooth = [k for k, x in enumerate(expected) if x.requires_grad]
+            upstream = [torch.linspace(1, 2, x.numel()).to(x).view(x.shape) for x in expected]
+            upstream = [upstream[k] for k in smooth]
+            wanted = torch.autograd.grad([expected[k] for k in smooth], leaves, upstream)
+
+            leaves[0] = local = mine(logits.detach(), shard)
+            found, count = collectives(function, local, target, mask, vocab=shard, **options)
+            found = flat(found)
+            assert count in (1, None)
+            torch.testing.assert_close(found, expected)
+            for x in found:
+                assert_equal_on_all_ranks(x)
+            results = [found[k] for k in smooth]
+            gradients, count = collectives(torch.autograd.grad, results, leaves, upstream)
+            assert count in (0, None)
+            dlogits, *dmask = wanted
+            torch.testing.assert_close(gradients, (mine(dlogits, shard).detach(), *dmask))
+            for x in gradients[1:]:
+                assert_equal_on_all_ranks(x)
+            with torch.no_grad():
+                again = flat(function(local, target, mask, vocab=shard, **options))
+            assert all(map(torch.equal, again, found))
+
+
+def out_of_range(rank: int, ranks: int) -> None:
+    """An error on every rank, of whom none waits for the others; also with nothing to compute."""
+    for shard in all_shards(ranks):
+        logits, target, _ = problem()
+        local = mine(logits.nan_to_num(), shard)
+        bad = target.clone()
+        bad[1, 2] = V
+        with pytest.raises(IndexError, match=rf"target\[1, 2\] is {V}, .* target < {V}"):
+            masked_cross_entropy(local, bad, vocab=shard)
+        with pytest.raises(ValueError, match=r"masked_cross_entropy: logits must have \d+ classes"):
+            masked_cross_entropy(torch.zeros(*SHAPE, V + 1), target, vocab=shard)
+        loss = masked_cross_entropy(local, bad, torch.zeros(SHAPE), vocab=shard)
+        loss.backward()
+        assert loss == 0
+        assert (local.grad == 0).all()
+        nothing = masked_cross_entropy(local[:0], bad[:0], vocab=shard)
+        assert nothing == 0
+
+
+CASES: dict[str, Callable[[int, int], None]] = {
+    "losses of logits": of_logits,
+    "out of range": out_of_range,
+}
+RANKS = (2, 3, 4)
+
+
+def run_rank(rank: int, folder: str) -> None:
+    """Does every case, with each number of ranks, and leaves what it raised in a file."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    errors: dict[int, dict[str, str]] = {}
+    for ranks in RANKS:
+        if rank >= ranks:
+            continue
+        store = dist.FileStore(os.path.join(folder, f"store{ranks}"), ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        errors[ranks] = {}
+        for name, case in CASES.items():
+            try:
+                case(rank, ranks)
+            except BaseException:
+                errors[ranks][name] = f"rank {rank}: {traceback.format_exc()}"
+                break  # the other ranks may wait: what follows would not mean anything
+        torch.save(errors, os.path.join(folder, f"errors{rank}"))
+        if errors[ranks]:
+            sys.exit(1)
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def all_errors() -> dict[int, dict[str, str]]:
+    """By the number of ranks: the cases that failed."""
+    found: dict[int, dict[str, str]] = {ranks: {} for ranks in RANKS}
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=run_rank, args=(rank, folder), daemon=True)
+            for rank in range(max(RANKS))
+        ]
+        for process in processes:
+            process.start()
+        running, end = list(processes), time.monotonic() + 120
+        while running and (left := end - time.monotonic()) > 0:
+            wait([process.sentinel for process in running], left)
+            running = [process for process in running if process.is_alive()]
+            if any(process.exitcode for process in processes):
+                end = min(end, time.monotonic() + 5)  # the others may wait for the one that failed
+        for rank, process in enumerate(processes):
+            path = os.path.join(folder, f"errors{rank}")
+            reported = torch.load(path) if os.path.exists(path) else {}
+            for ranks in RANKS:
+                found[ranks].update(reported.get(ranks, {}))
+                if ranks not in reported and rank < ranks:
+                    found[ranks]["every rank ends"] = f"rank {rank}: exit {process.exitcode}"
+            process.kill()
+    return found
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("case", [*CASES, "every rank ends"])
+def test_ranks(case: str, ranks: int, all_errors: dict[int, dict[str, str]]) -> None:
+    errors = all_errors[ranks]
+    if case in errors:
+        pytest.fail(errors[case])
+    if errors:
+        pytest.skip(f"{', '.join(errors)} failed before")
