@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from masked_loss.options import Shards
 from masked_loss.vocab import VocabShard
 
 Arguments = dict[str, Any]
@@ -236,10 +237,12 @@ def _linear(who: str, arguments: Arguments) -> tuple[Layout, Arguments]:
     return Layout(hidden.device_mesh, hidden.shape[:-1], dims, classes), head
 
 
-def _shards(layout: Layout, rows: Tensor, weight: Tensor | None) -> VocabShard:
+def _shards(layout: Layout, rows: Tensor, weight: Tensor | None) -> Shards:
+    """Whose the other classes are; what a linear loss leaves in parts, DTensors add up."""
     assert layout.classes is not None
     group = layout.mesh.get_group(layout.classes)
-    return VocabShard.even(rows.shape[-1] if weight is None else weight.shape[0], group)
+    vocab = VocabShard.even(rows.shape[-1] if weight is None else weight.shape[0], group)
+    return Shards(group.group_name, list(vocab.bounds), reduce_hidden=False)
 
 
 def _require_whole_sequences(who: str, arguments: Arguments, layout: Layout) -> None:

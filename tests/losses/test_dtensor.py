@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -35,22 +36,23 @@ from masked_loss import (
 )
 
 V, SHAPE = 13, (5, 7)
-SHARES_CLASSES = "vocab" in inspect.signature(masked_cross_entropy).parameters
+LINEAR_SHARES = "vocab" in inspect.signature(linear_cross_entropy).parameters
 REDUCTIONS = ("none", "sum", "mean", "sequence_mean")
 Placements = tuple[Placement, ...]
 
 pytestmark = needs_gloo
 
 
-def meshes(ranks: int) -> list[DeviceMesh]:
-    return [init_device_mesh("cpu", shape) for shape in ([(2,)] if ranks == 2 else [(4,), (2, 2)])]
+@cache
+def mesh_of(ranks: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (2,) if ranks == 2 else (2, 2))
 
 
 def layouts(ranks: int, classes: bool = False) -> Iterator[tuple[DeviceMesh, Placements]]:
     """Every way to share tokens [batch, time] and, at most once, the classes."""
-    each = (Shard(0), Shard(1), Replicate(), *[Shard(2)] * (classes and SHARES_CLASSES))
-    for mesh in meshes(ranks):
-        yield from ((mesh, p) for p in product(each, repeat=mesh.ndim) if p.count(Shard(2)) < 2)
+    each = (Shard(0), Shard(1), Replicate(), *[Shard(2)] * classes)
+    mesh = mesh_of(ranks)
+    yield from ((mesh, p) for p in product(each, repeat=mesh.ndim) if p.count(Shard(2)) < 2)
 
 
 def of_tokens(placements: Placements) -> Placements:
@@ -132,7 +134,7 @@ def options(rank: int, ranks: int) -> None:
     """Every option, where tokens are shared both ways, and where the classes are."""
     p = Problem()
     for mesh, placements in layouts(ranks, classes=True):
-        if set(placements) not in ({Shard(0), Shard(1)}, {Shard(0), Shard(2)}, {Shard(2)}):
+        if placements not in ((Shard(0), Shard(1)), (Shard(1), Shard(2)), (Shard(2),)):
             continue
         for name, given in OPTIONS.items():
             if name == "inplace" or (given.get("shift") and Shard(1) in placements):
@@ -236,60 +238,99 @@ def drop_in(rank: int, ranks: int) -> None:
     p = Problem()
     images = p.logits.movedim(-1, 1)
     weight = torch.arange(V, dtype=torch.float64)
-    for mesh in meshes(ranks):
-        placements = (Shard(0),) + (Shard(2),) * (mesh.ndim - 1)
-        of_targets = (Shard(0),) + (Shard(1),) * (mesh.ndim - 1)
-        target, mask = (distributed(x, mesh, of_targets) for x in (p.target, p.mask))
-        got = cross_entropy(distributed(images, mesh, placements), target, weight, mask=mask)
-        assert_same(got, cross_entropy(images, p.target, weight, mask=p.mask))
+    mesh = mesh_of(ranks)
+    placements = (Shard(0),) + (Shard(2),) * (mesh.ndim - 1)
+    of_targets = (Shard(0),) + (Shard(1),) * (mesh.ndim - 1)
+    target, mask = (distributed(x, mesh, of_targets) for x in (p.target, p.mask))
+    got = cross_entropy(distributed(images, mesh, placements), target, weight, mask=mask)
+    assert_same(got, cross_entropy(images, p.target, weight, mask=p.mask))
+
+
+def heads(mesh: DeviceMesh) -> Iterator[tuple[Placements, Placements]]:
+    """Placements of hidden states [batch, time, width] and of a weight [classes, width]."""
+    each = (
+        (Replicate(), Shard(0)), (Shard(0), Shard(0)), (Shard(1), Replicate()),
+        (Shard(2), Shard(1)), (Replicate(), Replicate()),
+    )  # fmt: skip
+    for pairs in product(each, repeat=mesh.ndim):
+        hidden, weight = zip(*pairs, strict=True)
+        if weight.count(Shard(0)) < 2 and (LINEAR_SHARES or Shard(0) not in weight):
+            yield hidden, weight
+
+
+def linear(rank: int, ranks: int) -> None:
+    """However the head is shared; what each rank has of a gradient is added up by who needs it."""
+    p = Problem()
+    random = torch.Generator().manual_seed(7)
+    hidden = torch.randn(*SHAPE, 6, generator=random, dtype=torch.float64)
+    hidden[-1] = torch.nan
+    weight = torch.randn(V, 6, generator=random, dtype=torch.float64)
+    bias = torch.randn(V, generator=random, dtype=torch.float64)
+    mesh = mesh_of(ranks)
+    for i, (of_hidden, of_weight) in enumerate(heads(mesh)):
+        given = {"hidden": hidden, "weight": weight, "bias": bias}
+        whole = {name: x.clone().requires_grad_() for name, x in given.items()}
+        of_bias = tuple(Replicate() if w == Shard(1) else w for w in of_weight)
+        places = (of_hidden, of_weight, of_bias)
+        parts = {
+            name: distributed(x, mesh, place).requires_grad_()
+            for (name, x), place in zip(given.items(), places, strict=True)
+        }
+        tokens = tuple(h if h in (Shard(0), Shard(1)) else Replicate() for h in of_hidden)
+        target, mask = (distributed(x, mesh, tokens) for x in (p.target, p.mask))
+        options = {"reduction": ("none", "mean")[i % 2], "label_smoothing": 0.1, "chunk_tokens": 4}
+        expected = linear_cross_entropy(**whole, target=p.target, mask=p.mask, **options)
+        got = linear_cross_entropy(**parts, target=target, mask=mask, **options)
+        assert_same(got, expected)
+        for loss in (got, expected):
+            (1.5 * loss).sum().backward()
+        for name, x in whole.items():
+            assert_same(parts[name].grad, x.grad)
 
 
 def compiled(rank: int, ranks: int) -> None:
     """Without a break in the graph."""
     p = Problem()
-    mesh = meshes(ranks)[-1]
-    for placements in ((Shard(0), Shard(1)), (Shard(0), Shard(2)))[: 1 + SHARES_CLASSES]:
-        placements = placements[-mesh.ndim :]
+    mesh = mesh_of(ranks)
+    placements = (Shard(0), Shard(2))[-mesh.ndim :]
 
-        @torch.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-        def loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-            return masked_cross_entropy(2 * logits, target, mask)
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    def loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return masked_cross_entropy(2 * logits, target, mask)
 
-        logits = distributed(p.logits, mesh, placements).requires_grad_()
-        whole = p.logits.clone().requires_grad_()
-        got = loss(
-            logits, *(distributed(x, mesh, of_tokens(placements)) for x in (p.target, p.mask))
-        )
-        expected = masked_cross_entropy(2 * whole, p.target, p.mask)
-        assert_same(got, expected)
-        got.backward()
-        expected.backward()
-        assert_same(logits.grad, whole.grad)
+    logits = distributed(p.logits, mesh, placements).requires_grad_()
+    whole = p.logits.clone().requires_grad_()
+    got = loss(logits, *(distributed(x, mesh, of_tokens(placements)) for x in (p.target, p.mask)))
+    expected = masked_cross_entropy(2 * whole, p.target, p.mask)
+    assert_same(got, expected)
+    got.backward()
+    expected.backward()
+    assert_same(logits.grad, whole.grad)
 
 
 def exchanges(rank: int, ranks: int) -> None:
     """One gather for the classes, a sum for what is above and below; nothing in backward."""
     p = Problem()
-    for mesh in meshes(ranks):
-        each = (((Shard(0), Replicate()), 2), ((Shard(2), Replicate()), 1))
-        for placements, most in each[: 1 + SHARES_CLASSES]:
-            placements = placements[: mesh.ndim]
-            logits = distributed(p.logits, mesh, placements).requires_grad_()
-            target, mask = (distributed(x, mesh, of_tokens(placements)) for x in (p.target, p.mask))
-            with CommDebugMode() as forward:
-                loss = masked_cross_entropy(logits, target, mask, label_smoothing=0.1, z_loss=0.1)
-            with CommDebugMode() as backward:
-                loss.backward()
-            on_cpu = int(Shard(0) in placements)  # whether a target is out of range
-            assert forward.get_total_counts() == most + on_cpu
-            assert backward.get_total_counts() == 0
+    mesh = mesh_of(ranks)
+    each = (((Shard(0), Replicate()), 2), ((Shard(2), Replicate()), 1))
+    for placements, most in each:
+        placements = placements[: mesh.ndim]
+        logits = distributed(p.logits, mesh, placements).requires_grad_()
+        target, mask = (distributed(x, mesh, of_tokens(placements)) for x in (p.target, p.mask))
+        with CommDebugMode() as forward:
+            loss = masked_cross_entropy(logits, target, mask, label_smoothing=0.1, z_loss=0.1)
+        with CommDebugMode() as backward:
+            loss.backward()
+        on_cpu = int(Shard(0) in placements)  # whether a target is out of range
+        assert forward.get_total_counts() == most + on_cpu
+        assert backward.get_total_counts() == 0
 
 
 def partial(rank: int, ranks: int) -> None:
     """Logits that are still to be added up are, and plain targets are the same on every rank."""
     p = Problem()
-    mesh = meshes(ranks)[0]
-    logits = DTensor.from_local(p.logits / ranks, mesh, [Partial()])
+    mesh = mesh_of(ranks)
+    logits = DTensor.from_local(p.logits / ranks, mesh, [Partial()] * mesh.ndim)
     got = masked_cross_entropy(logits, p.target, p.mask)
     assert_same(got, masked_cross_entropy(p.logits, p.target, p.mask))
 
@@ -327,17 +368,17 @@ def mistakes(mesh: DeviceMesh) -> list[tuple[Callable[[], Any], str]]:
 
 def errors(rank: int, ranks: int) -> None:
     """On every rank, before any waits for another."""
-    for mesh in meshes(ranks):
-        for call, text in mistakes(mesh):
-            with pytest.raises(ValueError, match=text):
-                call()
+    mesh = mesh_of(ranks)
+    for call, text in mistakes(mesh):
+        with pytest.raises(ValueError, match=text):
+            call()
 
 
 CASES: dict[str, Case] = {
     f.__name__: f
     for f in (
-        losses, options, log_probs, divergences, reductions, counts, drop_in, compiled, exchanges,
-        partial, errors,
+        losses, options, log_probs, divergences, reductions, counts, drop_in, linear, compiled,
+        exchanges, partial, errors,
     )
 }  # fmt: skip
 
