@@ -105,6 +105,7 @@ class Expressions:
         owner = self.value(node.value)
         if node.attr in METADATA:
             del self.frame.read[reads:]  # it looks at a tensor, but not into it
+            return NUMBER
         return self.member(owner, node.attr)
 
     def of_subscript(self, node: ast.Subscript) -> Value:
@@ -114,6 +115,8 @@ class Expressions:
             return self.member(owner, index.value)
         if self.selects(index, which):
             return self.selected(node, owner, index)
+        if owner is NUMBER:
+            return NUMBER  # x.shape[0]
         if isinstance(owner, V.Mask) or names.is_mask(node.value):
             several = names.slices_time(index) or isinstance(which, V.Mask)
             if not several and not names.is_labels(index):

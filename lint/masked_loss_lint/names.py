@@ -28,6 +28,7 @@ settings: cfg config conf args opt opts options hparams settings
 unlabelled: domain name type kind class path weight smoothing seen processed consumed total limit
 unlabelled: budget
 auxiliary: aux auxiliary balance balancing router moe reg vq commitment
+one: key name task head layer level i j k n
 coefficient: lambda lamb lam alpha beta gamma coef coeff coefficient scale rate ratio
 sequence: attention attn att length lengths len lens seq sequence pad padding src key
 view: view reshape flatten squeeze unsqueeze contiguous float double half bfloat16 long int bool to
@@ -149,6 +150,8 @@ def is_accumulation(node: ast.expr) -> bool:
 
 def is_coefficient(node: ast.expr) -> bool:
     """True for alpha, self.ce_weight, loss_weight, cfg.scale: one number that scales a loss."""
+    if isinstance(node, ast.Subscript) and _has(last_words(node.slice), "one"):
+        return True  # weights[key]
     found = last_words(node)
     on_self = isinstance(node, ast.Attribute) and last_name(node.value) == "self"
     scales = "weight" in found and (on_self or "loss" in found)

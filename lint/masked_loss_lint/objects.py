@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache
 
 from masked_loss_lint import names
 from masked_loss_lint import values as V
@@ -24,7 +25,7 @@ class Objects(Tensors):
         self.program = program
         self.asked: set[str] = set()  # the names that were looked up in all files
         self.stores: dict[str, list[tuple[Module, Value]]] | None = None  # None: not known yet
-        self._named: dict[tuple[str, Module], Value] = {}
+        self._stored = cache(self._under)  # once all stores are known
         self.fields: dict[tuple[Value, str], tuple[Value, set[str]]] = {}
         self._families: dict[ClassInfo, tuple[list[ClassInfo], list[Value]]] = {}
 
@@ -180,18 +181,18 @@ class Objects(Tensors):
         self.asked.add(name)
         if self.stores is None:
             return V.ASKED
-        reader = self.frame.info.module
-        if (name, reader) not in self._named:
-            known: Value = NONE
-            for module, value in self.stores.get(name, ()):
-                logged = is_number(value) or value in (NONE, V.ASKED)  # or not there yet
-                if not logged and self.program.met(reader, module):
-                    known = join(known, as_loss(value) or UNKNOWN)
-            self._named[name, reader] = known
-        known = self._named[name, reader]
+        known = self._stored(name, self.frame.info.module)
         if known == NONE:
             return V.ASKED
         return known if isinstance(known, V.Loss) and known.reduced else UNKNOWN
+
+    def _under(self, name: str, reader: Module) -> Value:
+        known: Value = NONE
+        for module, value in (self.stores or {}).get(name, ()):
+            logged = is_number(value) or value in (NONE, V.ASKED)  # or not there yet
+            if not logged and self.program.met(reader, module):
+                known = join(known, as_loss(value) or UNKNOWN)
+        return known
 
     def loss_base(self, info: ClassInfo) -> str | None:
         """The loss module of PyTorch that a class inherits from."""

@@ -7,7 +7,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -123,19 +123,15 @@ class Program:
         self.by_path = {str(module.path): module for module in self.modules}
         self._files = {f"{m.folder}/{m.path.name}": m for m in self.modules}
         self._known_names = {part for m in self.modules for part in (m.path.stem, *m.path.parts)}
-        self._found: dict[tuple[str, str, int], Module | None] = {}
+        self._found = cache(self._find)
 
     def find(self, dotted: str, importer: Module, level: int = 0) -> Module | None:
         """The module that `import dotted` (or `from ..dotted`) means in `importer`, or None.
 
         Scripts import from their own folder and from the folders above it, the nearest first.
         """
-        if not level and dotted.partition(".")[0] not in self._known_names:
-            return None
-        key = dotted, importer.folder, level
-        if key not in self._found:
-            self._found[key] = self._find(*key)
-        return self._found[key]
+        known = level or dotted.partition(".")[0] in self._known_names
+        return self._found(dotted, importer.folder, level) if known else None
 
     def _find(self, dotted: str, folder: str, level: int) -> Module | None:
         inside, parts = dotted.replace(".", "/"), folder.split("/")

@@ -9,7 +9,7 @@ from typing import Any
 
 from masked_loss_lint import names, rules
 from masked_loss_lint import values as V
-from masked_loss_lint.expressions import Expressions
+from masked_loss_lint.expressions import METADATA, Expressions
 from masked_loss_lint.local import is_guarded
 from masked_loss_lint.values import NUMBER, UNKNOWN, Value, as_loss, is_number
 
@@ -88,6 +88,8 @@ class Tensors(Expressions):
             return self.compare(node, [owner, other], [receiver, self.value(other)])
         if name in names.VIEWS:
             return self._viewed(node, name, receiver)
+        if name in METADATA:
+            return NUMBER
         if is_number(receiver) or isinstance(receiver, V.Mask) or name in _NUMERIC:
             return UNKNOWN if node.args else NUMBER
         if isinstance(receiver, V.TENSORS):
