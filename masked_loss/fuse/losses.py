@@ -39,8 +39,10 @@ def fused_loss(
     if func is masked_cross_entropy:
         if not last or (cap and kwargs.get("softcap") is not None):
             return None
+        if kwargs.get("vocab") is not None:  # of logits that are some columns already
+            return None
         target, mask = args  # masked_cross_entropy passes them to __torch_function__ by position
-        options = {k: v for k, v in kwargs.items() if k != "inplace_backward"}
+        options = {k: v for k, v in kwargs.items() if k not in ("inplace_backward", "vocab")}
     else:
         bound = _bind_cross_entropy(args, kwargs)
         if bound is None or (parts.class_dim != 1 if len(parts.shape) > 2 else not last):
