@@ -21,11 +21,13 @@ from masked_loss._op.linear import linear_cross_entropy_stats as _with_stats
 from masked_loss._op.overrides import is_overridden, override
 from masked_loss.options import Chunking, Meaning
 from masked_loss.stats import LossStats
+from masked_loss.vocab import shards_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from masked_loss.options import LinearCrossEntropyKeywords
+    from masked_loss.vocab import VocabShard
 
 
 @overload
@@ -72,6 +74,7 @@ def linear_cross_entropy(
     return_stats: bool = False,
     chunk_tokens: int | None = None,
     accumulation_dtype: torch.dtype | None = None,
+    vocab: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     r"""Masked cross entropy of ``F.linear(hidden, weight, bias)``, without holding these logits.
 
@@ -117,6 +120,10 @@ def linear_cross_entropy(
         accumulation_dtype: what the gradient of a half-precision weight is summed in over several
             chunks. None: float32, a tensor of 4 V D bytes; ``weight.dtype`` saves it, and rounds
             at each chunk.
+        vocab: weight and bias are this rank's rows of [V, D] and [V], see
+            :class:`masked_loss.VocabShard`; hidden, target, mask and class_weight are the same on
+            all ranks of its group. One exchange of 12 bytes for each token of a chunk (one for all
+            chunks without gradients), and one sum over the ranks of the gradient of hidden.
 
     Returns:
         The loss, float32 (float64 for float64 hidden); with ``return_stats`` also
@@ -165,5 +172,8 @@ def linear_cross_entropy(
     operator = _with_stats if return_stats else _plain
     # A compiled graph has no place where the host could wait.
     chunking = Chunking(chunk_tokens, accumulation_dtype, not torch.compiler.is_compiling())
-    loss, *more = operator(who, inputs, meaning, {}, **chunking._asdict())
+    shards = {}
+    if vocab is not None:
+        shards = shards_of(who, vocab, "weight", weight.shape[0])._asdict()
+    loss, *more = operator(who, inputs, meaning, {}, **chunking._asdict(), **shards)
     return (loss, LossStats(*more[0].unbind())) if return_stats else loss

@@ -18,11 +18,13 @@ from masked_loss._op.arguments import (
 )
 from masked_loss._op.overrides import is_overridden, override
 from masked_loss.options import Scoring
+from masked_loss.vocab import shards_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from masked_loss.options import LinearScoringKeywords
+    from masked_loss.vocab import VocabShard
 
 
 @overload
@@ -64,6 +66,7 @@ def linear_token_log_probs(
     return_entropy: bool = False,
     chunk_tokens: int | None = None,
     accumulation_dtype: torch.dtype | None = None,
+    vocab: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Log-probabilities, and the entropy, under ``F.linear(hidden, weight, bias)``.
 
@@ -94,6 +97,9 @@ def linear_token_log_probs(
             on CUDA).
         accumulation_dtype: what the gradient of a half-precision weight is summed in over several
             chunks, as in :func:`masked_loss.linear_cross_entropy`.
+        vocab: weight and bias are this rank's rows of [V, D] and [V], as in
+            :func:`masked_loss.linear_cross_entropy`. One exchange in forward, and one sum over the
+            ranks of the gradient of hidden in backward.
 
     Returns:
         log_probs, of the shape of target, float32 (float64 for float64 hidden); with
@@ -129,10 +135,13 @@ def linear_token_log_probs(
         if return_entropy
         else operators.linear_token_log_probs
     )
+    shards = {}
+    if vocab is not None:
+        shards = shards_of(who, vocab, "weight", weight.shape[0])._asdict()
     log_probs, *entropy = operator(
         who, (hidden, weight, bias, target, mask, cu_seqlens, each),
         Scoring(number, ignore_index, softcap, shift), {"logits": "hidden"},
         chunk_tokens=chunk_tokens, accumulation_dtype=accumulation_dtype,
-        pack=not torch.compiler.is_compiling(),
+        pack=not torch.compiler.is_compiling(), **shards,
     )  # fmt: skip
     return (log_probs, entropy[0]) if return_entropy else log_probs

@@ -58,16 +58,19 @@ class Chunking(NamedTuple):
 class Shards(NamedTuple):
     """Which classes of the vocabulary other ranks have: a VocabShard as the operators take it."""
 
-    vocab_group: str
+    vocab_group: str = ""
     """The name of the ranks' group; empty: all classes are here."""
-    bounds: Sequence[int]
-    """Where the classes of each rank begin, and where the last ones end."""
+    bounds: Sequence[int] = ()
+    """Where the classes of each rank begin, and where the last ones end; empty as well then."""
     reduce_hidden: bool = True
     """The gradient of hidden states is added up over the ranks; otherwise each has its own part."""
 
     def of_logits(self) -> dict[str, Any]:
         """What a loss of logits takes of it."""
         return {"vocab_group": self.vocab_group, "bounds": self.bounds}
+
+
+ALL_CLASSES = Shards()
 
 
 # The keywords of the functions, as their overloads name them.
@@ -107,7 +110,7 @@ class CrossEntropyKeywords(_CrossEntropy, _Dense, _Sharded, total=False):
     pass
 
 
-class LinearCrossEntropyKeywords(_CrossEntropy, _Linear, total=False):
+class LinearCrossEntropyKeywords(_CrossEntropy, _Linear, _Sharded, total=False):
     pass
 
 
@@ -119,7 +122,7 @@ class ScoringKeywords(_Scoring, _Dense, _Sharded, total=False):
     pass
 
 
-class LinearScoringKeywords(_Scoring, _Linear, total=False):
+class LinearScoringKeywords(_Scoring, _Linear, _Sharded, total=False):
     pass
 
 

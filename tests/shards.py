@@ -19,11 +19,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from masked_loss import functional, log_probs
+from masked_loss import functional, linear, linear_log_probs, log_probs
 from masked_loss._op import exchange
 from masked_loss.options import Shards
 
-TAKING_VOCAB = [functional, log_probs]
+TAKING_VOCAB = [functional, log_probs, linear, linear_log_probs]
 
 
 def splits(classes: int, name: str, most: int = 7) -> list[int]:
@@ -73,6 +73,8 @@ class Ranks:
 
     @staticmethod
     def _shards_of(who: str, vocab: Any, what: str, columns: int) -> Shards:
+        if isinstance(vocab, Shards):
+            return vocab
         ranks, rank = vocab
         assert columns == ranks.bounds[rank + 1] - ranks.bounds[rank], (who, what)
         return Shards(str(rank), ranks.bounds)
@@ -139,5 +141,5 @@ def sharded(
 
 def flat(results: Any) -> list[Tensor]:
     if isinstance(results, Tensor):
-        return [results.detach()]
+        return [results]
     return [x for result in results for x in flat(result)]

@@ -146,6 +146,7 @@ struct RowArgs : Formula {
   // out, instead of losses: what these columns tell of each token, [part_numbers, rows] of the
   // accumulation type. stats: what they tell of the entropy too, of log-probabilities also.
   void* part;
+  int64_t numbers;  // part_numbers, which a device cannot ask for
 };
 
 // Numbers that a shard of the classes tells of each token: see shards.inl.h.

@@ -42,7 +42,7 @@ ML_FN void write_shard(const Token<A>& token, const ShardSums& sums) {
 // y: the logit of id k, one of these columns.
 template <class A>
 ML_FN void write_id(const Token<A>& token, int64_t k, A y) {
-  write_number(token, part_numbers(token.args) - token.args.ids + k, y);
+  write_number(token, token.args.numbers - token.args.ids + k, y);
 }
 
 // What all shards told of one token.
@@ -52,8 +52,8 @@ struct Merger {
   const Token<A> token;
 
   ML_FN const A* number(int64_t shard, int64_t which) const {
-    const int64_t numbers = part_numbers(args);
-    return static_cast<const A*>(args.parts) + (shard * numbers + which) * args.rows + token.index;
+    return static_cast<const A*>(args.parts) + (shard * args.numbers + which) * args.rows +
+           token.index;
   }
   ML_FN ShardSums sums_of(int64_t shard) const {
     ShardSums sums;
@@ -66,7 +66,7 @@ struct Merger {
     return last_where(args.shards, [&](int64_t r) { return args.bounds[r] <= id; });
   }
   ML_FN double own(int64_t k) const {
-    return *number(owner_of(token.id(k)), part_numbers(args) - args.ids + k);
+    return *number(owner_of(token.id(k)), args.numbers - args.ids + k);
   }
 
   // The row's sums, and f(shard, sums) for each shard that has a class.

@@ -17,6 +17,7 @@
 
 // Which classes the ranks of a group have.
 #define ML_SHARDS "str vocab_group, int[] bounds, "
+#define ML_HEAD_SHARDS "str vocab_group=\"\", int[] bounds=[], bool reduce_hidden=True, "
 #define ML_SHARDED_PUBLIC                                                                    \
   "(Tensor logits, " ML_PUBLIC_INPUTS ", bool inplace_backward=False, " ML_SHARDS ML_OPTIONS \
   ") "                                                                                       \
@@ -29,7 +30,7 @@
 #define ML_HEAD "Tensor hidden, Tensor weight, Tensor? bias, "
 #define ML_LINEAR_PUBLIC                             \
   "(Tensor hidden, Tensor weight, " ML_PUBLIC_INPUTS \
-  ", Tensor? bias=None, " ML_PUBLIC_CHUNKS ML_OPTIONS ") -> "
+  ", Tensor? bias=None, " ML_PUBLIC_CHUNKS ML_HEAD_SHARDS ML_OPTIONS ") -> "
 #define ML_HEAD_GRADIENTS "Tensor dhidden, Tensor dweight, Tensor dbias)"
 
 #define ML_LOG_PROBS_INPUTS                                                        \
@@ -50,7 +51,8 @@
 
 #define ML_LINEAR_SCORED                                                                    \
   "(Tensor hidden, Tensor weight, Tensor target, Tensor? mask=None, *, Tensor? bias=None, " \
-  "Tensor? cu_seqlens=None, Tensor? temperatures=None, " ML_PUBLIC_CHUNKS ML_SCORING ") -> "
+  "Tensor? cu_seqlens=None, Tensor? temperatures=None, " ML_PUBLIC_CHUNKS                   \
+      ML_HEAD_SHARDS ML_SCORING ") -> "
 #define ML_DIVERGENCE_PUBLIC                            \
   "(Tensor logits, Tensor teacher_logits, " ML_COMPARED \
   "str reduction=\"mean\", bool inplace_backward=False, " ML_DIVERGENCE ") -> "
@@ -130,48 +132,50 @@
     "(Tensor(a!) dlogits, " ML_LOG_PROBS_BACKWARD ML_SHARD ", " ML_SCORING ") -> ()")
 
 // Operators whose kernels are in masked_loss/_op/.
-#define ML_PYTHON_OPERATORS(_)                                                                  \
-  _(sharded_cross_entropy, ML_SHARDED_PUBLIC "Tensor")                                          \
-  _(sharded_cross_entropy_stats, ML_SHARDED_PUBLIC "(Tensor loss, Tensor stats)")               \
-  _(sharded_cross_entropy_forward,                                                              \
-    "(Tensor logits, " ML_INPUTS ", bool stats, " ML_SHARDS ML_OPTIONS ") -> " ML_TABLES ")")   \
-  _(sharded_token_log_probs, ML_SHARDED_LOG_PROBS "Tensor")                                     \
-  _(sharded_token_log_probs_entropy, ML_SHARDED_LOG_PROBS "(Tensor log_probs, Tensor entropy)") \
-  _(sharded_token_log_probs_forward,                                                            \
-    "(Tensor logits, Tensor target, Tensor? mask, Tensor? cu_seqlens, Tensor? temperatures, "   \
-    "bool entropy, " ML_SHARDS ML_SCORING                                                       \
-    ") -> (Tensor log_probs, Tensor entropy, Tensor tokens)")                                   \
-  _(linear_cross_entropy, ML_LINEAR_PUBLIC "Tensor")                                            \
-  _(linear_cross_entropy_stats, ML_LINEAR_PUBLIC "(Tensor loss, Tensor stats)")                 \
-  _(linear_cross_entropy_forward, "(" ML_HEAD ML_INPUTS ", bool stats" ML_CHUNKING ML_OPTIONS   \
-                                  ") -> " ML_TABLES ", Tensor unit, " ML_HEAD_GRADIENTS)        \
-  _(linear_cross_entropy_backward,                                                              \
-    "(Tensor dloss, " ML_HEAD ML_SAVED ML_CHUNKING ML_OPTIONS ") -> (" ML_HEAD_GRADIENTS)       \
-  _(linear_token_log_probs, ML_LINEAR_SCORED "Tensor")                                          \
-  _(linear_token_log_probs_entropy, ML_LINEAR_SCORED "(Tensor log_probs, Tensor entropy)")      \
-  _(linear_token_log_probs_forward,                                                             \
-    "(" ML_HEAD                                                                                 \
-    "Tensor target, Tensor? mask, Tensor? cu_seqlens, "                                         \
-    "Tensor? temperatures, bool entropy" ML_CHUNKS ML_SCORING                                   \
-    ") -> (Tensor log_probs, Tensor entropy, Tensor tokens, Tensor weights)")                   \
-  _(linear_token_log_probs_backward,                                                            \
-    "(Tensor dlog_probs, Tensor? dentropy, " ML_HEAD                                            \
-    "Tensor target, Tensor? temperatures, Tensor tokens, Tensor weights" ML_CHUNKING ML_SCORING \
-    ") -> (" ML_HEAD_GRADIENTS)                                                                 \
-  _(masked_divergence, ML_DIVERGENCE_PUBLIC "Tensor")                                           \
-  _(masked_divergence_stats, ML_DIVERGENCE_PUBLIC "(Tensor loss, Tensor stats)")                \
-  _(masked_divergence_forward, "(Tensor logits, Tensor teacher_logits, " ML_COMPARED_FORWARD    \
-                               ", " ML_DIVERGENCE ") -> " ML_TABLES ")")                        \
-  _(masked_divergence_backward,                                                                 \
-    "(Tensor dloss, " ML_PAIR ", Tensor tokens, Tensor groups, " ML_DIVERGENCE ") -> Tensor")   \
-  _(linear_divergence, ML_LINEAR_COMPARED "Tensor")                                             \
-  _(linear_divergence_stats, ML_LINEAR_COMPARED "(Tensor loss, Tensor stats)")                  \
-  _(linear_divergence_forward, "(" ML_HEADS ML_COMPARED_FORWARD ML_CHUNKING ML_DIVERGENCE       \
-                               ") -> " ML_TABLES ", Tensor unit, " ML_HEAD_GRADIENTS)           \
-  _(linear_divergence_backward,                                                                 \
-    "(Tensor dloss, " ML_HEADS                                                                  \
-    "Tensor? temperatures, "                                                                    \
-    "Tensor? teacher_temperatures, Tensor tokens, Tensor groups" ML_CHUNKING ML_DIVERGENCE      \
+#define ML_PYTHON_OPERATORS(_)                                                                   \
+  _(sharded_cross_entropy, ML_SHARDED_PUBLIC "Tensor")                                           \
+  _(sharded_cross_entropy_stats, ML_SHARDED_PUBLIC "(Tensor loss, Tensor stats)")                \
+  _(sharded_cross_entropy_forward,                                                               \
+    "(Tensor logits, " ML_INPUTS ", bool stats, " ML_SHARDS ML_OPTIONS ") -> " ML_TABLES ")")    \
+  _(sharded_token_log_probs, ML_SHARDED_LOG_PROBS "Tensor")                                      \
+  _(sharded_token_log_probs_entropy, ML_SHARDED_LOG_PROBS "(Tensor log_probs, Tensor entropy)")  \
+  _(sharded_token_log_probs_forward,                                                             \
+    "(Tensor logits, Tensor target, Tensor? mask, Tensor? cu_seqlens, Tensor? temperatures, "    \
+    "bool entropy, " ML_SHARDS ML_SCORING                                                        \
+    ") -> (Tensor log_probs, Tensor entropy, Tensor tokens)")                                    \
+  _(linear_cross_entropy, ML_LINEAR_PUBLIC "Tensor")                                             \
+  _(linear_cross_entropy_stats, ML_LINEAR_PUBLIC "(Tensor loss, Tensor stats)")                  \
+  _(linear_cross_entropy_forward,                                                                \
+    "(" ML_HEAD ML_INPUTS ", bool stats" ML_CHUNKING ML_HEAD_SHARDS ML_OPTIONS ") -> " ML_TABLES \
+    ", Tensor unit, " ML_HEAD_GRADIENTS)                                                         \
+  _(linear_cross_entropy_backward,                                                               \
+    "(Tensor dloss, " ML_HEAD ML_SAVED ML_CHUNKING ML_HEAD_SHARDS ML_OPTIONS                     \
+    ") -> (" ML_HEAD_GRADIENTS)                                                                  \
+  _(linear_token_log_probs, ML_LINEAR_SCORED "Tensor")                                           \
+  _(linear_token_log_probs_entropy, ML_LINEAR_SCORED "(Tensor log_probs, Tensor entropy)")       \
+  _(linear_token_log_probs_forward,                                                              \
+    "(" ML_HEAD                                                                                  \
+    "Tensor target, Tensor? mask, Tensor? cu_seqlens, "                                          \
+    "Tensor? temperatures, bool entropy" ML_CHUNKS ML_HEAD_SHARDS ML_SCORING                     \
+    ") -> (Tensor log_probs, Tensor entropy, Tensor tokens, Tensor weights)")                    \
+  _(linear_token_log_probs_backward,                                                             \
+    "(Tensor dlog_probs, Tensor? dentropy, " ML_HEAD                                             \
+    "Tensor target, Tensor? temperatures, Tensor tokens, Tensor weights" ML_CHUNKING             \
+        ML_HEAD_SHARDS ML_SCORING ") -> (" ML_HEAD_GRADIENTS)                                    \
+  _(masked_divergence, ML_DIVERGENCE_PUBLIC "Tensor")                                            \
+  _(masked_divergence_stats, ML_DIVERGENCE_PUBLIC "(Tensor loss, Tensor stats)")                 \
+  _(masked_divergence_forward, "(Tensor logits, Tensor teacher_logits, " ML_COMPARED_FORWARD     \
+                               ", " ML_DIVERGENCE ") -> " ML_TABLES ")")                         \
+  _(masked_divergence_backward,                                                                  \
+    "(Tensor dloss, " ML_PAIR ", Tensor tokens, Tensor groups, " ML_DIVERGENCE ") -> Tensor")    \
+  _(linear_divergence, ML_LINEAR_COMPARED "Tensor")                                              \
+  _(linear_divergence_stats, ML_LINEAR_COMPARED "(Tensor loss, Tensor stats)")                   \
+  _(linear_divergence_forward, "(" ML_HEADS ML_COMPARED_FORWARD ML_CHUNKING ML_DIVERGENCE        \
+                               ") -> " ML_TABLES ", Tensor unit, " ML_HEAD_GRADIENTS)            \
+  _(linear_divergence_backward,                                                                  \
+    "(Tensor dloss, " ML_HEADS                                                                   \
+    "Tensor? temperatures, "                                                                     \
+    "Tensor? teacher_temperatures, Tensor tokens, Tensor groups" ML_CHUNKING ML_DIVERGENCE       \
     ") -> (" ML_HEAD_GRADIENTS)
 
 namespace masked_loss {

@@ -112,6 +112,7 @@ Reduced reduced(const Device& device, const Tables& tables, Reduction reduction,
 
 void tell(RowArgs& args, const Device& device, const Tensor& part) {
   args.part = part.data_ptr();
+  args.numbers = part_numbers(args);
   args.forward = true;
   if (args.rows > 0 && args.cols > 0) device.kernels.cross_entropy(args, device.queue());
 }
@@ -124,7 +125,8 @@ void merge(const char* who, MergeArgs& args, const Device& device, const Tensor&
                 check::text(shape_of(bounds)));
   }
   args.shards = bounds.numel() - 1;
-  check::has_shape(who, "parts", parts, {args.shards, part_numbers(args), args.rows});
+  args.numbers = part_numbers(args);
+  check::has_shape(who, "parts", parts, {args.shards, args.numbers, args.rows});
   if (!parts.is_contiguous()) check::fail("ValueError", who, ": parts must be contiguous");
   args.parts = parts.data_ptr();
   args.bounds = static_cast<const int64_t*>(bounds.data_ptr());

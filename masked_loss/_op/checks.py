@@ -249,15 +249,22 @@ def cu_seqlens(who: str, bounds: Tensor | None) -> None:
         fail(ValueError, who, f"cu_seqlens must have shape [S + 1], got {_list(bounds)}")
 
 
-def head(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    """What makes logits, which only PyTorch's products see."""
+def head(
+    who: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix: str = "",
+    classes: bool = True,
+) -> None:
+    """What makes logits, which only PyTorch's products see; ``classes``: at least one."""
     floating(who, f"{prefix}hidden", hidden)
     if hidden.dim() == 0:
         fail(ValueError, who, f"{prefix}hidden must have shape [..., D], got []")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         wanted = f"{prefix}weight must have shape [V, {hidden.shape[-1]}]"
         fail(ValueError, who, f"{wanted}, got {_list(weight)}")
-    if weight.shape[0] == 0:
+    if classes and weight.shape[0] == 0:
         wanted = f"{prefix}weight must have at least one class"
         fail(ValueError, who, f"{wanted}, got {_list(weight)}")
     if bias is not None:

@@ -38,7 +38,7 @@ from masked_loss._op.factory import (
 )
 from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import ops
-from masked_loss.options import Meaning, Shards
+from masked_loss.options import ALL_CLASSES, Meaning, Shards
 
 INPUTS = (
     "logits", "target", "mask", "normalizer", "class_weight", "cu_seqlens", "temperatures",
@@ -55,7 +55,7 @@ class How(NamedTuple):
     would round half types twice."""
     inplace: bool
     """Backward writes the gradient over the logits."""
-    shards: Shards | None = None
+    shards: Shards = ALL_CLASSES
     """What the other ranks have of the loss."""
     columns: tuple[int, int] | None = None
     """The first class that is here, and how many there are on all ranks."""
@@ -96,9 +96,9 @@ def _call_sharded(
 def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     """loss, stats, tokens, groups, and perhaps the gradient for dloss = 1."""
     meaning, stats, fused, _, shards, _ = how
-    if shards is not None and not is_traced(*inputs):
+    if shards.bounds and not is_traced(*inputs):
         return _run_sharded(inputs, how)
-    if shards is not None:
+    if shards.bounds:
         return ops.sharded_cross_entropy_forward.default(
             *inputs, stats, shards.vocab_group, shards.bounds, *meaning
         )
@@ -193,7 +193,6 @@ _without_stats, _with_stats = (
 def _run_sharded(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     logits, target, mask, normalizer, class_weight, cu_seqlens, temperatures = inputs
     meaning, stats, _, _, shards, _ = how
-    assert shards is not None
     first, classes = exchange.columns(shards)
     wide = logits.dtype == torch.float64
     tokens, groups = ops.weigh.default(
@@ -201,8 +200,7 @@ def _run_sharded(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     )
     saved = (target, tokens, groups, class_weight, temperatures)
     part = ops.cross_entropy_partial.default(logits, *saved, first, classes, *meaning)
-    parts, bounds = exchange.gathered(part, shards), exchange.bounds_on(part.device, shards)
-    ops.cross_entropy_merge.default(parts, *saved, bounds, *meaning)
+    exchange.merged(ops.cross_entropy_merge, part, shards, *saved, meaning)
     loss, statistics = ops.reduce.default(tokens, groups, target, stats, *meaning)
     return loss, statistics, tokens, groups
 

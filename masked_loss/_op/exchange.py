@@ -24,9 +24,9 @@ def columns(shards: Shards) -> tuple[int, int]:
     return shards.bounds[rank], shards.bounds[-1]
 
 
-def require_whole(who: str, shards: Shards | None) -> None:
-    """For the derivatives that have no kernel: they are those of all classes and tokens."""
-    if shards is not None:
+def require_whole(who: str, shards: Shards) -> None:
+    """For the derivatives that have no kernel: they are those of all classes."""
+    if shards.bounds:
         raise RuntimeError(
             f"{who}: of a vocabulary that is shared out to ranks there are first derivatives, in "
             "reverse mode; for others gather its logits, as torch.distributed.nn.functional does"
@@ -51,6 +51,21 @@ def gathered(part: Tensor, shards: Shards) -> Tensor:
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(parts.flatten(0, 1), part, group=_group(shards.vocab_group))
     return parts
+
+
+def merged(merge: Any, part: Tensor, shards: Shards, *args: Any) -> Any:
+    """One exchange of what every rank tells, and the operator that merges it."""
+    *saved, how = args
+    return merge.default(gathered(part, shards), *saved, bounds_on(part.device, shards), *how)
+
+
+def together(told: list[tuple[Any, Tensor]], count: int) -> Tensor:
+    """Of ``count`` tokens what was told of some of them at a time, with their places."""
+    _, part = told[0]
+    whole = part.new_zeros((part.shape[0], count))
+    for at, part in told:
+        whole[:, at] = part
+    return whole
 
 
 def add_up(x: Tensor, shards: Shards) -> None:

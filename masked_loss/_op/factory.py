@@ -187,8 +187,11 @@ class Operator:
         return kernel
 
 
-def implement(name: str, function: Callable[[SimpleNamespace], Any]) -> None:
-    """Gives an operator that C++ only declares its kernel, as a function of arguments by name."""
+def implement(name: str, function: Callable[[SimpleNamespace], Any]) -> Callable[..., Any]:
+    """Gives an operator that C++ only declares its kernel, as a function of arguments by name.
+
+    Returns the kernel, to be called as the operator is.
+    """
     signature = Signature(name)
 
     @kernel
@@ -196,6 +199,7 @@ def implement(name: str, function: Callable[[SimpleNamespace], Any]) -> None:
         return function(signature.bind(args, kwargs))
 
     library.impl(name, checked(signature.overload, call), "CompositeExplicitAutograd")
+    return call
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:

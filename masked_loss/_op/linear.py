@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from masked_loss import reference
-from masked_loss._op import checks, cross_entropy, tables
+from masked_loss._op import checks, cross_entropy, exchange, tables
 from masked_loss._op.autograd import (
     Inputs,
     is_differentiated,
+    is_traced,
     keeps_graph,
     kept_mask,
     may_require_grad,
@@ -52,7 +53,7 @@ from masked_loss._op.linear_chunks import (
     unit_of,
 )
 from masked_loss._op.tables import ops
-from masked_loss.options import Chunking, Meaning
+from masked_loss.options import ALL_CLASSES, Chunking, Meaning, Shards
 
 _WHO = "linear_cross_entropy"
 INPUTS = (
@@ -92,14 +93,17 @@ class How(NamedTuple):
     needs: list[bool]  # the gradients that forward computes: of hidden, weight and bias
     dtype: torch.dtype  # of these three
     head: tuple[Unkept, ...] = ()
+    shards: Shards = ALL_CLASSES
 
 
-def _call(stats: bool, inputs: Inputs, meaning: Meaning, **chunking: Any) -> tuple[Tensor, ...]:
+def _call(stats: bool, inputs: Inputs, meaning: Meaning, **computed: Any) -> tuple[Tensor, ...]:
     """loss and stats, with autograd and autocast."""
     head = tuple(map(Unkept, inputs[:3])) if meaning.reduction != "none" else ()
     inputs = autocast_head(inputs, 3)
     hidden, weight, bias, _, mask, *_ = inputs
-    how = How(meaning, stats, Chunking(**chunking), [False] * 3, hidden.dtype, head)
+    a = SimpleNamespace(**computed)
+    chunking, shards = record(Chunking, a), record(Shards, a)
+    how = How(meaning, stats, chunking, [False] * 3, hidden.dtype, head, shards)
     if not is_differentiated(hidden, weight, bias, mask):
         loss, statistics, *_ = _forward(inputs, how)
     else:
@@ -110,8 +114,10 @@ def _call(stats: bool, inputs: Inputs, meaning: Meaning, **chunking: Any) -> tup
 
 
 def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
+    if how.shards.bounds and not is_traced(*inputs):
+        return _run_sharded(inputs, how)
     return ops.linear_cross_entropy_forward.default(
-        *inputs, how.stats, *how.chunking, how.needs, *how.meaning
+        *inputs, how.stats, *how.chunking, how.needs, *how.shards, *how.meaning
     )
 
 
@@ -133,6 +139,7 @@ def _complete(saved: Inputs, how: How) -> Inputs:
 
 
 def _reference(saved: Inputs, how: How) -> tuple[Tensor, ...]:
+    exchange.require_whole(_WHO, how.shards)
     hidden, weight, bias, target, mask, *more = saved
     (normalizer, class_weight, cu_seqlens, temperatures, *rest), shift = more, how.meaning.shift
     mask = tables.mask_or_weights(mask, rest, target.shape)
@@ -160,9 +167,12 @@ def _backward(
             dloss, mask, tokens, groups, target, class_weight, meaning.z_loss, False
         )
     if any(needs_head) and meaning.reduction == "none":
-        gradients = ops.linear_cross_entropy_backward.default(
+        backward: Any = ops.linear_cross_entropy_backward.default
+        if how.shards.bounds and not is_traced(*saved, *upstream):
+            backward = _run_backward
+        gradients = backward(
             dloss, hidden, weight, bias, target, tokens, groups, class_weight, temperatures,
-            *how.chunking, needs_head, *meaning,
+            *how.chunking, needs_head, *how.shards, *meaning,
         )  # fmt: skip
     elif any(needs_head):
         reuse = plain and not keeps_graph()
@@ -205,20 +215,37 @@ def _run(head: Head, given: Rows, how: How, forward: bool) -> tuple[Tensor, Tens
     if temperatures is not None:
         temperatures = temperatures.reshape(-1)
 
+    shards, gradient = how.shards, any(how.needs)
+    columns = exchange.columns(shards) if shards.bounds else (0, head.weight.shape[0])
+    told: list[tuple[Places, Tensor]] = []
+    of_rows = how.meaning._replace(shift=False)
+
     def rows(y: Tensor, at: Places, _: slice) -> Tensor:
         table, groups = both.of(at)
         each = None if temperatures is None else take(temperatures, at)
+        saved = (take(target, at), table, groups, class_weight, each)
         upstream = take(dloss, at) if dloss is not None and dloss.dim() else dloss
-        ops.rows.default(
-            y, take(target, at), table, groups, class_weight, each, upstream, 0, y.shape[1],
-            forward, any(how.needs), *how.meaning,
-        )  # fmt: skip
+        here = forward and not shards.bounds
+        if forward and not here:
+            part = ops.cross_entropy_partial.default(y, *saved, *columns, *of_rows)
+            if gradient:
+                exchange.merged(ops.cross_entropy_merge, part, shards, *saved, of_rows)
+            else:
+                told.append((at, part))
+        if here or gradient:
+            ops.rows.default(y, *saved, upstream, *columns, here, gradient, *of_rows)
         if forward:
             both.write(at, table)
         return y
 
     source = Source(head, tables.weights(given.tokens), how.meaning.shift, how.chunking)
-    return run_chunks(source, target.numel(), how.chunking, how.needs, rows, head.weight.dtype)
+    count, dtype = target.numel(), head.weight.dtype
+    gradients = run_chunks(source, count, how.chunking, how.needs, rows, dtype, shards=shards)
+    if told:  # without gradients all tokens together
+        part = exchange.together(told, count)
+        saved = (target, given.tokens, given.groups, class_weight, None)
+        exchange.merged(ops.cross_entropy_merge, part, shards, *saved, of_rows)
+    return gradients
 
 
 # The operators' kernels
@@ -226,14 +253,19 @@ def _run(head: Head, given: Rows, how: How, forward: bool) -> tuple[Tensor, Tens
 
 @kernel
 def _public_kernel(
-    stats: bool, inputs: Inputs, meaning: Meaning, **chunking: Any
+    stats: bool, inputs: Inputs, meaning: Meaning, **computed: Any
 ) -> tuple[Tensor, ...]:
-    how = How(meaning, stats, Chunking(**chunking), [False] * 3, inputs[0].dtype)
+    a = SimpleNamespace(**computed)
+    chunking, shards = record(Chunking, a), record(Shards, a)
+    how = How(meaning, stats, chunking, [False] * 3, inputs[0].dtype, shards=shards)
     return _run_forward(inputs, how)
 
 
 def _forward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
-    how = How(record(Meaning, a), a.stats, record(Chunking, a), a.needs, a.hidden.dtype)
+    how = How(
+        record(Meaning, a), a.stats, record(Chunking, a), a.needs, a.hidden.dtype,
+        shards=record(Shards, a),
+    )  # fmt: skip
     return _run_forward(tuple(getattr(a, name) for name in INPUTS), how)
 
 
@@ -242,9 +274,9 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     meaning = how.meaning
     head = Head(*head_of)
     hidden, weight, _ = head
-    _check(head, target, temperatures, how.chunking)
+    _check(head, target, temperatures, how.chunking, how.shards)
     tokens, groups = ops.weigh.default(
-        target, mask, normalizer, class_weight, cu_seqlens, weight.shape[0],
+        target, mask, normalizer, class_weight, cu_seqlens, _classes(weight, how.shards),
         hidden.dtype == torch.float64, how.stats, *meaning,
     )  # fmt: skip
     tables.clear_results(tokens)
@@ -256,20 +288,36 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     return loss, stats, tokens, groups, unit, *gradients
 
 
+_run_sharded = kernel(_run_forward)
+
+
 def _backward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
     head = Head(a.hidden, a.weight, a.bias)
     dloss = a.dloss.reshape(-1) if a.dloss.dim() else a.dloss
     unit = unit_of(a.hidden, a.tokens, a.groups, dloss)
     scaled = dloss if unit is None else dloss * unit
     rows = Rows(a.target, a.tokens, a.groups, a.class_weight, a.temperatures, scaled)
-    how = How(record(Meaning, a), False, record(Chunking, a), a.needs, a.hidden.dtype)
+    how = How(
+        record(Meaning, a), False, record(Chunking, a), a.needs, a.hidden.dtype,
+        shards=record(Shards, a),
+    )  # fmt: skip
     gradients = _run(head, rows, how, forward=False)
     factor = a.tokens.new_ones(()) if unit is None else 1 / unit
     return tuple(scaled_by(g, factor, a.hidden.dtype, True) for g in gradients)
 
 
-def _check(head: Head, target: Tensor, temperatures: Tensor | None, chunking: Chunking) -> None:
-    checks.head(_WHO, *head)
+def _classes(weight: Tensor, shards: Shards) -> int:
+    return shards.bounds[-1] if shards.bounds else weight.shape[0]
+
+
+def _check(
+    head: Head,
+    target: Tensor,
+    temperatures: Tensor | None,
+    chunking: Chunking,
+    shards: Shards,
+) -> None:
+    checks.head(_WHO, *head, classes=not shards.bounds)
     checks.class_indices(_WHO, target)
     checks.shape(_WHO, "target", target, head.hidden.shape[:-1])
     checks.chunking(_WHO, head.weight, chunking)
@@ -280,15 +328,17 @@ def _check(head: Head, target: Tensor, temperatures: Tensor | None, chunking: Ch
 
 
 def _check_all(a: SimpleNamespace) -> None:
-    _check(Head(a.hidden, a.weight, a.bias), a.target, a.temperatures, record(Chunking, a))
-    _check_weights(a, a.weight.shape[0])
+    chunking, shards = record(Chunking, a), record(Shards, a)
+    _check(Head(a.hidden, a.weight, a.bias), a.target, a.temperatures, chunking, shards)
+    _check_weights(a, _classes(a.weight, shards))
 
 
 def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, ...]:
-    chunking = record(Chunking, a)
-    _check(Head(a.hidden, a.weight, a.bias), a.target, a.temperatures, chunking)
-    tokens, groups = _fake_tables(a, a.weight.shape[0], a.hidden.dtype == torch.float64, stats)
-    dtype = dweight_dtype(a.weight, a.target.numel(), chunking)
+    _check_all(a)
+    chunking, shards = record(Chunking, a), record(Shards, a)
+    wide = a.hidden.dtype == torch.float64
+    tokens, groups = _fake_tables(a, _classes(a.weight, shards), wide, stats)
+    dtype = dweight_dtype(a.weight, a.target.numel(), chunking, shards)
     return (
         tables.fake_loss(tokens, a.reduction, a.target.shape),
         tables.fake_stats(tokens, stats),
@@ -341,7 +391,7 @@ def _fake_reduce(a: SimpleNamespace) -> tuple[Tensor, ...]:
 fake_nothing("rows")
 
 implement("linear_cross_entropy_forward", _forward_kernel)
-implement("linear_cross_entropy_backward", _backward_kernel)
+_run_backward = implement("linear_cross_entropy_backward", _backward_kernel)
 batch_by_loop("linear_cross_entropy_forward", "linear_cross_entropy_backward")
 
 linear_cross_entropy, linear_cross_entropy_stats = (

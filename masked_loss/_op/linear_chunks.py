@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from masked_loss import reference
-from masked_loss._op import checks, tables
+from masked_loss._op import checks, exchange, tables
 from masked_loss._op.autograd import Inputs
 from masked_loss._op.factory import AUTOCAST, Signature, library
 from masked_loss._op.memory import fresh, logits_pool, weight_pool
-from masked_loss.options import Chunking
+from masked_loss.options import ALL_CLASSES, Chunking, Shards
 
 # Bytes of a chunk's logits, where the caller does not say chunk_tokens.
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -43,10 +43,11 @@ Places = Any
 """Which tokens a chunk has: a slice where they follow one another, else their numbers."""
 
 
-def _largest_chunk(weight: Tensor, chunk_tokens: int | None, more: int = 0) -> int:
+def _largest_chunk(columns: int, weight: Tensor, chunk_tokens: int | None) -> int:
+    """columns: of a token's logits."""
     if chunk_tokens is not None:
         return chunk_tokens
-    token = (weight.shape[0] + more) * weight.element_size()
+    token = columns * weight.element_size()
     limit = _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cuda"])
     if weight.is_cpu and weight.element_size() >= 4:
         # MKL packs these types, into 5 to 12 MiB for each thread: the other half is for that, as
@@ -55,7 +56,18 @@ def _largest_chunk(weight: Tensor, chunk_tokens: int | None, more: int = 0) -> i
     return max(1, limit // token)
 
 
-def dweight_dtype(weight: Tensor, tokens: int | torch.SymInt, chunking: Chunking) -> torch.dtype:
+def columns_of(weight: Tensor, shards: Shards) -> int:
+    """What chunks are measured by: ranks that share the classes all have to take equally many."""
+    bounds = shards.bounds
+    return -(-bounds[-1] // (len(bounds) - 1)) if bounds else weight.shape[0]
+
+
+def dweight_dtype(
+    weight: Tensor,
+    tokens: int | torch.SymInt,
+    chunking: Chunking,
+    shards: Shards = ALL_CLASSES,
+) -> torch.dtype:
     """What dweight accumulates in. One bfloat16 product accumulates inside, in float32.
 
     One float16 product does too, but its sum over many tokens may exceed the largest float16.
@@ -63,8 +75,10 @@ def dweight_dtype(weight: Tensor, tokens: int | torch.SymInt, chunking: Chunking
     """
     if chunking.accumulation_dtype is not None:
         return chunking.accumulation_dtype
-    if weight.dtype == torch.bfloat16 and tokens <= _largest_chunk(weight, chunking.chunk_tokens):
-        return weight.dtype
+    if weight.dtype == torch.bfloat16:
+        largest = _largest_chunk(columns_of(weight, shards), weight, chunking.chunk_tokens)
+        if tokens <= largest:
+            return weight.dtype
     return tables.loss_dtype(weight)
 
 
@@ -341,24 +355,26 @@ def run_chunks(
     rows: Callable[[Tensor, Places, slice], Tensor],
     dtype: torch.dtype,
     prepare: Callable[[int], None] = lambda size: None,
+    shards: Shards = ALL_CLASSES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that are needed of hidden, weight and bias.
 
     ``rows(logits, places, chunk)`` does what a loss does with a chunk's logits, of ``dtype``, and
     gives their gradient where one is needed, in the type of hidden. ``prepare(size)`` is told the
     largest chunk before the first one. dhidden is in its final type, dweight and dbias in what
-    they accumulate in.
+    they accumulate in. Of a shard of the classes dhidden is this rank's part, or with
+    ``shards.reduce_hidden`` the sum of all ranks'.
     """
     hidden, weight, _ = source.head
-    columns, width = weight.shape
+    columns, width = columns_of(weight, shards), weight.shape[1]
     needs_hidden, needs_weight, needs_bias = needs
     active = source.tokens
 
     # Logits of a type wider than the weight's count as so many more of these.
     wider = columns * (dtype.itemsize - weight.element_size()) // weight.element_size()
-    size = _largest_chunk(weight, chunking.chunk_tokens, more=wider)
+    size = _largest_chunk(columns + wider, weight, chunking.chunk_tokens)
     if active.gathers and tokens > size:
-        size = _largest_chunk(weight, chunking.chunk_tokens, more=wider + width)
+        size = _largest_chunk(columns + wider + width, weight, chunking.chunk_tokens)
     if active.count > size and chunking.chunk_tokens is None:  # chunks of one size
         even = -(-active.count // -(-active.count // size))
         size = min(size, -(-even // 16) * 16)
@@ -366,7 +382,7 @@ def run_chunks(
     source.allocate(size, dtype)
     prepare(size)
 
-    of_weight = dweight_dtype(weight, tokens, chunking)
+    of_weight = dweight_dtype(weight, tokens, chunking, shards)
     weight_grad = _WeightGrad(weight, of_weight, needs_weight, needs_bias)
     dhidden = hidden.new_empty(0)
     if needs_hidden:
@@ -389,6 +405,8 @@ def run_chunks(
                 # The gathered hidden states are used no more: their place is free.
                 part = torch.mm(dlogits, weight, out=source.buffer(chunk))
                 dhidden_rows.index_copy_(0, places, part)
+    if needs_hidden and shards.reduce_hidden:
+        exchange.add_up(dhidden, shards)
     return dhidden, *weight_grad.results()
 
 

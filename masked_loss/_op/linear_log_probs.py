@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from masked_loss import reference
-from masked_loss._op import checks, log_probs
-from masked_loss._op.autograd import Inputs, is_differentiated
+from masked_loss._op import checks, exchange, log_probs
+from masked_loss._op.autograd import Inputs, is_differentiated, is_traced
 from masked_loss._op.batching import batch_by_loop
 from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import Operator, fake, implement, kernel, record
@@ -32,8 +32,9 @@ from masked_loss._op.linear_chunks import (
     unit_for,
 )
 from masked_loss._op.log_probs import check_weights, fake_weights
-from masked_loss._op.tables import log_prob_fields, ops
-from masked_loss.options import Chunking, Scoring
+from masked_loss._op.log_probs import merged as log_probs_of
+from masked_loss._op.tables import LOG_PROB_FIELDS, log_prob_fields, ops
+from masked_loss.options import ALL_CLASSES, Chunking, Scoring, Shards
 
 _WHO = "linear_token_log_probs"
 INPUTS = ("hidden", "weight", "bias", "target", "mask", "cu_seqlens", "temperatures")
@@ -43,6 +44,7 @@ class How(NamedTuple):
     scoring: Scoring
     entropy: bool
     chunking: Chunking
+    shards: Shards = ALL_CLASSES
 
     @property
     def of_rows(self) -> Scoring:
@@ -50,12 +52,13 @@ class How(NamedTuple):
         return self.scoring._replace(shift=False)
 
 
-def _call(entropy: bool, inputs: Inputs, scoring: Scoring, **chunking: Any) -> tuple[Tensor, ...]:
+def _call(entropy: bool, inputs: Inputs, scoring: Scoring, **computed: Any) -> tuple[Tensor, ...]:
     inputs = autocast_head(inputs, 3)
     hidden, weight, bias, target, mask, *more = inputs
     if mask is not None and mask.requires_grad:  # it selects
         inputs = hidden, weight, bias, target, mask.detach(), *more
-    how = How(scoring, entropy, Chunking(**chunking))
+    a = SimpleNamespace(**computed)
+    how = How(scoring, entropy, record(Chunking, a), record(Shards, a))
     if not is_differentiated(hidden, weight, bias):
         return _forward(inputs, how)[: 1 + entropy]
     return (_with_entropy if entropy else _without_entropy)(*inputs, how)
@@ -63,9 +66,12 @@ def _call(entropy: bool, inputs: Inputs, scoring: Scoring, **chunking: Any) -> t
 
 def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     """log_probs, perhaps the entropy; the table of tokens, and which of them are computed."""
-    results = ops.linear_token_log_probs_forward.default(
-        *inputs, how.entropy, *how.chunking, *how.scoring
-    )
+    if how.shards.bounds and not is_traced(*inputs):
+        results = _run_forward(inputs, how)
+    else:
+        results = ops.linear_token_log_probs_forward.default(
+            *inputs, how.entropy, *how.chunking, *how.shards, *how.scoring
+        )
     log_probs, entropy, *rest = results
     return (log_probs, entropy, *rest) if how.entropy else (log_probs, *rest)
 
@@ -84,15 +90,19 @@ def _backward(
     if dlog_probs is None:
         dlog_probs = tokens.new_zeros(target.shape)
     needs_head = list(needs[:3])
-    gradients = ops.linear_token_log_probs_backward.default(
+    backward: Any = ops.linear_token_log_probs_backward.default
+    if how.shards.bounds and not is_traced(*saved, *upstream):
+        backward = _run_backward
+    gradients = backward(
         dlog_probs, *(dentropy or [None]), *head, target, temperatures, tokens, weights,
-        *how.chunking, needs_head, *how.scoring,
+        *how.chunking, needs_head, *how.shards, *how.scoring,
     )  # fmt: skip
     results = (g if need else None for g, need in zip(gradients, needs_head, strict=True))
     return *results, None, None, None, None
 
 
 def _reference(saved: Inputs, how: How) -> tuple[Tensor, ...]:
+    exchange.require_whole(_WHO, how.shards)
     hidden, weight, bias, target, mask, cu_seqlens, temperatures, *rest = saved
     if rest:
         mask = rest[1].reshape(hidden.shape[:-1])
@@ -119,13 +129,15 @@ _without_entropy, _with_entropy = (
 @kernel
 def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     hidden, weight, bias, target, mask, cu_seqlens, temperatures = inputs
-    scoring, with_entropy, chunking = how
+    scoring, with_entropy, chunking, shards = how
     head = Head(hidden, weight, bias)
     given = zip(INPUTS, inputs, strict=True)
-    _check(SimpleNamespace(**dict(given), **scoring._asdict(), **chunking._asdict()))
+    options = {**scoring._asdict(), **chunking._asdict(), **shards._asdict()}
+    _check(SimpleNamespace(**dict(given), **options))
+    columns = exchange.columns(shards) if shards.bounds else (0, weight.shape[0])
     keep_ignored = with_entropy and target.dim() == hidden.dim()
     weights = ops.log_probs_weigh.default(
-        hidden[..., :1], target, mask, cu_seqlens, weight.shape[0], scoring.ignore_index,
+        hidden[..., :1], target, mask, cu_seqlens, columns[1], scoring.ignore_index,
         scoring.shift, keep_ignored,
     )  # fmt: skip
     count = weights.numel()
@@ -134,9 +146,19 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     log_probs = weights.new_zeros(ids.shape)
     entropy = weights.new_zeros(count if with_entropy else 0)
     tokens = weights.new_zeros(len(log_prob_fields(with_entropy)), count)
+    told: list[tuple[Places, Tensor]] = []
+    if shards.bounds:
+        tokens[LOG_PROB_FIELDS.index("sum")] = weights
 
     def rows(y: Tensor, at: Places, _: slice) -> Tensor:
         given = None if each is None else take(each, at)
+        if shards.bounds:
+            table = take(tokens.t(), at).t().contiguous()
+            part = ops.token_log_probs_partial.default(
+                y, take(ids, at), table, given, with_entropy, *columns, *how.of_rows
+            )
+            told.append((at, part))
+            return y
         values, spread, table = ops.token_log_probs_forward.default(
             y, take(ids, at), take(weights, at), None, given, with_entropy, *how.of_rows
         )
@@ -146,7 +168,10 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
         return y
 
     source = Source(head, weights, scoring.shift, chunking)
-    run_chunks(source, count, chunking, [False] * 3, rows, weight.dtype)
+    run_chunks(source, count, chunking, [False] * 3, rows, weight.dtype, shards=shards)
+    if told:
+        part = exchange.together(told, count)
+        log_probs, entropy = log_probs_of(part, shards, ids, tokens, with_entropy, scoring)
     shape = target.shape[: hidden.dim() - 1]
     return (
         log_probs.view(target.shape),
@@ -157,7 +182,11 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 
 
 def _backward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
-    how = How(record(Scoring, a), a.dentropy is not None, record(Chunking, a))
+    shards = record(Shards, a)
+    how = How(record(Scoring, a), a.dentropy is not None, record(Chunking, a), shards)
+    backward, columns = ops.token_log_probs_backward_out, tuple[int, ...]()
+    if shards.bounds:
+        backward, columns = ops.token_log_probs_shard_backward_out, exchange.columns(shards)
     count = a.weights.numel()
     ids = a.target.reshape(count, *a.target.shape[a.hidden.dim() - 1 :])
     each = None if a.temperatures is None else a.temperatures.reshape(-1)
@@ -169,27 +198,30 @@ def _backward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
         upstream, spread = upstream * unit, None if spread is None else spread * unit
 
     def rows(y: Tensor, at: Places, _: slice) -> Tensor:
-        ops.token_log_probs_backward_out.default(
+        backward.default(
             y, take(upstream, at), None if spread is None else take(spread, at), y, take(ids, at),
             take(a.tokens.t(), at).t().contiguous(), None if each is None else take(each, at),
-            *how.of_rows,
+            *columns, *how.of_rows,
         )  # fmt: skip
         return y
 
     source = Source(Head(a.hidden, a.weight, a.bias), a.weights, a.shift, how.chunking)
-    gradients = run_chunks(source, count, how.chunking, a.needs, rows, a.weight.dtype)
+    gradients = run_chunks(
+        source, count, how.chunking, a.needs, rows, a.weight.dtype, shards=shards
+    )
     factor = a.weights.new_ones(()) if unit is None else 1 / unit
     return tuple(scaled_by(g, factor, a.hidden.dtype, True) for g in gradients)
 
 
 def _public_kernel(
-    entropy: bool, inputs: Inputs, scoring: Scoring, **chunking: Any
+    entropy: bool, inputs: Inputs, scoring: Scoring, **computed: Any
 ) -> tuple[Tensor, ...]:
-    return _run_forward(inputs, How(scoring, entropy, Chunking(**chunking)))
+    a = SimpleNamespace(**computed)
+    return _run_forward(inputs, How(scoring, entropy, record(Chunking, a), record(Shards, a)))
 
 
 def _forward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
-    how = How(record(Scoring, a), a.entropy, record(Chunking, a))
+    how = How(record(Scoring, a), a.entropy, record(Chunking, a), record(Shards, a))
     return _run_forward(tuple(getattr(a, name) for name in INPUTS), how)
 
 
@@ -197,7 +229,7 @@ def _forward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
 
 
 def _check(a: SimpleNamespace) -> None:
-    checks.head(_WHO, a.hidden, a.weight, a.bias)
+    checks.head(_WHO, a.hidden, a.weight, a.bias, classes=not a.bounds)
     checks.chunking(_WHO, a.weight, record(Chunking, a))
     checks.formula(_WHO, a)
     checks.temperatures(_WHO, a.temperatures, a.hidden.shape[:-1])
@@ -225,7 +257,7 @@ fake(f"{_WHO}_forward")(lambda a: _fake(a, a.entropy))
 fake(f"{_WHO}_backward")(lambda a: fake_gradients(a, a.needs, a.weight.dtype, a.weight.dtype))
 
 implement(f"{_WHO}_forward", _forward_kernel)
-implement(f"{_WHO}_backward", _backward_kernel)
+_run_backward = implement(f"{_WHO}_backward", _backward_kernel)
 batch_by_loop(f"{_WHO}_forward", f"{_WHO}_backward")
 
 linear_token_log_probs, linear_token_log_probs_entropy = (

@@ -37,7 +37,7 @@ from masked_loss._op.factory import (
 )
 from masked_loss._op.memory import logits_pool
 from masked_loss._op.tables import LOG_PROB_FIELDS, log_prob_fields, loss_dtype, ops
-from masked_loss.options import Scoring, Shards
+from masked_loss.options import ALL_CLASSES, Scoring, Shards
 
 INPUTS = ("logits", "target", "mask", "cu_seqlens", "temperatures")
 WHO = "token_log_probs"
@@ -48,7 +48,7 @@ class How(NamedTuple):
     entropy: bool
     inplace: bool
     """Backward writes the gradient over the logits."""
-    shards: Shards | None = None
+    shards: Shards = ALL_CLASSES
     columns: tuple[int, int] | None = None
     """The first class that is here, and how many there are on all ranks."""
 
@@ -75,7 +75,7 @@ def _call(
 def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     """log_probs, perhaps the entropy, and the table of tokens."""
     scoring, with_entropy, _, shards, _ = how
-    if shards is None:
+    if not shards.bounds:
         results = ops.token_log_probs_forward.default(*inputs, with_entropy, *scoring)
     elif is_traced(*inputs):
         results = ops.sharded_token_log_probs_forward.default(
@@ -147,11 +147,19 @@ _without_entropy, _with_entropy = (
 # Of a shard of the classes
 
 
+def merged(
+    part: Tensor, shards: Shards, target: Tensor, tokens: Tensor, entropy: bool, scoring: Scoring
+) -> tuple[Tensor, ...]:
+    """log_probs and entropy, of one exchange; fills the table of tokens."""
+    merge, how = ops.token_log_probs_merge, (entropy, *scoring)
+    results: tuple[Tensor, ...] = exchange.merged(merge, part, shards, target, tokens, how)
+    return results
+
+
 @kernel
 def _run_sharded(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     logits, target, mask, cu_seqlens, temperatures = inputs
     scoring, with_entropy, _, shards, _ = how
-    assert shards is not None
     first, classes = exchange.columns(shards)
     keep_ignored = with_entropy and target.dim() == logits.dim()
     weights = ops.log_probs_weigh.default(
@@ -162,10 +170,7 @@ def _run_sharded(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     part = ops.token_log_probs_partial.default(
         logits, target, tokens, temperatures, with_entropy, first, classes, *scoring
     )
-    log_probs, entropy = ops.token_log_probs_merge.default(
-        exchange.gathered(part, shards), target, tokens, exchange.bounds_on(part.device, shards),
-        with_entropy, *scoring,
-    )  # fmt: skip
+    log_probs, entropy = merged(part, shards, target, tokens, with_entropy, scoring)
     return log_probs, entropy.view(logits.shape[:-1]) if with_entropy else entropy, tokens
 
 

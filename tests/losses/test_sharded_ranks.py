@@ -21,7 +21,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from masked_loss import VocabShard, masked_cross_entropy, token_log_probs
+from masked_loss import (
+    VocabShard,
+    linear_cross_entropy,
+    linear_token_log_probs,
+    masked_cross_entropy,
+    token_log_probs,
+)
 
 V, SHAPE = 13, (3, 7)
 
@@ -123,6 +129,68 @@ def of_logits(rank: int, ranks: int) -> None:
             assert all(map(torch.equal, again, found))
 
 
+def linear(rank: int, ranks: int) -> None:
+    """An exchange for each chunk and one sum of hidden's gradient; without gradients one of all."""
+    random = torch.Generator().manual_seed(6)
+    hidden, head = (torch.randn(*s, 4, generator=random).double() for s in (SHAPE, (V,)))
+    _, target, mask = problem()
+    chunks = -(-int(mask.count_nonzero()) // 5)
+    for shard in all_shards(ranks):
+        first = shard.bounds[shard.rank]
+        own = slice(first, first + shard.columns)
+        for function in (linear_cross_entropy, linear_token_log_probs):
+            leaves = [x.clone().requires_grad_() for x in (hidden, head)]
+            expected = function(*leaves, target, mask)
+            wanted = torch.autograd.grad(expected.sum(), leaves)
+            leaves = [hidden.clone().requires_grad_(), head[own].clone().requires_grad_()]
+            args, options = (*leaves, target, mask), {"vocab": shard, "chunk_tokens": 5}
+            found, count = collectives(function, *args, **options)
+            scalar = function is linear_cross_entropy  # whose gradients forward computes
+            assert count in (chunks + 1 if scalar else 1, None)
+            torch.testing.assert_close(found, expected)
+            assert_equal_on_all_ranks(found)
+            gradients, count = collectives(torch.autograd.grad, found.sum(), leaves)
+            assert count in (0 if scalar else 1, None)
+            torch.testing.assert_close(gradients, (wanted[0], wanted[1][own]))
+            with torch.no_grad():
+                again, count = collectives(function, *args, **options)
+            assert count in (1, None)
+            torch.testing.assert_close(again, expected)
+            bad = target.clone()
+            bad[mask != 0] = V
+            with pytest.raises(IndexError, match=rf"is {V}, .* target < {V}"):
+                function(*leaves, bad, vocab=shard)
+            nothing = function(*leaves, target, torch.zeros(SHAPE), vocab=shard)
+            assert (nothing == 0).all()
+
+
+def compiled(rank: int, ranks: int) -> None:
+    """One graph, whatever the loss: nothing of it is computed while tracing."""
+    if ranks > 2:
+        return
+    logits, target, _ = problem()
+    shard = VocabShard.even(V)
+    hidden, head = torch.randn(*SHAPE, 4).double(), torch.randn(V, 4).double()
+    for x in (hidden, head):
+        dist.broadcast(x, 0)
+    first = shard.bounds[rank]
+    head = head[first : first + shard.columns].clone().requires_grad_()
+    local = mine(logits.nan_to_num(), shard)
+
+    def losses(local: Tensor, head: Tensor) -> Tensor:
+        dense = masked_cross_entropy(local, target, vocab=shard)
+        scores, entropy = token_log_probs(local, target, vocab=shard, return_entropy=True)
+        linear = linear_cross_entropy(hidden, head, target, vocab=shard)
+        each = linear_token_log_probs(hidden, head, target, vocab=shard)
+        return dense + scores.sum() + entropy.sum() + linear + each.sum()
+
+    results = []
+    for function in (losses, torch.compile(losses, fullgraph=True, backend="aot_eager")):
+        loss = function(local, head)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (local, head))))
+    torch.testing.assert_close(*results)
+
+
 def out_of_range(rank: int, ranks: int) -> None:
     """An error on every rank, of whom none waits for the others; also with nothing to compute."""
     for shard in all_shards(ranks):
@@ -144,6 +212,8 @@ def out_of_range(rank: int, ranks: int) -> None:
 
 CASES: dict[str, Callable[[int, int], None]] = {
     "losses of logits": of_logits,
+    "losses of hidden states": linear,
+    "compiled": compiled,
     "out of range": out_of_range,
 }
 RANKS = (2, 3, 4)
@@ -195,7 +265,8 @@ def all_errors() -> dict[int, dict[str, str]]:
             path = os.path.join(folder, f"errors{rank}")
             reported = torch.load(path) if os.path.exists(path) else {}
             for ranks in RANKS:
-                found[ranks].update(reported.get(ranks, {}))
+                for name, error in reported.get(ranks, {}).items():
+                    found[ranks][name] = found[ranks].get(name, "") + error
                 if ranks not in reported and rank < ranks:
                     found[ranks]["every rank ends"] = f"rank {rank}: exit {process.exitcode}"
             process.kill()

@@ -93,7 +93,7 @@ int64_t weigh(const WeighArgs& args, const Threads& threads) {
 
 void merge(const MergeArgs& args, const Threads& threads) {
   with_accumulation(args.dtype == DType::kFloat64, [&](auto a) {
-    share(args.rows, args.shards * part_numbers(args), threads, [&](int64_t begin, int64_t end) {
+    share(args.rows, args.shards * args.numbers, threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) Merger<decltype(a)>{args, {args, i}}.run();
     });
   });
