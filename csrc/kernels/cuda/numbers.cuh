@@ -49,6 +49,30 @@ ML_FN int64_t quotient(int64_t a, int64_t b) {
   return a / b;
 }
 
+ML_FN int64_t size_of(DType type) {
+  switch (type) {
+    case DType::kFloat64:
+    case DType::kInt64:
+      return 8;
+    case DType::kFloat32:
+    case DType::kInt32:
+      return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+    case DType::kInt16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+// Has the L2 fetch the 128 bytes that hold *p, and waits for nothing.
+ML_FN void prefetch_line([[maybe_unused]] const void* p) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // An optimization barrier: what is computed from the result is computed again, rather than kept in
 // registers.
 ML_FN int64_t opaque(int64_t x) {

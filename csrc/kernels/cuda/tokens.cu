@@ -2,9 +2,9 @@
 // Who loops over the tokens on CUDA: a team takes a piece of a group, a warp adds up the pieces of
 // a group, and blocks share the groups. No atomics: the same bits in every run.
 //
-// One piece is one launch. A piece of up to 2048 tokens has a block for itself, since more in one
-// block would wait for memory time and again, and longer than a second launch takes; where groups
-// are short, a warp is enough.
+// Up to 8192 tokens one block does everything, in one launch. Beyond, a piece of up to 2048 tokens
+// has a block for itself, since more in one block would wait for memory time and again, and longer
+// than a second launch takes; where groups are short, a warp is enough.
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/team.cuh"
 
@@ -27,6 +27,9 @@ constexpr int64_t kPiece = 2048;
 constexpr int64_t kShort = 256;  // tokens of a piece, on average, that a warp is enough for
 // Blocks that share the groups, at most: one block adds up what all of them found.
 constexpr int64_t kGroupBlocks = 1024;
+// What one block does alone: each of its warps has a few pieces and groups.
+constexpr int64_t kAlone = 8192;
+constexpr int kPiecesAlone = 2 * kWarps;
 
 // f(i) for every i, a thread each, in any order.
 template <class F>
@@ -68,6 +71,21 @@ ML_FN S sum_group(const void* parts, const Pieces& pieces, int64_t group) {
   for (int64_t p = first + threadIdx.x % kWarp; p < end; p += kWarp) sums.add(as<S>(parts)[p]);
   merge_lanes<kWarp>(&sums, NoAlign{});
   return from_first_lane(sums);
+}
+
+// Where a block alone keeps what its pieces found.
+template <class S>
+ML_FN S* parts_alone() {
+  __shared__ uint2 slots[kPiecesAlone * sizeof(S) / sizeof(uint2)];
+  return reinterpret_cast<S*>(slots);
+}
+
+// Asks for all that a block will read of an array: it would wait for memory at each of its tokens.
+ML_FN void prefetch(const void* p, int64_t bytes) {
+  constexpr int64_t kLine = 128;
+  for (int64_t at = threadIdx.x * kLine; p && at < bytes; at += blockDim.x * kLine) {
+    prefetch_line(static_cast<const char*>(p) + at);
+  }
 }
 
 // f(group, sums) in the first lane of the warp that adds up a group, for the groups of one share.
@@ -124,39 +142,59 @@ ML_FN void check_bounds(const Groups& sequences) {
   });
 }
 
+// weight and sums of token i.
+template <class A>
+ML_FN void weigh_token(const WeighArgs& args, int64_t i, WeightSums* sums) {
+  const int64_t sequence = args.sequences.count ? group_of(args.sequences, i) : 0;
+  const TokenWeight t = token_weight<A>(args, i, sequence);
+  if (t.bad >= 0) complain(args, t.bad);
+  add_weight<A>(args, i, t, sums);
+}
+
+using Active = Sums<1>;
+
+// How many groups of a share have an active token.
+ML_FN void count_active(const void* parts, const Pieces& pieces, int64_t share, int64_t shares,
+                        Active* count) {
+  for_each_group<WeightSums>(parts, pieces, share, shares, [&](int64_t, const WeightSums& sums) {
+    count->v[0] += sums.v[WeightField::kActive] > 0;
+  });
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    weigh_alone_kernel(const WeighArgs args, const Pieces pieces) {
+  const int64_t tokens = args.groups.tokens;
+  prefetch(args.mask, tokens * size_of(args.mask_type));
+  prefetch(args.target, tokens * args.ids * size_of(args.target_type));
+  check_bounds(args.sequences);
+  WeightSums* const parts = parts_alone<WeightSums>();
+  sum_pieces<WeightSums, kWarps>(
+      pieces, [&](const Piece&, int64_t i, WeightSums* sums) { weigh_token<A>(args, i, sums); },
+      [&](int64_t p, const WeightSums& sums) { parts[p] = sums; });
+  __syncthreads();  // the pieces of other warps
+  Active active;
+  count_active(parts, pieces, 0, 1, &active);
+  active = merge_team<kWarps>(active);
+  for_each_group<WeightSums>(parts, pieces, 0, 1, [&](int64_t g, const WeightSums& sums) {
+    write_group(args, sums, active.v[0], g);
+  });
+}
+
 template <class A, int kTeams>
 __global__ void __launch_bounds__(kThreads)
     weigh_kernel(const WeighArgs args, const Pieces pieces) {
   check_bounds(args.sequences);
   sum_pieces<WeightSums, kTeams>(
-      pieces,
-      [&](const Piece&, int64_t i, WeightSums* sums) {
-        const int64_t sequence = args.sequences.count ? group_of(args.sequences, i) : 0;
-        const TokenWeight t = token_weight<A>(args, i, sequence);
-        if (t.bad >= 0) complain(args, t.bad);
-        add_weight<A>(args, i, t, sums);
-      },
-      [&](int64_t p, const WeightSums& sums) {
-        if (pieces.count == 1) {
-          write_group(args, sums, sums.v[WeightField::kActive] > 0, 0);
-        } else {
-          static_cast<WeightSums*>(args.scratch)[p] = sums;
-        }
-      });
+      pieces, [&](const Piece&, int64_t i, WeightSums* sums) { weigh_token<A>(args, i, sums); },
+      [&](int64_t p, const WeightSums& sums) { static_cast<WeightSums*>(args.scratch)[p] = sums; });
 }
-
-using Active = Sums<1>;
-
-// How many groups of each share have an active token.
 __global__ void __launch_bounds__(kThreads)
     count_groups_kernel(const WeighArgs args, const Pieces pieces, Active* active, int64_t shares) {
   sum_shares<Active>(
       shares,
       [&](int64_t share, Active* count) {
-        for_each_group<WeightSums>(args.scratch, pieces, share, shares,
-                                   [&](int64_t, const WeightSums& sums) {
-                                     count->v[0] += sums.v[WeightField::kActive] > 0;
-                                   });
+        count_active(args.scratch, pieces, share, shares, count);
       },
       [&](int64_t share, const Active& count) { active[share] = count; });
 }
@@ -172,22 +210,41 @@ __global__ void __launch_bounds__(kThreads)
 
 // Reductions
 
+using Total = Sums<1 + StatField::kCount>;  // loss and statistics
+
+// Adds up the groups of a share.
+template <class A>
+ML_FN void add_groups(const ReduceArgs& args, const void* parts, const Pieces& pieces,
+                      int64_t share, int64_t shares, Total* total) {
+  for_each_group<LossSums>(parts, pieces, share, shares, [&](int64_t g, const LossSums& sums) {
+    total->v[0] += group_loss<A>(args, sums, g);
+    for (int i = 0; i < StatField::kCount; ++i) {
+      total->v[1 + i] += sums.v[LossField::kStats + i];
+    }
+  });
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    reduce_alone_kernel(const ReduceArgs args, const Pieces pieces) {
+  LossSums* const parts = parts_alone<LossSums>();
+  sum_pieces<LossSums, kWarps>(
+      pieces, [&](const Piece&, int64_t i, LossSums* sums) { add_loss<A>(args, i, sums); },
+      [&](int64_t p, const LossSums& sums) { parts[p] = sums; });
+  __syncthreads();  // the pieces of other warps
+  Total total;
+  add_groups<A>(args, parts, pieces, 0, 1, &total);
+  total = merge_team<kWarps>(total);
+  if (threadIdx.x == 0) write_loss<A>(args, total.v[0], total.v + 1);
+}
+
 template <class A, int kTeams>
 __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const ReduceArgs args, const Pieces pieces) {
   sum_pieces<LossSums, kTeams>(
       pieces, [&](const Piece&, int64_t i, LossSums* sums) { add_loss<A>(args, i, sums); },
-      [&](int64_t p, const LossSums& sums) {
-        if (pieces.count == 1) {
-          write_loss<A>(args, group_loss<A>(args, sums, 0), sums.v + LossField::kStats);
-        } else {
-          static_cast<LossSums*>(args.scratch)[p] = sums;
-        }
-      });
+      [&](int64_t p, const LossSums& sums) { static_cast<LossSums*>(args.scratch)[p] = sums; });
 }
-
-using Total = Sums<1 + StatField::kCount>;  // loss and statistics
-
 // Of the groups of each share; of all, where there is one share.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
@@ -195,13 +252,7 @@ __global__ void __launch_bounds__(kThreads)
   sum_shares<Total>(
       shares,
       [&](int64_t share, Total* total) {
-        for_each_group<LossSums>(args.scratch, pieces, share, shares,
-                                 [&](int64_t g, const LossSums& sums) {
-                                   total->v[0] += group_loss<A>(args, sums, g);
-                                   for (int i = 0; i < StatField::kCount; ++i) {
-                                     total->v[1 + i] += sums.v[LossField::kStats + i];
-                                   }
-                                 });
+        add_groups<A>(args, args.scratch, pieces, share, shares, total);
       },
       [&](int64_t share, const Total& total) {
         if (shares == 1) {
@@ -237,15 +288,33 @@ __global__ void __launch_bounds__(kTokenThreads) values_grad_kernel(const Values
 
 // Launching
 
+// How the tokens of a launch are cut, each of which takes `reads`.
+struct Cut {
+  bool alone;
+  Pieces pieces;
+};
+Cut cut(const Groups& groups, int64_t reads) {
+  const bool alone = groups.tokens * reads <= kAlone && groups.count <= kWarps;
+  const int64_t of_a_warp = std::max<int64_t>(kWarp, (groups.tokens + kWarps - 1) / kWarps);
+  return {alone, pieces_of(groups, alone ? of_a_warp : kPiece)};
+}
+
+template <class Args>
+void launch_alone(void (*kernel)(Args, Pieces), const Args& args, const Pieces& pieces,
+                  Stream stream) {
+  const int64_t warps = std::min<int64_t>(pieces.count, kWarps);
+  launch(kernel, 1, static_cast<int>(warps) * kWarp, 0, stream, args, pieces);
+}
+
 // A kernel for each team size: a block takes `teams` pieces at a time.
 template <class Args>
 void launch_pieces(void (*blocks)(Args, Pieces), void (*warps)(Args, Pieces), const Args& args,
                    const Pieces& pieces, Stream stream) {
   const int64_t average = args.groups.tokens / pieces.count;
-  if (pieces.count > 1 && average <= kShort) {
+  if (average <= kShort) {
     launch(warps, (pieces.count + kWarps - 1) / kWarps, kThreads, 0, stream, args, pieces);
   } else {
-    const int64_t most = std::max<int64_t>(1, std::min(average + 1, kPiece));
+    const int64_t most = std::min(average + 1, kPiece);
     const int64_t threads = std::min<int64_t>(kThreads, (most + kWarp - 1) / kWarp * kWarp);
     launch(blocks, pieces.count, static_cast<int>(threads), 0, stream, args, pieces);
   }
@@ -268,9 +337,9 @@ struct Shares {
 
 // What the pieces found, and behind it what the shares did.
 template <class Part, class Found>
-int64_t scratch_for(const Groups& groups) {
-  const Pieces pieces = pieces_of(groups, kPiece);
-  if (pieces.count == 1) return 0;
+int64_t scratch_for(const Groups& groups, int64_t reads) {
+  const auto [alone, pieces] = cut(groups, reads);
+  if (alone) return 0;
   return pieces.count * sizeof(Part) + Shares(groups.count).count * sizeof(Found);
 }
 template <class Part, class Found>
@@ -281,16 +350,22 @@ Found* found_in(void* scratch, const Pieces& pieces) {
 }  // namespace
 
 int64_t scratch_bytes(const WeighArgs& args) {
-  return scratch_for<WeightSums, Active>(args.groups);
+  return scratch_for<WeightSums, Active>(args.groups, args.ids);
 }
-int64_t scratch_bytes(const ReduceArgs& args) { return scratch_for<LossSums, Total>(args.groups); }
+int64_t scratch_bytes(const ReduceArgs& args) {
+  return scratch_for<LossSums, Total>(args.groups, 1);
+}
 
 int64_t weigh(const WeighArgs& args, Stream stream) {
-  const Pieces pieces = pieces_of(args.groups, kPiece);
+  const auto [alone, pieces] = cut(args.groups, args.ids);
+  if (alone) {
+    launch_alone(args.wide ? weigh_alone_kernel<double> : weigh_alone_kernel<float>, args, pieces,
+                 stream);
+    return -1;
+  }
   launch_pieces(args.wide ? weigh_kernel<double, 1> : weigh_kernel<float, 1>,
                 args.wide ? weigh_kernel<double, kWarps> : weigh_kernel<float, kWarps>, args,
                 pieces, stream);
-  if (pieces.count == 1) return -1;
   const Shares shares(args.groups.count);
   Active* const active = found_in<WeightSums, Active>(args.scratch, pieces);
   const bool counts = args.reduction == Reduction::kSequenceMean;
@@ -305,11 +380,14 @@ int64_t weigh(const WeighArgs& args, Stream stream) {
 }
 
 void reduce(const ReduceArgs& args, Stream stream) {
-  const Pieces pieces = pieces_of(args.groups, kPiece);
+  const auto [alone, pieces] = cut(args.groups, 1);
+  if (alone) {
+    return launch_alone(args.wide ? reduce_alone_kernel<double> : reduce_alone_kernel<float>, args,
+                        pieces, stream);
+  }
   launch_pieces(args.wide ? reduce_kernel<double, 1> : reduce_kernel<float, 1>,
                 args.wide ? reduce_kernel<double, kWarps> : reduce_kernel<float, kWarps>, args,
                 pieces, stream);
-  if (pieces.count == 1) return;
   const Shares shares(args.groups.count);
   Total* const found = found_in<LossSums, Total>(args.scratch, pieces);
   launch(args.wide ? reduce_groups_kernel<double> : reduce_groups_kernel<float>, shares.count,
