@@ -36,6 +36,17 @@ void check(int error) {
                     driver % 1000 / 10,
                     ". Update the driver, or build from source with an older toolkit.");
   }
+  if (error == cudaErrorNoKernelImageForDevice) {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    STD_TORCH_CHECK(false, "masked_loss: its CUDA kernels were built for the architectures ",
+                    architectures(), " (compute capability times 100), expected one for ", major,
+                    ".", minor,
+                    ", this device's. Build from source with TORCH_CUDA_ARCH_LIST=", major, ".",
+                    minor, ", or with MASKED_LOSS_CUDA_RELEASE=1 for 7.5 and newer.");
+  }
   STD_CUDA_CHECK(static_cast<cudaError_t>(error));
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -111,14 +112,40 @@ def test_a_step_takes_one_gradient_of_memory():
     assert torch.cuda.max_memory_allocated() - before <= logits.nbytes + (1 << 20)
 
 
+def run_alone(code: str) -> subprocess.CompletedProcess[str]:
+    """In a process that has not used the device before, and may lose it."""
+    lines = ["import ctypes, os, torch, masked_loss", *textwrap.dedent(code).splitlines()]
+    return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+
+
+def test_a_capture_may_come_first():
+    """The kernels are loaded while the stream is captured, some with much shared memory."""
+    result = run_alone("""
+        logits = torch.zeros(8, 20_000, device="cuda", requires_grad=True)
+        target = torch.zeros(8, dtype=torch.int64, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = masked_loss.masked_cross_entropy(logits, target)
+            (gradient,) = torch.autograd.grad(loss, logits)
+        graph.replay()
+        torch.testing.assert_close(loss.exp().item(), 20_000.0, rtol=1e-5, atol=0)
+        assert gradient[:, 0].sum().item() < -0.99
+    """)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_target_out_of_range_stops_the_kernel():
-    code = (
-        "import torch, masked_loss\n"
-        "logits = torch.zeros(5, 10, device='cuda')\n"
-        "target = torch.tensor([0, 1, 2, 12, 4], device='cuda')\n"
-        "masked_loss.masked_cross_entropy(logits, target)\n"
-        "torch.cuda.synchronize()"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode != 0
-    assert "target of token 3 is 12, expected 0 <= target < 10" in result.stdout + result.stderr
+    """What the device prints goes to C's stdout, whose buffer a process that aborts would lose."""
+    result = run_alone("""
+        logits = torch.zeros(5, 10, device="cuda")
+        target = torch.tensor([0, 1, 2, 12, 4], device="cuda")
+        try:
+            masked_loss.masked_cross_entropy(logits, target)
+            torch.cuda.synchronize()
+        except RuntimeError:
+            ctypes.CDLL(None).fflush(None)
+            os._exit(3)
+    """)
+    assert result.returncode == 3, result.stderr
+    said = result.stdout + result.stderr
+    assert "target of token 3 is 12, expected 0 <= target < 10" in said or "Assertion" in said

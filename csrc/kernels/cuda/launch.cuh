@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <set>
 #include <utility>
@@ -23,36 +24,55 @@ inline int current_device() {
   return device;
 }
 
-inline int attribute(cudaDeviceAttr name) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, name, current_device()));
-  return value;
-}
+// What the current device has. Asked for once: a plan wants all of it, for each call.
+struct Chip {
+  int64_t multiprocessors, l2_bytes;
+  int64_t shared_of_block, shared_of_multiprocessor;  // bytes, at most
+};
 
-// Above 48 KB, what the kernel itself declares included, shared memory must be asked for. Once for
-// all, and as much as there is: a limit that followed each launch would be moved by one thread
-// between another's limit and launch.
-//
-// A kernel that is asked about is loaded, where it was not yet; a stream that is being captured
-// allows that in relaxed mode alone, and a loss may well be the first call of a capture.
-inline void allow_shared(const void* kernel) {
+inline const Chip& chip() {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
+  static std::map<int, Chip> chips;
   const int device = current_device();
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device})) return;
+  const auto known = chips.find(device);
+  if (known != chips.end()) return known->second;
+  const auto ask = [device](cudaDeviceAttr name) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, device));
+    return int64_t{value};
+  };
+  return chips[device] = {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrL2CacheSize),
+                          ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+}
+
+// What a kernel needs before its first launch on a device.
+//
+// It is loaded when it is first asked about, or launched; a stream that is being captured allows
+// that in relaxed mode alone, and a loss may well be the first call of a capture. And above 48 KB,
+// what it declares included, shared memory must be asked for: once for all, and as much as there
+// is, since a limit that followed each launch would be moved by one thread between another's limit
+// and launch.
+inline void prepare(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> prepared;
+  const int device = current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (prepared.count({kernel, device})) return;
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   check(cudaThreadExchangeStreamCaptureMode(&mode));
   cudaFuncAttributes own{};
   int error = cudaFuncGetAttributes(&own, kernel);
   if (!error) {
-    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    const int64_t most = chip().shared_of_block - static_cast<int64_t>(own.sharedSizeBytes);
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 most - static_cast<int>(own.sharedSizeBytes));
+                                 static_cast<int>(most));
   }
+  if (error) cudaGetLastError();  // it would be said again of a later call, a good one
   check(cudaThreadExchangeStreamCaptureMode(&mode));  // as it was
   check(error);
-  allowed.insert({kernel, device});
+  prepared.insert({kernel, device});
 }
 
 // Kernels loop over whatever is beyond the largest grid.
@@ -61,7 +81,7 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shar
             const Args&... args) {
   constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
   if (blocks == 0) return;
-  if (shared > 0) allow_shared(reinterpret_cast<const void*>(kernel));
+  prepare(reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(std::min(blocks, kMaxBlocks)));
   config.blockDim = dim3(static_cast<unsigned>(threads));

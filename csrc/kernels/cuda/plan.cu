@@ -44,13 +44,11 @@ constexpr int64_t kReservedShared = 2 << 10;
 // that are worked on at a time must fit there, beside the gradient that is written. Where they do
 // not, one block on a multiprocessor keeps twice as much of its row as two would.
 int64_t shared_bytes(const Team& team, int64_t row_bytes) {
-  const int64_t sms = attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kReservedShared;
-  const int64_t share =
-      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / team.blocks - kReservedShared;
+  const int64_t block = chip().shared_of_block - kReservedShared;
+  const int64_t share = chip().shared_of_multiprocessor / team.blocks - kReservedShared;
   const int64_t kept = std::max<int64_t>(0, std::min(std::min(share, block), row_bytes));
-  const int64_t rest = (row_bytes - kept) * team.blocks * sms;
-  if (rest > attribute(cudaDevAttrL2CacheSize) / 2) return std::min(block, row_bytes);
+  const int64_t rest = (row_bytes - kept) * team.blocks * chip().multiprocessors;
+  if (rest > chip().l2_bytes / 2) return std::min(block, row_bytes);
   return kept;
 }
 
@@ -66,7 +64,7 @@ Plan plan_rows(const RowArgs& args) {
   const bool whole = log_probs || args.part;
   const bool losses =
       !whole && !general && args.dtype != DType::kFloat64 && args.forward && !args.dlogits;
-  const int64_t sms = attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t sms = chip().multiprocessors;
   const Team* entry = args.dtype == DType::kFloat64 ? kDouble
                       : whole                       ? kWholeRows
                       : general                     ? kGeneral
