@@ -59,7 +59,21 @@ ML_FN float largest_of(const uint4 (&words)[4]) {
   for (int i = 1; i < 16; ++i) most = __hmax2(most, pairs[i]);
   return fmaxf(__low2float(most), __high2float(most));
 }
-ML_FN float largest(const uint4 (&words)[4], BFloat16) { return largest_of<__nv_bfloat162>(words); }
+ML_FN float largest(const uint4 (&words)[4], BFloat16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // Turing has no arithmetic of bfloat16
+  float most = -HUGE_VALF;
+#pragma unroll
+  for (const uint4& word : words) {
+    float y[8];
+    unpack(word, y, BFloat16{});
+#pragma unroll
+    for (float x : y) most = fmaxf(most, x);
+  }
+  return most;
+#else
+  return largest_of<__nv_bfloat162>(words);
+#endif
+}
 ML_FN float largest(const uint4 (&words)[4], Float16) { return largest_of<__half2>(words); }
 
 ML_FN uint4 pack(const double* y, double) {
