@@ -65,7 +65,9 @@ struct CrossEntropy {
   template <class A>
   ML_FN static A hard(const RowArgs& args, int64_t target) {
     const A* const weights = static_cast<const A*>(args.class_weight);
-    return static_cast<A>(1 - args.label_smoothing) * (weights ? weights[target] : A(1));
+    const A weight = weights ? weights[target] : A(1);
+    if constexpr (!kSoft) return weight;  // nothing is smoothed
+    return static_cast<A>(1 - args.label_smoothing) * weight;
   }
 
   // In double: a handful of operations, of which each would add its rounding to the loss.

@@ -183,15 +183,11 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
           largest.add({{y, j}, {z, j}});
         }
       }
-      __syncthreads();  // between two merges
       values = merge_team<kWarps>(values);
       // A teacher's NaN reaches the scores, which are bounded, through the sum alone.
       const double nan_or_zero = 0 * of.shift;
       mean = static_cast<A>(values.mean + nan_or_zero);
-      if (args.stats) {
-        __syncthreads();  // before the merge of the statistics
-        largest = merge_team<kWarps>(largest);
-      }
+      if (args.stats) largest = merge_team<kWarps>(largest);
       if (threadIdx.x == 0) {
         column(Field::kValue) = static_cast<A>(values.value);
         column(Field::kMeanScore) = mean;
@@ -205,7 +201,6 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
           column(Field::kAgreement) = largest.student.index == largest.teacher.index;
         }
       }
-      __syncthreads();  // before the next row's merges
     } else {
       mean = column(Field::kMeanScore);
     }

@@ -225,7 +225,8 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
     Row r = row_at(row, part);
     if (r.weight == A(0)) return masked(r, part);
     if (!args.forward) {
-      find_target(&r, part, true);  // of dx = x, only by the thread that writes it
+      find_target(&r, part, true);
+      if (r.dx == r.x) team_barrier<kWarps>();  // all of its threads have the target's logit
       const Token<A>& t = r.token;
       const GradOfRow g = grad_of(r, t.column(TokenField::kTop), t.column(TokenField::kSum),
                                   t.column(TokenField::kTargetMass));
@@ -264,11 +265,19 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
   }
 };
 
-// Registers for 1024 threads on a multiprocessor, or for half as many where a row takes more.
-constexpr int threads_of(int warps) { return warps < 4 ? 4 * kWarp : warps * kWarp; }
+// Registers for so many threads on a multiprocessor. More of them would spill for sm_120, whose
+// memory is slow enough for less than that to keep it busy.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kThreadsPlanned = 896;
+#else
+constexpr int kThreadsPlanned = 1024;
+#endif
+constexpr int kThreadsInGeneral = 512;  // and for float64
+
+constexpr int threads_of(int warps) { return warps == 1 ? 4 * kWarp : warps * kWarp; }
 template <class T>
 constexpr int blocks_of(bool general, int warps) {
-  return (general || sizeof(T) == 8 ? 512 : 1024) / threads_of(warps);
+  return (general || sizeof(T) == 8 ? kThreadsInGeneral : kThreadsPlanned) / threads_of(warps);
 }
 
 template <class T, class Loss, int kWarps>
@@ -278,7 +287,7 @@ __global__ void __launch_bounds__(threads_of(kWarps), blocks_of<T>(is_general<Lo
   if (plan.unless_one && *static_cast<const A*>(args.upstream[0].values) == A(1)) return;
   const RowKernel<T, Loss, kWarps> rows{{args, plan}};
   const int teams = static_cast<int>(blockDim.x) / (kWarps * kWarp);
-  const int team = static_cast<int>(threadIdx.x) / (kWarps * kWarp);
+  const int team = team_of_block<kWarps>();
   uint4* const cache = shared_memory + team * plan.cached;
   // The first part alone finishes a row that has no gradient.
   const bool all_parts = args.dlogits || plan.phase == Phase::kPartial;

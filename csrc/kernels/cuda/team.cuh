@@ -31,6 +31,14 @@ ML_FN S from_first_lane(const S& s) {
   return shuffle_words(s, [](uint32_t w) { return __shfl_sync(~0u, w, 0); });
 }
 
+// Which of its block's teams a thread is in. The first lane says so: what depends on it, a row and
+// all that belongs to it, is then known to be one for all lanes, and takes none of a thread's
+// registers.
+template <int kWarps>
+ML_FN int team_of_block() {
+  return from_first_lane(static_cast<int>(threadIdx.x) / (kWarps * kWarp));
+}
+
 // Plain sums need no common maximum before they are added.
 struct NoAlign {
   template <int kLanes, class S>
@@ -45,7 +53,8 @@ ML_FN void merge_lanes(S* s, const Align& align) {
 }
 
 // Merges the states of a team, which is one warp or a block of at most kWarps; all get the result.
-// Another barrier must come before the next merge.
+// Another barrier must come before the next merge of such states; another type's have slots of
+// their own, and the barrier of its merge will do.
 template <int kWarps, class S, class Align = NoAlign>
 ML_FN S merge_team(S s, const Align& align = {}) {
   merge_lanes<kWarp>(&s, align);

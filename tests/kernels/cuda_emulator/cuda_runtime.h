@@ -6,12 +6,14 @@
 // drawn from a seed whenever one waits, and so is the order of the blocks. A kernel whose result
 // depends on a barrier that is not there gives different results for different seeds.
 //
-// Built with kernels that report each access of memory (accesses.cpp), it refuses a launch whose
-// blocks touch the same byte where one of them writes it.
+// Built with kernels that report each access of memory (accesses.cpp), it refuses a launch in which
+// two threads touch the same byte, one of them writing it, with no barrier of both between.
 //
 // Not covered: weak memory ordering, and speed.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cassert>
 #include <cmath>
 #include <cstdint>
@@ -68,6 +70,10 @@ extern std::vector<Launch> recorded;
 bool in_kernel();
 bool on_stack(const void* p);  // of the thread that runs
 extern std::string conflict;   // what it found, if anything
+// The barriers that the running block, and the running thread's warp, have come through. A shuffle
+// is none: a device promises nothing of the order of memory around it.
+int64_t barriers_of_block();
+int64_t barriers_of_warp();
 
 template <class T>
 void append_parameter(std::string* bytes, const T& value) {
@@ -210,9 +216,15 @@ enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
   return cudaSuccess;
 }
-// Another amount of shared memory is another device.
+// Another amount of anything is another device.
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = ::emulator::settings.shared_per_block;
+  static std::vector<std::array<int, 3>> devices;
+  const auto& settings = ::emulator::settings;
+  const std::array<int, 3> now = {settings.multiprocessors, settings.shared_per_block,
+                                  settings.l2_bytes};
+  const auto known = std::find(devices.begin(), devices.end(), now);
+  *device = static_cast<int>(known - devices.begin());
+  if (known == devices.end()) devices.push_back(now);
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {

@@ -108,6 +108,7 @@ struct Fiber {
 struct Warp {
   uint32_t words[2][kWarp];
   int turn = 0;
+  int64_t barriers = 0;
   unsigned alive = 0, arrived = 0;  // a bit for each lane
   WarpCall call;                    // that they wait at
   unsigned mask;
@@ -118,6 +119,7 @@ std::vector<Warp> warps;
 std::vector<int> ready, at_barrier;
 std::vector<std::vector<int>> at_warp;
 int current = -1, alive = 0;
+int64_t block_barriers = 0;  // of all blocks
 Context scheduler;
 const std::function<void()>* running = nullptr;
 std::exception_ptr error;
@@ -167,7 +169,13 @@ void release(std::vector<int>* waiting) {
   waiting->clear();
 }
 
+void release_block() {
+  ++block_barriers;
+  release(&at_barrier);
+}
+
 void release_warp(int warp) {
+  warps[warp].barriers += warps[warp].call == WarpCall::kBarrier;
   warps[warp].turn ^= 1;
   warps[warp].arrived = 0;
   release(&at_warp[warp]);
@@ -188,7 +196,7 @@ void enter() {
   if (!error && warp.arrived && (warp.mask & self)) {
     error = std::make_exception_ptr(std::runtime_error("a lane left, and others wait for it"));
   }
-  if (alive && static_cast<int>(at_barrier.size()) == alive) release(&at_barrier);
+  if (alive && static_cast<int>(at_barrier.size()) == alive) release_block();
   yield();
 }
 
@@ -210,6 +218,7 @@ void run_block(int threads, size_t shared_bytes) {
   memset(shared, kUnwritten, shared_bytes + kBeyond);
   ready.resize(threads);
   at_barrier.clear();
+  ++block_barriers;  // what the block before did lies behind
   warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   at_warp.assign(warps.size(), {});
   alive = threads;
@@ -295,9 +304,12 @@ void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
 
 void block_barrier() {
   at_barrier.push_back(current);
-  if (static_cast<int>(at_barrier.size()) == alive) release(&at_barrier);
+  if (static_cast<int>(at_barrier.size()) == alive) release_block();
   yield();
 }
+
+int64_t barriers_of_block() { return block_barriers; }
+int64_t barriers_of_warp() { return warps[current / kWarp].barriers; }
 
 bool is_missing(const char* file, int line) {
   if (settings.missing_barrier.empty()) return false;

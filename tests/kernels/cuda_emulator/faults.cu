@@ -36,6 +36,13 @@ __global__ void writes_what_another_block_writes(float* number) {
   if (threadIdx.x == 0) *number = static_cast<float>(blockIdx.x);
 }
 
+__global__ void reads_what_no_barrier_orders(float* number) {
+  const unsigned i = threadIdx.x;
+  shared_memory[i].x = i;
+  __shfl_sync(~0u, i, 0);  // orders nothing
+  if (i == 0) *number = static_cast<float>(shared_memory[1].x);
+}
+
 }  // namespace
 
 // `numbers` [n] is torch's memory.
@@ -55,6 +62,8 @@ void make_fault(const char* what, float* numbers, int64_t n) {
     launch(reads_beyond, 1, 1, 0, nullptr, numbers, n, &sum);
   } else if (fault == "race") {
     launch(writes_what_another_block_writes, 2, 32, 0, nullptr, numbers);
+  } else if (fault == "order") {
+    launch(reads_what_no_barrier_orders, 1, 32, 512, nullptr, numbers);
   } else {
     fail("no such fault");
   }
