@@ -41,6 +41,7 @@ from torch import Tensor
 STATISTICS = {"return_stats": True}
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 30.0}
 LINEAR = (8192, 4096, 128256)  # tokens, hidden size, classes
+ROW_KERNELS = "(rows|forward|divergence)_kernel"
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ def table(rows: Rows) -> str:
         key = tuple(row[k] for k in keys)
         unmasked = seconds.get((*key[:3], 0.0, *key[4:], OURS))
         ratios = [seconds.get((*key, name)) for name in names]
-        own = {name: t for name, t in row["kernels"].items() if "rows_kernel" in name}
+        own = {name: t for name, t in row["kernels"].items() if re.search(ROW_KERNELS, name)}
         lines.append(
             [
                 f"{row['tokens']} x {row['classes']} {row['dtype']}",

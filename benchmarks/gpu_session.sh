@@ -90,7 +90,7 @@ fast() {
   step benchmark 400 python3 benchmarks/gpu.py --minutes 5
   cp -f benchmarks/results/gpu.* "$out"/ 2>/dev/null
   if command -v ncu >/dev/null; then
-    step counters 120 ncu --clock-control none -k regex:rows_kernel --section SpeedOfLight \
+    step counters 120 ncu --clock-control none -k "regex:(rows|forward)_kernel" --section SpeedOfLight \
       --section Occupancy --section SchedulerStats --section WarpStateStats --csv \
       --log-file "$out/ncu.csv" python3 benchmarks/gpu_shapes.py
   fi
