@@ -3,12 +3,14 @@
 
 Compiles csrc/kernels/cuda/*.cu for the architectures of --arch, by default for every one that a
 release serves; `make cuda-check` asks for sm_90 alone, and with CUDA_CHECK= for all. Fails where a
-kernel uses more registers than its blocks leave it; where a row kernel moves its rows by less than
-16 bytes at a time; and where what was counted is not what cuda_budget.json says: spilled registers,
-the instructions of a row kernel's loops, and those around them for a row. The budget holds for one
-version of nvcc: another one gets the rest of the checks, and a note. After a change that is meant:
+kernel uses more registers than its blocks leave it, where a plain row kernel spills some, or moves
+its rows by less than 16 bytes at a time; and where what was counted is not what cuda_budget.json
+says. For the plain row kernels of every architecture that is registers, instructions, and of what
+each loop over a row is made; for sm_90 also what a row takes of a warp, in its loops and around
+them. The budget holds for one version of nvcc: another one gets the rest of the checks, and a note.
+After a change that is meant, here for one architecture:
 
-    python tools/cuda_check.py --update
+    python tools/cuda_check.py --update --arch sm_90
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,7 @@ from sass import Instruction, Kernel
 
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 
-# Registers of a multiprocessor, and the threads that a kernel's team size is planned for
-# (csrc/kernels/cuda/plan.cu): 1024, or 512 in general and for float64.
-REGISTERS = 65536
+REGISTERS = 65536  # of a multiprocessor
 
 # Rows whose instructions are counted: every team of warps, forward and fused.
 ROWS = [
@@ -53,13 +52,18 @@ def is_plain(kernel: Kernel) -> bool:
 
 
 def allowed_registers(kernel: Kernel) -> int:
-    if kernel.name.startswith("divergence_kernel"):
+    if kernel.name.startswith(("divergence_kernel", "shard_kernel")):
         return REGISTERS // 512  # one block of 512 threads
     if not is_row_kernel(kernel):
         return 64
     if not writes_gradients(kernel) and not kernel.name.endswith(" 16>"):
-        return REGISTERS // 1280 // 8 * 8
-    return REGISTERS // (1024 if is_plain(kernel) else 512)
+        most = 1024 if kernel.arch == "sm_75" else 1280  # more than 1024 Turing does not hold
+        return REGISTERS // most // 8 * 8
+    # As csrc/kernels/cuda/rows.inl.cuh plans: whole blocks of at most so many threads.
+    most = 512 if not is_plain(kernel) else 896 if kernel.arch == "sm_120" else 1024
+    warps = int(kernel.name.removesuffix(">").rsplit(" ", 1)[1])
+    block = 32 * (4 if warps == 1 else warps)
+    return REGISTERS // (most // block * block) // 8 * 8
 
 
 def wide(code: list[Instruction], base: str) -> int:
@@ -86,6 +90,8 @@ def complaints(kernel: Kernel) -> list[str]:
             found.append("has no 16-byte load")
         if writes_gradients(kernel) and not wide(kernel.code, "STG"):
             found.append("has no 16-byte store")
+        if kernel.spilled and is_plain(kernel):
+            found.append(f"spills {kernel.spilled} bytes of registers")
         if not kernel.spilled and (local := accesses_of_local_memory(kernel.code)):
             found.append(f"has {local} accesses of local memory")
         if is_plain(kernel) and (narrow := narrow_loads(kernel)):  # others read class weights there
@@ -100,13 +106,17 @@ def loop_counts(kernel: Kernel) -> list[str]:
     """The loops over a row: what an iteration costs a warp."""
     found = []
     for loop in kernel.loops():
-        bases = Counter(i.base for i in loop)
-        loads, stores = wide(loop, "LDG"), wide(loop, "STG")
-        if loads or stores:
-            found.append(
-                f"{len(loop)} instructions, {bases['MUFU']} MUFU, {loads} LDG.128, {stores} STG.128"
-            )
+        units = {"MUFU": sum(i.base == "MUFU" for i in loop)}
+        units |= {f"{base}.128": wide(loop, base) for base in ("LDG", "STG")}
+        if units["LDG.128"] or units["STG.128"]:
+            made_of = ", ".join(f"{count} {unit}" for unit, count in units.items() if count)
+            found.append(f"{len(loop)} ({made_of})")
     return found
+
+
+def line_of(kernel: Kernel) -> str:
+    loops = "; ".join(loop_counts(kernel))
+    return f"{kernel.registers} registers, {len(kernel.code)} instructions; loops: {loops}"
 
 
 def row_counts(problem: cuda_model.Problem, kernels: dict[str, Kernel]) -> dict[str, Any]:
@@ -122,29 +132,21 @@ def row_counts(problem: cuda_model.Problem, kernels: dict[str, Kernel]) -> dict[
     return counts
 
 
-def spills(kernels: list[Kernel]) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {kernel.arch: {} for kernel in kernels}
-    for kernel in kernels:
-        if kernel.spilled:
-            inner = accesses_of_local_memory([i for loop in kernel.loops() for i in loop])
-            text = f"{kernel.spilled} bytes, {inner} accesses in loops"
-            found[kernel.arch][kernel.name] = text
-    return found
-
-
 def counted(kernels: list[Kernel]) -> dict[str, Any]:
-    by_name = {kernel.name: kernel for kernel in kernels if kernel.arch == cuda_model.ARCH}
-    plain = [k for k in by_name.values() if is_plain(k)]
-    return {
-        "nvcc": sass.nvcc_version(),
-        "spills": spills(kernels),
-        "architecture": cuda_model.ARCH,
-        "loops": {kernel.name: loop_counts(kernel) for kernel in plain},
-        "rows": {
+    """The plain row kernels of each architecture, and on one what a row takes."""
+    found: dict[str, Any] = {"nvcc": sass.nvcc_version()}
+    lines: dict[str, dict[str, str]] = {kernel.arch: {} for kernel in kernels}
+    for kernel in kernels:
+        if is_plain(kernel):
+            lines[kernel.arch][kernel.name] = line_of(kernel)
+    found["kernels"] = lines
+    if cuda_model.ARCH in lines:
+        by_name = {kernel.name: kernel for kernel in kernels if kernel.arch == cuda_model.ARCH}
+        found[f"rows on {cuda_model.ARCH}"] = {
             f"{p.classes} {p.dtype} {'fused' if p.fused else 'forward'}": row_counts(p, by_name)
             for p in ROWS
-        },
-    }
+        }
+    return found
 
 
 def differences(budget: Any, found: Any, where: str = "") -> list[str]:
@@ -189,22 +191,26 @@ def main() -> int:
         for complaint in found:
             failures += 1
             print(f"  FAILED: {complaint}")
-    if cuda_model.ARCH in archs:
-        now = counted(kernels)
-        budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
-        if arguments.update:
-            BUDGET.write_text(json.dumps(now, indent=1) + "\n")
-            print(f"cuda_check: {BUDGET.name} written")
-        elif budget.get("nvcc") != now["nvcc"]:
-            print(
-                f"cuda_check: the budget is nvcc {budget.get('nvcc')}'s, here is {now['nvcc']}: "
-                "instructions not compared"
-            )
-        else:
-            budget["spills"] = {arch: budget.get("spills", {}).get(arch) for arch in archs}
-            for line in differences(budget, now):
-                failures += 1
-                print(f"  FAILED: {line}")
+    now = counted(kernels)
+    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    same_nvcc = budget.get("nvcc") == now["nvcc"]
+    if arguments.update:
+        kept = {**budget["kernels"], **now["kernels"]} if same_nvcc else now["kernels"]
+        in_order = {arch: kept[arch] for arch in release_archs() if arch in kept}
+        text = json.dumps({**budget, **now, "kernels": in_order}, indent=1)
+        BUDGET.write_text(text + "\n")
+        print(f"cuda_check: {BUDGET.name} written")
+    elif not same_nvcc:
+        print(
+            f"cuda_check: the budget is nvcc {budget.get('nvcc')}'s, here is {now['nvcc']}: "
+            "instructions not compared"
+        )
+    else:
+        asked = {key: budget.get(key) for key in now}
+        asked["kernels"] = {arch: budget["kernels"].get(arch) for arch in archs}
+        for line in differences(asked, now):
+            failures += 1
+            print(f"  FAILED: {line}")
     print(f"cuda_check: {'failed' if failures else 'passed'} for {', '.join(archs)}")
     return 1 if failures else 0
 

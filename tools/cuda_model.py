@@ -128,7 +128,8 @@ def unit_and_level(step: Step, logits: range, seen: set[int]) -> tuple[str, str,
         line = (step.address or 0) // 128
         ours = step.address is not None and step.address in logits
         first = line not in seen
-        seen.add(line)
+        if wide or not ours:  # a target's logit brings no more than its own 32 bytes
+            seen.add(line)
         if i.base == "STG":
             return "store", "dram" if wide else "l2", size
         return "load", "dram" if ours and first else "l1" if not first and not ours else "l2", size

@@ -210,7 +210,8 @@ class Warp(Lane):
     do_s2ur = do_s2r
 
     def do_ldc(self, i: Instruction, o: list[str]) -> None:
-        at = re.fullmatch(r"c\[0x0\]\[(?:U?R\d+\+)?(0x[0-9a-f]+)\]", o[1])
+        place = o[1].replace("[RZ]", "[0x0]")
+        at = re.fullmatch(r"c\[0x0\]\[(?:U?R\d+\+)?(0x[0-9a-f]+)\]", place)
         if at is None:
             return self.forget(i)
         parts = i.opcode.split(".")
