@@ -18,6 +18,7 @@ _COMPARISONS = {"ne", "eq", "gt", "ge", "lt", "le", "logical_not"}
 _CLAMPS = {"clamp", "clamp_min", "clip", "maximum"}
 _SCALING = {"abs", "neg", "nan_to_num", "clamp", "clamp_min", "clamp_max", "exp", "sqrt"}
 _ONE = {"1", "()", "(1,)", "[]", "[1]"}  # the sizes of a tensor of one element
+_MADE = {"zeros", "ones", "full", "rand", "randn", "empty", "eye", "arange", "randint"}
 _SELECTING = {"masked_fill", "masked_select"}
 _NUMERIC = {"item", "numel", "dim", "any", "all", "nelement"}
 _OPERATORS: dict[str, type[ast.operator]] = {
@@ -43,7 +44,7 @@ class Tensors(Expressions):
             alone = isinstance(first, ast.List) and len(first.elts) == 1
             element = first.elts[0] if alone else first  # type: ignore[attr-defined]
             return NUMBER if is_number(self.value(first)) or names.is_scalar(element) else UNKNOWN
-        if name in {"zeros", "ones", "full", "rand", "randn", "empty"}:
+        if name in _MADE:
             return NUMBER if names.text(first) in _ONE else UNKNOWN
         function = ast.copy_location(ast.Attribute(first, name, ast.Load()), node)
         method = ast.copy_location(ast.Call(function, rest, node.keywords), node)
