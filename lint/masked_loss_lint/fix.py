@@ -42,15 +42,17 @@ def fix(path: Path, places: Collection[tuple[int, int]]) -> int:
 
 
 def _rewritten(text: str, place: tuple[int, int]) -> str:
+    """The text with one call rewritten: its tokens, cut at the commas between its arguments."""
     lines = [0, *(found.end() for found in re.finditer(r"\r\n|\r|\n", text))]
     tokens = tokenize.generate_tokens(io.StringIO(text, newline="").readline)
     call = [(t.type, t.string, _at(lines, t.start), _at(lines, t.end)) for t in tokens]
-    call = [token for token in call if token[2] >= _at(lines, place)]
+    call = [token for token in call if token[2] >= _at(lines, place)]  # what begins before it goes
     names = [n for n, (kind, *_) in enumerate(call) if kind == tokenize.NAME]
     start = next(n for n, (_, string, *_) in enumerate(call) if string == "(" and n > names[0])
     spec = _LOSSES.get(next(call[n][1] for n in reversed(names) if n < start))
     if spec is None:
-        return text  # under another name
+        return text  # the loss goes by another name here
+    parameters = dict(enumerate(spec.parameters))
     begin, depth = call[start][3], 1
     inside: list[tuple[str, int, int]] = []  # the tokens of one argument, where they begin and end
     arguments: list[tuple[str, list[str]]] = []  # names; what is before, the value, what is after
@@ -61,7 +63,8 @@ def _rewritten(text: str, place: tuple[int, int]) -> str:
             inside += [] if kind in _NO_VALUE else [(string, here, end)]
             continue
         named = [string for string, *_ in inside[1:2]] == ["="]
-        name = inside[0][0] if named else spec.parameters[len(arguments)] if inside else ""
+        position = parameters.get(len(arguments), "") if inside else ""  # else the last comma's end
+        name = inside[0][0] if named else position
         cuts = [begin, inside[0][1], inside[-1][2], here] if inside else [begin, here, here, here]
         arguments.append((name, [text[a:b] for a, b in pairwise(cuts)]))
         begin, inside = end, []
@@ -75,6 +78,7 @@ def _at(lines: list[int], place: tuple[int, int]) -> int:
 
 
 def _arguments(given: list[tuple[str, list[str]]]) -> list[str]:
+    """The arguments, with `reduction=` in the place of the legacy pair."""
     values = {name: value.rpartition("=")[2].strip(" ()") for name, (_, value, _) in given}
     flags = [_FLAGS.get(values.get(name, "None"), True) for name in _OLD]
     reduction = None if flags == [None, None] else legacy_reduction(*flags)
