@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.connection import wait
 
 import pytest
 import torch
@@ -48,6 +51,8 @@ def _do(rank: int, numbers: Sequence[int], module: str, folder: str) -> None:
                 errors[ranks][name] = f"rank {rank}: {traceback.format_exc()}"
                 break  # the other ranks may wait: what follows would not mean anything
         torch.save(errors, os.path.join(folder, f"errors{rank}"))
+        if errors[ranks]:
+            sys.exit(1)
         dist.barrier()
         dist.destroy_process_group()
 
@@ -63,12 +68,18 @@ def errors_of(module: str, numbers: Sequence[int]) -> dict[int, dict[str, str]]:
         ]
         for process in processes:
             process.start()
+        running, end = list(processes), time.monotonic() + 180
+        while running and (left := end - time.monotonic()) > 0:
+            wait([process.sentinel for process in running], left)
+            running = [process for process in running if process.is_alive()]
+            if any(process.exitcode for process in processes):
+                end = min(end, time.monotonic() + 5)  # the others may wait for the one that failed
         for rank, process in enumerate(processes):
-            process.join(180)
             path = os.path.join(folder, f"errors{rank}")
             reported = torch.load(path) if os.path.exists(path) else {}
             for ranks in numbers:
-                found[ranks].update(reported.get(ranks, {}))
+                for name, error in reported.get(ranks, {}).items():
+                    found[ranks][name] = found[ranks].get(name, "") + error
                 if ranks not in reported and rank < ranks:
                     found[ranks][ENDS] = f"rank {rank}: exit {process.exitcode}"
             process.kill()

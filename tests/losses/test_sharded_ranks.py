@@ -6,19 +6,13 @@ The ranks are spawned once, and do all cases of their number in one go.
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from rank_cases import ENDS, Case, errors_of, needs_gloo, report
 from torch import Tensor
 
 from masked_loss import (
@@ -31,9 +25,7 @@ from masked_loss import (
 
 V, SHAPE = 13, (3, 7)
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"
-)
+pytestmark = needs_gloo
 
 
 def problem(shift: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +202,7 @@ def out_of_range(rank: int, ranks: int) -> None:
         assert nothing == 0
 
 
-CASES: dict[str, Callable[[int, int], None]] = {
+CASES: dict[str, Case] = {
     "losses of logits": of_logits,
     "losses of hidden states": linear,
     "compiled": compiled,
@@ -219,65 +211,12 @@ CASES: dict[str, Callable[[int, int], None]] = {
 RANKS = (2, 3, 4)
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """Does every case, with each number of ranks, and leaves what it raised in a file."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    errors: dict[int, dict[str, str]] = {}
-    for ranks in RANKS:
-        if rank >= ranks:
-            continue
-        store = dist.FileStore(os.path.join(folder, f"store{ranks}"), ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-        errors[ranks] = {}
-        for name, case in CASES.items():
-            try:
-                case(rank, ranks)
-            except BaseException:
-                errors[ranks][name] = f"rank {rank}: {traceback.format_exc()}"
-                break  # the other ranks may wait: what follows would not mean anything
-        torch.save(errors, os.path.join(folder, f"errors{rank}"))
-        if errors[ranks]:
-            sys.exit(1)
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def all_errors() -> dict[int, dict[str, str]]:
-    """By the number of ranks: the cases that failed."""
-    found: dict[int, dict[str, str]] = {ranks: {} for ranks in RANKS}
-    context = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=run_rank, args=(rank, folder), daemon=True)
-            for rank in range(max(RANKS))
-        ]
-        for process in processes:
-            process.start()
-        running, end = list(processes), time.monotonic() + 120
-        while running and (left := end - time.monotonic()) > 0:
-            wait([process.sentinel for process in running], left)
-            running = [process for process in running if process.is_alive()]
-            if any(process.exitcode for process in processes):
-                end = min(end, time.monotonic() + 5)  # the others may wait for the one that failed
-        for rank, process in enumerate(processes):
-            path = os.path.join(folder, f"errors{rank}")
-            reported = torch.load(path) if os.path.exists(path) else {}
-            for ranks in RANKS:
-                for name, error in reported.get(ranks, {}).items():
-                    found[ranks][name] = found[ranks].get(name, "") + error
-                if ranks not in reported and rank < ranks:
-                    found[ranks]["every rank ends"] = f"rank {rank}: exit {process.exitcode}"
-            process.kill()
-    return found
+    return errors_of(__name__, RANKS)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("case", [*CASES, "every rank ends"])
+@pytest.mark.parametrize("case", [*CASES, ENDS])
 def test_ranks(case: str, ranks: int, all_errors: dict[int, dict[str, str]]) -> None:
-    errors = all_errors[ranks]
-    if case in errors:
-        pytest.fail(errors[case])
-    if errors:
-        pytest.skip(f"{', '.join(errors)} failed before")
+    report(case, all_errors[ranks])
