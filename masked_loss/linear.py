@@ -129,6 +129,8 @@ def linear_cross_entropy(
         The loss, float32 (float64 for float64 hidden); with ``return_stats`` also
         :class:`masked_loss.LossStats`.
 
+    DTensors give a DTensor, the loss of the whole, which docs/parallel.md has the placements of.
+
     Raises:
         IndexError: a target that is neither masked nor ignored is out of range (on the CPU; on
             CUDA a device-side assert, as in PyTorch).

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
@@ -36,7 +35,6 @@ from masked_loss import (
 )
 
 V, SHAPE = 13, (5, 7)
-LINEAR_SHARES = "vocab" in inspect.signature(linear_cross_entropy).parameters
 REDUCTIONS = ("none", "sum", "mean", "sequence_mean")
 Placements = tuple[Placement, ...]
 
@@ -254,7 +252,7 @@ def heads(mesh: DeviceMesh) -> Iterator[tuple[Placements, Placements]]:
     )  # fmt: skip
     for pairs in product(each, repeat=mesh.ndim):
         hidden, weight = zip(*pairs, strict=True)
-        if weight.count(Shard(0)) < 2 and (LINEAR_SHARES or Shard(0) not in weight):
+        if weight.count(Shard(0)) < 2:
             yield hidden, weight
 
 
@@ -309,21 +307,32 @@ def compiled(rank: int, ranks: int) -> None:
 
 
 def exchanges(rank: int, ranks: int) -> None:
-    """One gather for the classes, a sum for what is above and below; nothing in backward."""
+    """One gather for the classes, a sum for what is above and below; nothing in backward, but of a
+    linear loss the sum of the gradient of hidden states (or of a weight that all ranks have)."""
     p = Problem()
     mesh = mesh_of(ranks)
-    each = (((Shard(0), Replicate()), 2), ((Shard(2), Replicate()), 1))
-    for placements, most in each:
+    hidden = torch.randn(*SHAPE, 6, dtype=torch.float64)
+    weight = torch.randn(V, 6, dtype=torch.float64)
+    options = {"label_smoothing": 0.1, "z_loss": 0.1}
+    for placements, most in (((Shard(0), Replicate()), 2), ((Shard(2), Replicate()), 1)):
         placements = placements[: mesh.ndim]
-        logits = distributed(p.logits, mesh, placements).requires_grad_()
-        target, mask = (distributed(x, mesh, of_tokens(placements)) for x in (p.target, p.mask))
-        with CommDebugMode() as forward:
-            loss = masked_cross_entropy(logits, target, mask, label_smoothing=0.1, z_loss=0.1)
-        with CommDebugMode() as backward:
-            loss.backward()
+        tokens = of_tokens(placements)
+        target, mask = (distributed(x, mesh, tokens) for x in (p.target, p.mask))
+        logits = distributed(p.logits, mesh, placements)
+        rows = [Shard(0) if x == Shard(2) else Replicate() for x in placements]
+        head = [distributed(hidden, mesh, tokens), distributed(weight, mesh, rows)]
         on_cpu = int(Shard(0) in placements)  # whether a target is out of range
-        assert forward.get_total_counts() == most + on_cpu
-        assert backward.get_total_counts() == 0
+        for inputs, function, backwards in (
+            ([logits], masked_cross_entropy, 0),
+            (head, linear_cross_entropy, 1),
+        ):
+            inputs = [x.requires_grad_() for x in inputs]
+            with CommDebugMode() as forward:
+                loss = function(*inputs, target, mask, **options)
+            with CommDebugMode() as backward:
+                loss.backward()
+            assert forward.get_total_counts() == most + on_cpu
+            assert backward.get_total_counts() == backwards
 
 
 def partial(rank: int, ranks: int) -> None:
@@ -333,6 +342,36 @@ def partial(rank: int, ranks: int) -> None:
     logits = DTensor.from_local(p.logits / ranks, mesh, [Partial()] * mesh.ndim)
     got = masked_cross_entropy(logits, p.target, p.mask)
     assert_same(got, masked_cross_entropy(p.logits, p.target, p.mask))
+
+
+def extremes(rank: int, ranks: int) -> None:
+    """A rank without tokens or classes, nothing active, a target that no class has."""
+    p = Problem()
+    mesh = mesh_of(ranks)
+    same = [Replicate()] * (mesh.ndim - 1)
+    for placement, tokens in ((Shard(0), Shard(0)), (Shard(2), Replicate())):
+        places, of_targets = [placement, *same], [tokens, *same]
+        for rows, classes in ((1, V), (5, 1)):
+            given = p.logits[:rows, :, :classes], p.target[:rows].clamp(max=classes - 1)
+            logits, target = (
+                distributed(x, mesh, at) for x, at in zip(given, (places, of_targets), strict=True)
+            )
+            mask = p.mask[:rows]
+            got = masked_cross_entropy(logits, target, distributed(mask, mesh, of_targets))
+            assert_same(got, masked_cross_entropy(*given, mask))
+            mine = got.to_local()
+            everyones = [torch.empty_like(mine) for _ in range(ranks)]
+            dist.all_gather(everyones, mine)
+            assert all(torch.equal(mine, other) for other in everyones)
+        logits = distributed(p.logits, mesh, places).requires_grad_()
+        target = distributed(p.target, mesh, of_targets)
+        loss = masked_cross_entropy(logits, target, torch.zeros_like(target))
+        loss.backward()
+        assert (loss.item(), logits.grad.to_local().abs().sum().item()) == (0, 0)
+        wrong = p.target.clone()
+        wrong[0, 0] = V
+        with pytest.raises(IndexError, match=r"target.* (is 13, expected|of another rank)"):
+            masked_cross_entropy(logits, distributed(wrong, mesh, of_targets))
 
 
 def mistakes(mesh: DeviceMesh) -> list[tuple[Callable[[], Any], str]]:
@@ -378,7 +417,7 @@ CASES: dict[str, Case] = {
     f.__name__: f
     for f in (
         losses, options, log_probs, divergences, reductions, counts, drop_in, linear, compiled,
-        exchanges, partial, errors,
+        exchanges, partial, extremes, errors,
     )
 }  # fmt: skip
 
