@@ -53,6 +53,10 @@ def fuse_linear_loss(model: _Model) -> _Model:
     it does if the head is more than a linear module (LoRA on the head, a quantised head), about
     which a warning tells.
 
+    Of a head that ``parallelize_module`` has shared out by ``ColwiseParallel``, each rank computes
+    the loss from its rows, whether this is called before or after: a plan that gathers the logits
+    (``output_layouts=Replicate()``) does not gather them any more.
+
     What differs: the loss is that of :func:`masked_loss.cross_entropy`, so a batch without any
     active token has loss 0 instead of NaN, and half-precision logits have a float32 loss. Logits
     first looked at after ``optimizer.step()`` raise a ``RuntimeError``, for the head has changed.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from masked_loss._op.arguments import is_distributed
 from masked_loss.fuse.dense_logits import DenseLogits
 from masked_loss.fuse.lazy_logits import WHO, LazyLogits, Uses
 from masked_loss.fuse.parts import Parts
@@ -34,7 +35,8 @@ class FusedLinear(nn.Linear):
         if torch.compiler.is_dynamo_compiling():
             if not torch.compiler.is_exporting():
                 self.uses = _COMPILED
-            return F.linear(input, self.weight, self.bias).as_subclass(DenseLogits)
+            logits = F.linear(input, self.weight, self.bias)
+            return logits if is_distributed(input) else logits.as_subclass(DenseLogits)
         if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
             return self._computed(input, "tracing or torch.func")
         tensors: Sequence[Tensor] = tuple(
@@ -42,6 +44,21 @@ class FusedLinear(nn.Linear):
         )
         if any(x.is_meta for x in tensors):
             return self._computed(input, "meta tensors")
+        hidden: Tensor = input
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        split = None
+        if is_distributed(input):
+            part = _split(hidden, weight, bias)
+            if part is None:
+                names = ", ".join(f"{_placements(x)}" for x in tensors)
+                say_once(
+                    f"{WHO}: the head works on DTensors placed by {names}: its logits are "
+                    "computed. Those of one that ColwiseParallel shares out are not"
+                )
+                return self._computed(input, "DTensor")
+            hidden, weight, bias, split = part
+            tensors = tuple(x for x in part[:3] if x is not None)
         kinds = {type(x) for x in tensors} - {Tensor, nn.Parameter}
         if kinds:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
@@ -58,9 +75,6 @@ class FusedLinear(nn.Linear):
             )
             return self._computed(input, "FSDP, head alone").as_subclass(DenseLogits)
         kind = input.device.type
-        hidden: Tensor = input
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             hidden, weight = _autocast(hidden, dtype), _autocast(weight, dtype)
@@ -68,7 +82,7 @@ class FusedLinear(nn.Linear):
         fits = hidden.dim() > 0 and hidden.shape[-1] == weight.shape[1]
         if not fits or hidden.dtype != weight.dtype or hidden.device != weight.device:
             return F.linear(input, self.weight, self.bias)  # says what is wrong
-        logits = LazyLogits._make(Parts(hidden, weight, bias, dtype=hidden.dtype))
+        logits = LazyLogits._make(Parts(hidden, weight, bias, dtype=hidden.dtype, split=split))
         self.uses = logits._uses
         return logits
 
@@ -76,6 +90,17 @@ class FusedLinear(nn.Linear):
         trained = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         self.uses = Uses(reason=reason, trained=trained)
         return F.linear(input, self.weight, self.bias)
+
+
+def _split(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """Without an import of DTensors where there are none."""
+    from masked_loss.fuse.split import split
+
+    return split(hidden, weight, bias)
+
+
+def _placements(x: Tensor) -> str:
+    return str(getattr(x, "placements", "nothing"))
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

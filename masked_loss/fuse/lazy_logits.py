@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 from masked_loss.functional import cross_entropy
 from masked_loss.fuse.losses import LOSSES, REDUCES, fused_loss
 from masked_loss.fuse.parts import Parts, noted, torch_functions, torch_getters
+from masked_loss.fuse.placed import Placed
 from masked_loss.fuse.snapshot import Snapshot
 
 WHO = "fuse_linear_loss"
@@ -69,6 +70,7 @@ class _Head(torch.autograd.Function):
     def forward(ctx: Any, logits: Parts, *tensors: Tensor | None) -> Any:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[:2])
+        ctx.split, ctx.classes = logits.split, logits.classes
         kept = [None if x is None else x.view_as(x) for x in tensors]
         frozen = [
             y
@@ -84,7 +86,8 @@ class _Head(torch.autograd.Function):
         if dlogits is None:
             return None, *given
         hidden, weight = ctx.saved_tensors
-        flat = dlogits.reshape(-1, weight.shape[0]).to(weight.dtype)
+        flat = dlogits.reshape(-1, ctx.classes).to(weight.dtype)
+        flat = flat if ctx.split is None else ctx.split.mine(flat)
         computed = (
             (flat @ weight).view_as(hidden),
             flat.t() @ hidden.reshape(flat.shape[0], weight.shape[1]),
@@ -98,7 +101,7 @@ class _Head(torch.autograd.Function):
         return None, *total
 
 
-class LazyLogits(Tensor):
+class LazyLogits(Placed, Tensor):
     """Logits that are computed when somebody looks at them.
 
     Shape, dtype, device and autograd state are those of the logits. Slices, ``view``, ``reshape``,
@@ -232,6 +235,13 @@ class LazyLogits(Tensor):
         repeat: Any = _REPLAY.get(func, func)
         with self._creation_grad_mode():
             return LazyLogits._make(parts, self, lambda logits: repeat(logits, *args, **kwargs))
+
+    def _handed_on(self, split: Any, replay: Callable[[Any], Tensor]) -> Tensor:
+        """These logits with another placement."""
+        if self._materialized_ancestor() is not None or not self._is_attached():
+            return replay(self._compute("redistribute"))
+        with self._creation_grad_mode():
+            return LazyLogits._make(self._parts._replace(split=split), self, replay)
 
     def _loss(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

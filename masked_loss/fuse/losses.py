@@ -73,7 +73,7 @@ def _indexed(parts: Parts, index: Any) -> Callable[[], Tensor] | None:
     def computed() -> Tensor:
         *tokens, target = torch.broadcast_tensors(*index)
         chosen = parts._replace(hidden=parts.hidden[tuple(tokens)])
-        return _log_probs(chosen, torch.where(target < 0, target + parts.weight.shape[0], target))
+        return _log_probs(chosen, torch.where(target < 0, target + parts.classes, target))
 
     return computed
 
@@ -91,12 +91,17 @@ def _log_probs(parts: Parts, target: Tensor) -> Tensor:
 def _linear_loss(
     parts: Parts, target: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> Tensor | tuple[Any, ...]:
+    split = parts.split
+    if split is not None:
+        target, mask = split.local(target), split.local(mask)
+        options = {name: split.local(x) for name, x in options.items()} | {"vocab": split.shards}
     with torch.autocast(parts.hidden.device.type, enabled=False):
         hidden, bias = _scaled_inputs(parts)
         result: Any = linear_cross_entropy(hidden, parts.weight, target, mask, bias=bias, **options)
     loss, *stats = result if isinstance(result, tuple) else (result,)
     loss = loss.double() if parts.dtype == torch.float64 else loss
-    return (loss, *stats) if stats else loss
+    result = (loss, *stats) if stats else loss
+    return result if split is None else split.distributed(result)
 
 
 def _scaled_inputs(parts: Parts) -> tuple[Tensor, Tensor | None]:
@@ -105,7 +110,8 @@ def _scaled_inputs(parts: Parts) -> tuple[Tensor, Tensor | None]:
     if factor != 1.0:
         hidden, bias = hidden * factor, None if bias is None else bias * factor
     if parts.offset is not None:
-        offset = parts.offset.to(hidden.dtype)
+        offset = parts.offset if parts.split is None else parts.split.mine(parts.offset)
+        offset = offset.to(hidden.dtype)
         bias = offset if bias is None else bias + offset
     return hidden, bias
 

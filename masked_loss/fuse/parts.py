@@ -8,12 +8,15 @@ does the same to :class:`Parts`: to one hidden state a token instead of V logits
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_any
+
+if TYPE_CHECKING:  # which a torch without torch.distributed has not
+    from masked_loss.fuse.split import Split
 
 
 def torch_functions(*names: str) -> frozenset[Any]:
@@ -81,12 +84,17 @@ class Parts(NamedTuple):
     offset: Tensor | None = None  # [V], a constant added after scaling
     normalized: bool = False  # log_softmax of all that over the classes
     class_dim: int = -1  # where V stands among the dimensions; counted from the front if not last
+    split: Split | None = None  # weight and bias are some rows of the head's, and V is of all ranks
+
+    @property
+    def classes(self) -> int:
+        return self.weight.shape[0] if self.split is None else self.split.vocab.classes
 
     @property
     def shape(self) -> torch.Size:
         sizes = list(self.hidden.shape[:-1])
         at = len(sizes) if self.class_dim == -1 else self.class_dim
-        sizes.insert(at, self.weight.shape[0])
+        sizes.insert(at, self.classes)
         return torch.Size(sizes)
 
     def detached(self) -> Parts:
@@ -98,6 +106,8 @@ class Parts(NamedTuple):
         """The logits."""
         with torch.autocast(self.hidden.device.type, enabled=False):
             logits = F.linear(self.hidden, self.weight, self.bias)
+            if self.split is not None:
+                logits = self.split.gathered(logits)
             numerator, denominator, cap = self.scaling
             if self.dtype != logits.dtype:
                 logits = logits.to(self.dtype)
@@ -139,7 +149,7 @@ def _arranged(
     A tensor of the logits' shape without memory shows where each token goes: what comes out is
     still logits, if one dimension runs over all classes and the others step over whole tokens.
     """
-    classes, width = parts.weight.shape
+    classes, width = parts.classes, parts.weight.shape[1]
     if tree_any(lambda x: isinstance(x, Tensor), (args, kwargs)) or classes == 1:
         return None
     whole = torch.empty((*parts.hidden.shape[:-1], classes), device="meta", dtype=parts.dtype)
@@ -181,7 +191,7 @@ def _scaled(parts: Parts, func: Callable[..., Any], args: tuple[Any, ...]) -> Pa
 
 def _offset(parts: Parts, given: Any) -> Parts | None:
     """BART and its relatives add a buffer of V numbers to the logits of a head without a bias."""
-    classes = parts.weight.shape[0]
+    classes = parts.classes
     if not isinstance(given, Tensor) or given.requires_grad or parts.class_dim != -1:
         return None
     one_per_class = given.numel() == classes == given.shape[-1:].numel() and given.dim() > 0
