@@ -25,7 +25,7 @@ from masked_loss._op.autograd import (
     keeps_graph,
     kept_mask,
 )
-from masked_loss._op.batching import batch_reduced, batch_rows, weighted
+from masked_loss._op.batching import batch_by_loop, batch_reduced, batch_rows, weighted
 from masked_loss._op.derivatives import Formulas, differentiable, vjp
 from masked_loss._op.factory import (
     Operator,
@@ -305,3 +305,4 @@ sharded_cross_entropy, sharded_cross_entropy_stats = (
     for name, stats in (("sharded_cross_entropy", False), ("sharded_cross_entropy_stats", True))
 )
 implement("sharded_cross_entropy_forward", _sharded_forward_kernel)
+batch_by_loop("sharded_cross_entropy_forward", "cross_entropy_shard_backward")

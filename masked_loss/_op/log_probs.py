@@ -23,7 +23,7 @@ from masked_loss._op.autograd import (
     is_differentiated,
     is_traced,
 )
-from masked_loss._op.batching import batch_rows
+from masked_loss._op.batching import batch_by_loop, batch_rows
 from masked_loss._op.cross_entropy import require_writable
 from masked_loss._op.derivatives import Formulas, differentiable
 from masked_loss._op.factory import (
@@ -269,3 +269,4 @@ sharded_token_log_probs, sharded_token_log_probs_entropy = (
     for name, entropy in (("token_log_probs", False), ("token_log_probs_entropy", True))
 )  # fmt: skip
 implement("sharded_token_log_probs_forward", _sharded_forward_kernel)
+batch_by_loop("sharded_token_log_probs_forward", "token_log_probs_shard_backward")

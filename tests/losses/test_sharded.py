@@ -6,6 +6,7 @@ Here the ranks are threads (shards.py); test_sharded_ranks.py has processes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -90,6 +91,9 @@ def test_ties_infinities_and_nan(bounds: list[int]) -> None:
         assert stats.correct == others.correct, (logits[k], target[k])
 
 
+OPS = torch.ops.masked_loss
+
+
 def test_more_than_one_derivative_is_refused() -> None:
     logits, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 4, 2])
 
@@ -105,7 +109,22 @@ def test_more_than_one_derivative_is_refused() -> None:
         torch.func.jvp(loss, (logits.detach(),), (torch.ones_like(logits),))
 
 
-OPS = torch.ops.masked_loss
+@pytest.mark.filterwarnings("error")
+def test_vmap() -> None:
+    logits, target = torch.randn(4, 3, 5, requires_grad=True), torch.randint(5, (4, 3))
+    place: dict[str, Any] = {"vocab_group": "", "bounds": [0, 5]}
+    for ours, other in (
+        (OPS.sharded_cross_entropy, masked_cross_entropy),
+        (OPS.sharded_token_log_probs, token_log_probs),
+    ):
+        results = torch.vmap(partial(ours, **place))(logits, target)
+        expected = torch.stack([other(*each) for each in zip(logits, target, strict=True)])
+        torch.testing.assert_close(results, expected)
+        upstream = torch.rand_like(expected)
+        gradients = (torch.autograd.grad(x, logits, upstream) for x in (results, expected))
+        torch.testing.assert_close(*gradients)
+
+
 TESTS = ("test_schema", "test_faketensor")
 WHOLE: dict[str, Any] = {"vocab_group": "", "bounds": [0, 9]}
 
