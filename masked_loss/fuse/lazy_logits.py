@@ -21,7 +21,16 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 from masked_loss.functional import cross_entropy
 from masked_loss.fuse.losses import LOSSES, REDUCES, fused_loss
-from masked_loss.fuse.parts import Parts, noted, torch_functions, torch_getters
+from masked_loss.fuse.parts import (
+    ADD,
+    DIVIDE,
+    MULTIPLY,
+    TANH,
+    Parts,
+    noted,
+    torch_functions,
+    torch_getters,
+)
 from masked_loss.fuse.placed import Placed
 from masked_loss.fuse.snapshot import Snapshot
 
@@ -38,6 +47,7 @@ _METADATA = torch_getters(
     "is_signed", "is_conj", "is_neg", "__hash__", "_is_view",
 )  # fmt: skip
 _REPLAY = {Tensor.view: Tensor.reshape}  # the stand-in is contiguous where logits may not be
+_COPIES = MULTIPLY | DIVIDE | ADD | TANH  # what they give is never in the memory of the logits
 _ROWS = torch_functions("unbind", "__iter__")
 _CONCATENATE = torch_functions("cat", "concat", "concatenate")
 _BACKWARDS = frozenset((torch.autograd.grad, torch.autograd.backward))
@@ -124,6 +134,8 @@ class LazyLogits(Placed, Tensor):
     _dense: Tensor | None
     _dense_of: Tensor | None  # the parent's that _dense was made from
     _fused: bool
+    _shares_memory: bool = True  # perhaps, with the parent
+    _written: bool = False  # in place: no longer what the parent gives
     _from_rows: bool = False  # one of many: computed together with its neighbours
     _uncompiled: Callable[..., Any] | None = None  # _answer, where torch.compile leaves it alone
 
@@ -188,7 +200,7 @@ class LazyLogits(Placed, Tensor):
                     return func(*args, **kwargs)
             if func is Tensor.detach_:
                 return self._detach_in_place()
-            if not tree_any(_is_lazy, (args[1:], kwargs)):
+            if not _any_lazy(args[1:], kwargs):
                 result = self._lazily(func, args[1:], kwargs)
                 if result is not None:
                     return result
@@ -202,7 +214,7 @@ class LazyLogits(Placed, Tensor):
         elif func in _BACKWARDS:
             tree_map_only(LazyLogits, lambda x: x._require_gradient(func.__name__), (args, kwargs))
         name = getattr(func, "__name__", str(func))
-        args, kwargs = tree_map_only(LazyLogits, lambda x: x._compute(name), (args, kwargs))
+        args, kwargs = _with_lazy(lambda x: x._compute(name), args, kwargs)
         return func(*args, **kwargs)
 
     @classmethod
@@ -234,7 +246,9 @@ class LazyLogits(Placed, Tensor):
         self._require_unchanged(self._snapshot.counts_a_write())
         repeat: Any = _REPLAY.get(func, func)
         with self._creation_grad_mode():
-            return LazyLogits._make(parts, self, lambda logits: repeat(logits, *args, **kwargs))
+            made = LazyLogits._make(parts, self, lambda logits: repeat(logits, *args, **kwargs))
+        made._shares_memory = func not in _COPIES
+        return made
 
     def _handed_on(self, split: Any, replay: Callable[[Any], Tensor]) -> Tensor:
         """These logits with another placement."""
@@ -280,7 +294,9 @@ class LazyLogits(Placed, Tensor):
 
     def _materialized_ancestor(self) -> Tensor | None:
         """The logits that these are made from, if they were computed."""
-        return self._dense if self._parent is None else self._parent._materialized_ancestor()
+        if self._parent is None or self._written:
+            return self._dense
+        return self._parent._materialized_ancestor()
 
     def _requires_grad(self) -> bool:
         with torch._C.DisableTorchFunctionSubclass():
@@ -315,7 +331,8 @@ class LazyLogits(Placed, Tensor):
             )
 
     def _origin(self) -> LazyLogits:
-        return self if self._parent is None else self._parent._origin()
+        """The logits whose memory these would be in."""
+        return self if self._parent is None or not self._shares_memory else self._parent._origin()
 
     def _prepare_dense_call(self, func: Callable[..., Any]) -> None:
         name = getattr(func, "__name__", "")
@@ -323,7 +340,9 @@ class LazyLogits(Placed, Tensor):
             self._require_gradient(name)
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place or name in ("__setitem__", "__iadd__", "__imul__", "__isub__", "__itruediv__"):
-            self._origin()._compute(name)  # whoever shares memory with these logits shall see it
+            origin = self._origin()
+            origin._compute(name)  # whoever shares memory with these logits shall see it
+            origin._written = True
 
     def _require_gradient(self, name: str) -> None:
         if any(x._fused for x in self._ancestors()):
@@ -338,7 +357,7 @@ class LazyLogits(Placed, Tensor):
 
     def _compute(self, reason: str) -> Tensor:
         """The logits, with the graph that they always had; ``reason`` is who asks for them."""
-        if self._parent is not None and (
+        if (self._parent is not None and not self._written) and (
             self._from_rows or self._parent._materialized_ancestor() is not None
         ):
             source = self._parent._compute(reason)
@@ -370,6 +389,30 @@ def _uncompiled() -> Any:
 
 def _is_lazy(x: Any) -> bool:
     return isinstance(x, LazyLogits)
+
+
+# Sampling goes through these ten times a token. Trees are slow, and arguments are seldom nested.
+def _is_nested(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(x, (tuple, list, dict)) for x in (*args, *kwargs.values()))
+
+
+def _any_lazy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if _is_nested(args, kwargs):
+        return tree_any(_is_lazy, (args, kwargs))
+    return any(map(_is_lazy, (*args, *kwargs.values())))
+
+
+def _with_lazy(
+    change: Callable[[LazyLogits], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """args and kwargs with each LazyLogits changed."""
+    if _is_nested(args, kwargs):
+        return tree_map_only(LazyLogits, change, (args, kwargs))
+
+    def changed(x: Any) -> Any:
+        return change(x) if isinstance(x, LazyLogits) else x
+
+    return tuple(map(changed, args)), {name: changed(x) for name, x in kwargs.items()}
 
 
 def _is_for_torch(args: tuple[Any, ...]) -> bool:

@@ -126,6 +126,34 @@ def test_rows_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert computed == [(B, T, V)]
 
 
+def test_a_sampler_computes_its_logits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes into a copy, from which the other logits are still apart."""
+    computed = []
+    value = LazyLogits._value
+    monkeypatch.setattr(
+        LazyLogits, "_value", lambda self, why: computed.append(self.shape) or value(self, why)
+    )
+    stock = Model()
+    fused, ids = masked_loss.fuse_linear_loss(copy.deepcopy(stock)), torch.randint(V, (B, T))
+
+    def sampler(model: nn.Module) -> tuple[Tensor, Tensor]:
+        every = model(ids)
+        last = every[:, -1] / 0.8
+        last[last < last.topk(2)[0][..., -1, None]] = -torch.inf
+        return every, last
+
+    with torch.no_grad():
+        (every, last), (logits, picked) = sampler(stock), sampler(fused)
+        assert computed == [(B, V)]
+        torch.testing.assert_close(picked.softmax(-1), last.softmax(-1))
+        torch.testing.assert_close(picked.log_softmax(-1) + 0, last.log_softmax(-1))
+        torch.testing.assert_close(logits + 0, every)
+        torch.testing.assert_close(picked + 0, last)
+        logits[:, -1].zero_()
+        assert logits[:, -1].count_nonzero() == 0
+        torch.testing.assert_close(picked + 0, last)
+
+
 @pytest.mark.parametrize("index", [-100, -1, V])
 def test_ids_that_gather_refuses_are_refused(index: int) -> None:
     ids = torch.randint(V, (B, T))
