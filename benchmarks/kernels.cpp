@@ -54,7 +54,7 @@ template <class T, class A>
 void run_divergence(int kind, DType dtype, int64_t rows, int64_t cols) {
   std::vector<T> logits(rows * cols), gradient(rows * cols);
   for (T& x : logits) set(draw(), &x);
-  std::vector<A> tokens(DivergenceField::kSaved * rows, A(0)), scratch(cpu::kScratchRows * cols);
+  std::vector<A> tokens(DivergenceField::kSaved * rows, A(0)), scratch(cpu::pair_scratch(cols));
   for (int64_t row = 0; row < rows; ++row) tokens[DivergenceField::kWeight * rows + row] = A(1);
   std::vector<double> scale(GroupField::kCount, 1);
   DivergenceArgs args{};

@@ -50,6 +50,7 @@ TARGETS = {
     "csrc/kernels/half.h": ROWS,
     "csrc/kernels/divergence.inl.h": DIVERGENCE,
     "csrc/kernels/cpu/divergence.inl.h": DIVERGENCE,
+    "csrc/kernels/cpu/pair_side.inl.h": DIVERGENCE,
     "csrc/kernels/cpu/rows.inl.h": ROWS,
     "csrc/kernels/cpu/fetch.inl.h": ROWS,
     "csrc/kernels/cpu/scalar.inl.h": ROWS,

@@ -6,8 +6,8 @@
 // A KL(a || b) is the sum of b - a + a log(a / b): the sums of a and of b cancel, and what is left
 // to add up is not negative, however close a and b are.
 //
-// With y the student's logits after softcap and temperature, forward KL has dD/dy = q - p, and all
-// others
+// With y the student's logits after softcap and temperature, forward KL has dD/dy = -(p - q), and
+// all others
 //   dD/dy = factor q (score - sum_j q_j score_j)
 // with a score that is known class by class.
 //
@@ -21,12 +21,10 @@ constexpr float kNear = 0.25f;
 // e^x - 1 - x of floats below kNear: minimax, to 6e-8.
 template <class V>
 ML_FN V expm1_less(V x) {
-  V g = V(0.001391214202158153f);
-  g = fma(g, x, V(0.00834574457257986f));
-  g = fma(g, x, V(0.04166661947965622f));
-  g = fma(g, x, V(0.16666656732559204f));
-  g = fma(g, x, V(0.5f));
-  return g * (x * x);
+  const V square = x * x;
+  V g = fma(x, V(0.00834574457257986f), V(0.04166661947965622f));
+  g = fma(square, V(0.001391214202158153f), g);
+  return fma(square, g, fma(x, V(0.16666656732559204f), V(0.5f))) * square;
 }
 
 template <class V>
@@ -36,7 +34,7 @@ ML_FN V if_near(V log_ratio, V near, V far) {
 
 template <class V>
 ML_FN V kl_term(V a, V b, V log_ratio) {
-  return if_near(log_ratio, a * expm1_less(V(0) - log_ratio), fma(a, log_ratio, b - a));
+  return if_near(log_ratio, a * expm1_less(-log_ratio), fma(a, log_ratio, b - a));
 }
 
 // A ratio of which a class is excluded by one or both sides: -inf and NaN become a number whose
@@ -46,17 +44,11 @@ ML_FN V bounded_below(V log_ratio) {
   return max(log_ratio, V(-Limits<V>::underflow()));
 }
 
-// The softmax of a row, from its logits.
-template <class V>
-struct Softmax {
-  V top, inverse;  // of the sum of exp(y - top)
-};
-
-// Both rows'; shift: log sum of the student's exponentials less the teacher's.
+// What makes probabilities of the exponentials of both rows, and the student's log-sum-exp less the
+// teacher's.
 template <class V>
 struct SoftmaxPair {
-  Softmax<V> q, p;
-  V shift;
+  V q, p, shift;
 };
 
 // One class. Where both sides exclude it, l is NaN; of a mixture l is bounded.
@@ -68,12 +60,11 @@ struct ClassPair {
   V above;  // p - q, which does not cancel where they are
 };
 
-// From the exponentials too, exp(y - top).
+// From z - y, which is exact where the two are close, and the exponentials.
 template <class Kind, class V>
-ML_FN ClassPair<V> pair_of(V y, V z, V e_y, V e_z, const SoftmaxPair<V>& of) {
-  const V q = e_y * of.q.inverse, p = e_z * of.p.inverse;
-  // The difference of logits comes first: where the two are close, it is exact.
-  V l = (z - y) + of.shift;
+ML_FN ClassPair<V> pair_of(V apart, V e_y, V e_z, const SoftmaxPair<V>& of) {
+  const V q = e_y * of.q, p = e_z * of.p;
+  V l = apart + of.shift;
   if constexpr (Kind::kMixed) {
     l = min(V(Limits<V>::underflow()), bounded_below(l));
   }
@@ -81,8 +72,8 @@ ML_FN ClassPair<V> pair_of(V y, V z, V e_y, V e_z, const SoftmaxPair<V>& of) {
   return {q, p, l, rise, if_near(l, q * (l + rise), p - q)};
 }
 
-// What one class adds to D, and its score; of forward KL dD/dy itself. A score may lack a constant:
-// the mean lacks it too.
+// What one class adds to D, and its score: of forward KL dD/dy / factor itself. A score may lack a
+// constant: the mean lacks it too.
 template <class V>
 struct ClassPart {
   V value, score;
@@ -96,13 +87,13 @@ ML_FN V or_infinity(V log_ratio, V value) {
 
 struct ForwardKl {
   static constexpr bool kScored = false, kMixed = false;
+  ML_FN static double factor(double) { return -1; }
   template <class V>
   ML_FN static ClassPart<V> part(const ClassPair<V>& c, V) {
     const V log_ratio = bounded_below(c.l);
     // q - p + p l, of which near the first order is taken out: p = q e^l = q (1 + l + rise).
-    const V near = c.q * fma(c.l, c.l, c.rise * (c.l - V(1)));
-    const V below = V(0) - c.above;
-    return {or_infinity(log_ratio, if_near(c.l, near, fma(c.p, log_ratio, below))), below};
+    const V near = c.q * fma(c.l, c.l + c.rise, -c.rise);
+    return {or_infinity(log_ratio, if_near(c.l, near, fma(c.p, log_ratio, -c.above))), c.above};
   }
 };
 
@@ -111,7 +102,7 @@ struct ReverseKl {
   ML_FN static double factor(double) { return 1; }
   template <class V>
   ML_FN static ClassPart<V> part(const ClassPair<V>& c, V) {
-    const V log_ratio = bounded_below(V(0) - c.l);
+    const V log_ratio = bounded_below(-c.l);
     const V value = if_near(c.l, c.q * c.rise, fma(c.q, log_ratio, c.above));
     return {or_infinity(log_ratio, value), log_ratio};
   }
@@ -129,7 +120,7 @@ struct MixedPair {
     const V of_larger = log_quotient(m, larger, less);
     const V between = max(c.l, zero);  // of the larger and q
     of_p = (c.l - between) - of_larger;
-    of_q = zero - of_larger - between;
+    of_q = -of_larger - between;
   }
 
   // (p - q) / m; 0 where both are too small to be more than 0.
@@ -142,8 +133,8 @@ struct JensenShannon {
   template <class V>
   ML_FN static ClassPart<V> part(const ClassPair<V>& c, V beta) {
     const MixedPair<V> mixed(c, beta);
-    const V of_p = beta * c.p, of_q = (V(1) - beta) * c.q, zero(0);
-    const V near = fma(of_p, expm1_less(zero - mixed.of_p), of_q * expm1_less(zero - mixed.of_q));
+    const V of_p = beta * c.p, of_q = (V(1) - beta) * c.q;
+    const V near = fma(of_p, expm1_less(-mixed.of_p), of_q * expm1_less(-mixed.of_q));
     // The two differences b - a add up to 0.
     return {if_near(c.l, near, fma(of_p, mixed.of_p, of_q * mixed.of_q)), mixed.of_q};
   }
@@ -156,7 +147,7 @@ struct SkewForwardKl {
   ML_FN static ClassPart<V> part(const ClassPair<V>& c, V beta) {
     const MixedPair<V> mixed(c, beta);
     const V ratio = (V(1) - beta) * mixed.above(c);  // p / m - 1
-    return {kl_term(c.p, mixed.m, mixed.of_p), V(0) - ratio};
+    return {kl_term(c.p, mixed.m, mixed.of_p), -ratio};
   }
 };
 

@@ -91,7 +91,9 @@ void divergence(const DivergenceArgs& args, const Threads& threads, const Kernel
   const bool one = args.unless_one && (args.wide ? *static_cast<const double*>(args.dloss) == 1
                                                  : *static_cast<const float*>(args.dloss) == 1);
   if (one) return;
-  const int64_t bytes = kScratchRows * args.cols * (args.wide ? sizeof(double) : sizeof(float));
+  // A row is never shared out: 150,000 classes take a third of a millisecond, their head's product
+  // a multiple of that, and what trains has more rows than threads.
+  const int64_t bytes = pair_scratch(args.cols) * (args.wide ? sizeof(double) : sizeof(float));
   share(args.rows, 2 * args.cols, threads, [&](int64_t begin, int64_t end) {
     // Kept: pages that come fresh from the system would take longer than the rows.
     static thread_local std::vector<char> scratch;

@@ -25,13 +25,17 @@ struct RowKernels {
   void (*grad)(const RowArgs& args, int64_t row, int64_t segment);
 };
 
-// Two rows in the accumulation type, and what a look at them leaves for the gradient.
-constexpr int64_t kScratchRows = 4;
+// Columns of a pair of rows that are looked at together: ten rows of them fit into a first cache.
+constexpr int64_t kPairBlock = 1024;
+constexpr int64_t pair_blocks(int64_t cols) { return (cols + kPairBlock - 1) / kPairBlock; }
+
+// What looks at a pair leave for the next: three rows, and two numbers a block.
+constexpr int64_t pair_scratch(int64_t cols) { return 3 * cols + 2 * pair_blocks(cols); }
 
 struct Kernels {
   const char* name;
   RowKernels rows[4];  // by DType: fp64, fp32, bf16, fp16
-  // Of pairs of rows; scratch: kScratchRows rows of the accumulation type.
+  // Of pairs of rows; scratch: pair_scratch(cols) numbers of the accumulation type.
   void (*divergence)(const DivergenceArgs& args, int64_t begin, int64_t end, void* scratch);
 };
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A divergence of pairs of rows, and its gradient, without ever holding a row of probabilities.
 //
-// A pair is read once from memory, by a look for the largest numbers; the others find it in the
-// cache. The second leaves the exponentials there, the third takes the value from them and leaves
-// the scores, from which the last one writes the gradient. Rows of half types, or with a softcap or
-// a temperature, are brought to what is computed with by the first look. A masked row is never
+// A pair is read once from memory, block by block: a block's largest logits are known before its
+// exponentials are taken, and all of it lies in the first cache meanwhile. What is left of the
+// pair are the exponentials, each relative to the largest logit up to its block, and the
+// differences of the logits, from which a second look takes the value and leaves the scores. The
+// gradient of forward KL is its scores; the others' waits for their mean. A masked row is never
 // read; its gradient is set to zero.
 
 template <int kBytes>
@@ -43,6 +44,7 @@ ML_FN Portable<double, kBytes> log_quotient(Portable<double, kBytes>,
   return less;
 }
 
+#include "kernels/cpu/pair_side.inl.h"
 #include "kernels/divergence.inl.h"
 
 template <class A>
@@ -51,19 +53,16 @@ struct PairKernel {
   using Field = DivergenceField;
 
   const DivergenceArgs& args;
-  A* const scratch;  // kScratchRows rows
+  A* const scratch;  // pair_scratch(cols) numbers
 
-  // A row as it is computed with, and its exponentials.
-  struct Side {
-    const A* y;
-    A* exps;     // exp(y - top), in the scratch
-    A top;       // the largest
-    double sum;  // of exps
-  };
+  // bf16 is loaded and stored two vectors at a time, in an order of its own, where both rows are.
+  const bool in_pairs = args.student.dtype == args.teacher.dtype;
+
   struct Pair {
-    Side student, teacher;
     int64_t row, token;
-    SoftmaxPair<V> softmax;
+    PairSide<A> student, teacher;
+    A* apart;  // the teacher's logits less the student's, then the scores
+    A shift;   // the student's log-sum-exp less the teacher's
   };
 
   template <class Kind>
@@ -74,18 +73,9 @@ struct PairKernel {
         masked(row, token);
         continue;
       }
-      Pair r{side_of(args.student, row, token, scratch),
-             side_of(args.teacher, row, token, scratch + 2 * args.cols),
-             row,
-             token,
-             {}};
-      set_softmax(&r);
-      const A mean = score<Kind>(r);
+      const Pair r = look(row, token);
       if (args.forward && args.stats) stats(r);
-      if (args.dlogits) {
-        with_gradient_type(
-            [&](auto type) { write<Kind>(r, mean, dlogits_of<decltype(type)>(row)); });
-      }
+      score<Kind>(r);
     }
     if (args.stream) end_streams();
   }
@@ -108,203 +98,204 @@ struct PairKernel {
     }
   }
 
-  // Doubles are computed with doubles only.
-  template <class F>
-  static void with_input_type(DType dtype, const F& f) {
-    if constexpr (std::is_same_v<A, double>) {
-      f(double{});
-    } else {
-      if (dtype == DType::kFloat32) return f(float{});
-      if (dtype == DType::kBFloat16) return f(BFloat16{});
-      f(Float16{});
-    }
-  }
-
   // The gradient has the type of the student's logits.
   template <class F>
   void with_gradient_type(const F& f) const {
-    with_input_type(args.student.dtype, f);
-  }
-
-  int64_t offset(int64_t row, int64_t batch_stride, int64_t step_stride) const {
-    return (row / args.steps) * batch_stride + (row % args.steps) * step_stride;
-  }
-
-  template <class T>
-  const T* logits_of(const LogitRows& rows, int64_t row) const {
-    return static_cast<const T*>(rows.logits) + offset(row, rows.batch_stride, rows.step_stride);
+    with_logit_type<A>(args.student.dtype, f);
   }
 
   template <class T>
   T* dlogits_of(int64_t row) const {
-    return static_cast<T*>(args.dlogits) +
-           offset(row, args.grad_batch_stride, args.grad_step_stride);
-  }
-
-  A temperature(const LogitRows& rows, int64_t token) const {
-    return rows.temperatures ? static_cast<const A*>(rows.temperatures)[token]
-                             : static_cast<A>(rows.temperature);
+    return static_cast<T*>(args.dlogits) + (row / args.steps) * args.grad_batch_stride +
+           (row % args.steps) * args.grad_step_stride;
   }
 
   // Looks
 
-  // In A, after softcap and temperature: where the row is, or in `copy`, which is two rows.
-  Side side_of(const LogitRows& rows, int64_t row, int64_t token, A* copy) const {
-    Side side{copy, copy + args.cols, A(0), 0};
-    with_input_type(rows.dtype, [&](auto type) {
-      using T = decltype(type);
-      const T* const x = logits_of<T>(rows, row);
-      const A t = temperature(rows, token), cap = static_cast<A>(rows.softcap);
-      if constexpr (std::is_same_v<T, A>) {
-        if (cap == 0 && t == 1) {
-          side.y = x;
-          return exponentials(&side, [&](int64_t j, auto count) {
-            __builtin_prefetch(x + j + kPrefetchBytes / sizeof(A), 0, 2);
-            return load<V>(x + j, count);
-          });
-        }
+  Pair look(int64_t row, int64_t token) const {
+    const int64_t cols = args.cols, batch = row / args.steps, step = row % args.steps;
+    A* const tops = scratch + 3 * cols;
+    Pair r{row,
+           token,
+           {args.student, cols, batch, step, token, scratch, tops},
+           {args.teacher, cols, batch, step, token, scratch + cols, tops + pair_blocks(cols)},
+           scratch + 2 * cols,
+           A(0)};
+    for_each_block(cols, [&](const Block& block) { look_at_block(&r, block); });
+    const PairSide<A>&student = r.student, &teacher = r.teacher;
+    r.shift = static_cast<A>((std::log(student.sum) + student.top) -
+                             (std::log(teacher.sum) + teacher.top));
+    if (args.forward) {
+      column(Field::kTop, token) = student.top;
+      column(Field::kSum, token) = static_cast<A>(student.sum);
+      column(Field::kTeacherTop, token) = teacher.top;
+      column(Field::kTeacherSum, token) = static_cast<A>(teacher.sum);
+    }
+    return r;
+  }
+
+  void look_at_block(Pair* r, const Block& block) const {
+    A copy[kPairBlock], teacher_copy[kPairBlock];
+    const auto student = r->student.logits(block, in_pairs, copy);
+    const auto teacher = r->teacher.logits(block, in_pairs, teacher_copy);
+    A* const apart = r->apart + block.begin;
+    r->student.exponentials(block, student, [](int64_t, auto, V) {});
+    r->teacher.exponentials(block, teacher, [&](int64_t j, auto count, V z) {
+      store(z - load<V>(student.y + j, count), apart + j, count);
+    });
+  }
+
+  void stats(const Pair& r) const {
+    const int64_t choice = r.student.entropy(&column(Field::kEntropy, r.token));
+    const int64_t other = r.teacher.entropy(&column(Field::kTeacherEntropy, r.token));
+    column(Field::kAgreement, r.token) = choice == other;
+  }
+
+  // one(j, Full or Part) and two(j), which takes two vectors, over [begin, end): the first vectors
+  // end at `head`.
+  template <class One, class Two>
+  ML_FN static void for_each_two(int64_t begin, int64_t head, int64_t end, const One& one,
+                                 const Two& two) {
+    for_each_vector<V>(begin, head, one);
+    int64_t j = head;
+    for (; j + 2 * V::kLanes <= end; j += 2 * V::kLanes) two(j);
+    for_each_vector<V>(j, end, one);
+  }
+
+  // The value, and the gradient by way of the scores.
+  template <class Kind>
+  void score(const Pair& r) const {
+    double sums[2] = {0, 0};
+    for_each_block_backwards(args.cols, [&](const Block& block) {
+      if (Kind::kScored || !args.dlogits) {
+        return score_block<Kind>(r, block, Scores{r.apart + block.begin}, sums);
       }
-      exponentials(&side, [&](int64_t j, auto count) {
-        V y = load<V>(x + j, count);
-        if (cap != 0) y = softcap(y, V(cap));
-        if (t != 1) y = y / V(t);
-        store(y, copy + j, count);
-        return y;
+      with_gradient_type([&](auto type) {
+        score_block<Kind>(r, block, Gradient<Kind, decltype(type)>(*this, r, block), sums);
       });
     });
-    return side;
-  }
-
-  // Of the row that f(j, Full or Part) gives and leaves at side->y. The top is the largest of all:
-  // far above another one, an exponential would be rounded by more than lets p - q cancel.
-  template <class F>
-  ML_FN void exponentials(Side* side, const F& f) const {
-    side->top = largest(f);
-    const V top(side->top);
-    const A* const y = side->y;
-    A* const exps = side->exps;
-    double sum[1] = {0};
-    add_up<V>(args.cols, sum, [&](int64_t j, auto count, V(&terms)[1]) {
-      terms[0] = exp(load<V>(y + j, count) - top);
-      store(terms[0], exps + j, count);
-    });
-    side->sum = sum[0];
-  }
-
-  // -inf and NaN are no tops. Four at a time: one would wait for the one before it.
-  template <class F>
-  ML_FN A largest(const F& f) const {
-    const A lowest = Limits<A>::lowest();
-    V tops[4] = {V(lowest), V(lowest), V(lowest), V(lowest)};
-    int64_t j = 0;
-    for (; j + 4 * V::kLanes <= args.cols; j += 4 * V::kLanes) {
-      for (int i = 0; i < 4; ++i) tops[i] = max(f(j + i * V::kLanes, Full{}), tops[i]);
-    }
-    for_each_vector<V>(j, args.cols, [&](int64_t i, auto count) {
-      tops[0] = max(keep(f(i, count), count, lowest), tops[0]);
-    });
-    return lane_max(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
-  }
-
-  void set_softmax(Pair* r) const {
-    const Side &student = r->student, &teacher = r->teacher;
-    r->softmax.q = {V(student.top), V(static_cast<A>(1 / student.sum))};
-    r->softmax.p = {V(teacher.top), V(static_cast<A>(1 / teacher.sum))};
-    r->softmax.shift = V(static_cast<A>((std::log(student.sum) + student.top) -
-                                        (std::log(teacher.sum) + teacher.top)));
-    if (!args.forward) return;
-    column(Field::kTop, r->token) = student.top;
-    column(Field::kSum, r->token) = static_cast<A>(student.sum);
-    column(Field::kTeacherTop, r->token) = teacher.top;
-    column(Field::kTeacherSum, r->token) = static_cast<A>(teacher.sum);
-  }
-
-  // The value, and the mean of the scores. What the gradient is written from, scores or forward
-  // KL's slopes, takes the place of the teacher's exponentials.
-  template <class Kind>
-  A score(const Pair& r) const {
-    // Of its own, or each vector would fetch them anew.
-    const SoftmaxPair<V> softmax = r.softmax;
-    const A *const y = r.student.y, *const z = r.teacher.y, *const e_y = r.student.exps;
-    A* const e_z = r.teacher.exps;
-    const V beta(static_cast<A>(args.beta));
-    double sums[Kind::kScored ? 2 : 1] = {0};
-    add_up<V>(args.cols, sums, [&](int64_t j, auto count, auto& terms) {
-      const ClassPair<V> c =
-          pair_of<Kind>(load<V>(y + j, count), load<V>(z + j, count), load<V>(e_y + j, count),
-                        load<V>(e_z + j, count), softmax);
-      const ClassPart<V> part = Kind::part(c, beta);
-      terms[0] = part.value;
-      if constexpr (Kind::kScored) terms[1] = c.q * part.score;
-      store(part.score, e_z + j, count);
-    });
     // A teacher's NaN reaches the scores, which are bounded, through the sum alone.
-    const double nan_or_zero = 0 * lane_max(softmax.shift);
-    const A mean = static_cast<A>((Kind::kScored ? sums[std::size(sums) - 1] : 0) + nan_or_zero);
+    const A mean = static_cast<A>(sums[1] + double{0 * r.shift});
     if (args.forward) {
       column(Field::kValue, r.token) = static_cast<A>(sums[0]);
       column(Field::kMeanScore, r.token) = mean;
     }
-    return mean;
-  }
-
-  void stats(const Pair& r) const {
-    const auto entropy_of = [&](const A* y, const Softmax<V>& softmax, A sum) {
-      double spread[1] = {0};
-      add_up<V>(args.cols, spread, [&](int64_t j, auto count, V(&terms)[1]) {
-        const V x = load<V>(y + j, count);
-        const V away = bounded_below(x - softmax.top);
-        terms[0] = V(0) - exp(away) * softmax.inverse * away;
+    if (!Kind::kScored || !args.dlogits) return;
+    with_gradient_type([&](auto type) {
+      for_each_block(args.cols, [&](const Block& block) {
+        write_block(r, block, mean, Gradient<Kind, decltype(type)>(*this, r, block));
       });
-      return static_cast<A>(std::log(double(sum)) + spread[0]);
+    });
+  }
+
+  template <class Kind, class Out>
+  void score_block(const Pair& r, const Block& block, const Out& out, double (&sums)[2]) const {
+    // Of its own, or each vector would fetch them anew.
+    const SoftmaxPair<V> softmax{V(static_cast<A>(r.student.scale(block))),
+                                 V(static_cast<A>(r.teacher.scale(block))), V(r.shift)};
+    const A* const e_y = r.student.exps + block.begin;
+    const A* const e_z = r.teacher.exps + block.begin;
+    const A* const apart = r.apart + block.begin;
+    const V beta(static_cast<A>(args.beta));
+    V value(0), mean(0), values[2], means[2];
+    const auto at = [&](int64_t j, auto count, int i) {
+      const ClassPair<V> c = pair_of<Kind>(load<V>(apart + j, count), load<V>(e_y + j, count),
+                                           load<V>(e_z + j, count), softmax);
+      const ClassPart<V> part = Kind::part(c, beta);
+      values[i] = values[i] + keep(part.value, count, 0);
+      if (Kind::kScored) means[i] = means[i] + keep(c.q * part.score, count, 0);
+      return part.score;
     };
-    column(Field::kEntropy, r.token) =
-        entropy_of(r.student.y, r.softmax.q, column(Field::kSum, r.token));
-    column(Field::kTeacherEntropy, r.token) =
-        entropy_of(r.teacher.y, r.softmax.p, column(Field::kTeacherSum, r.token));
-    column(Field::kAgreement, r.token) =
-        first_of_largest(r.student.y) == first_of_largest(r.teacher.y);
-  }
-
-  // The first NaN, where there is one, as PyTorch's argmax.
-  int64_t first_of_largest(const A* y) const {
-    int64_t best = 0;
-    for (int64_t j = 0; j < args.cols; ++j) {
-      if (y[j] != y[j]) return j;
-      if (y[j] > y[best]) best = j;
+    // Runs, as in add_up().
+    for (int64_t begin = 0, head = out.head; begin < block.length();) {
+      const int64_t end = std::min(head + 16 * V::kLanes, block.length());
+      for (int i = 0; i < 2; ++i) values[i] = means[i] = V(0);
+      for_each_two(
+          begin, head, end, [&](int64_t j, auto count) { out.put(j, count, at(j, count, 0)); },
+          [&](int64_t j) {
+            const V first = at(j, Full{}, 0);
+            out.put(j, first, at(j + V::kLanes, Full{}, 1));
+          });
+      value = value + (values[0] + values[1]), mean = mean + (means[0] + means[1]);
+      begin = head = end;
     }
-    return best;
+    sums[0] += lane_sum(value);
+    sums[1] += lane_sum(mean);
   }
 
-  // The gradient of the logits, around the caches where that is asked for and the type is their
-  // own: pairs of half types have an order of their own.
-  template <class Kind, class T>
-  void write(const Pair& r, A mean, T* dx) const {
-    const T* const x = logits_of<T>(args.student, r.row);
-    const A *const e_y = r.student.exps, *const scores = r.teacher.exps;
-    double all = upstream(r.token) / temperature(args.student, r.token);
-    if constexpr (Kind::kScored) all *= Kind::factor(args.beta) / r.student.sum;
-    const bool capped = args.student.softcap != 0;
-    const V scale(static_cast<A>(all)), shift(mean), cap(static_cast<A>(args.student.softcap));
+  template <class Out>
+  void write_block(const Pair& r, const Block& block, A mean, const Out& out) const {
+    const A* const e_y = r.student.exps + block.begin;
+    const A* const scores = r.apart + block.begin;
+    const V shift(mean);
     const auto at = [&](int64_t j, auto count) {
-      V d = load<V>(scores + j, count);
-      if constexpr (Kind::kScored) d = load<V>(e_y + j, count) * (d - shift);
-      d = d * scale;
-      return capped ? d * softcap_slope(load<V>(x + j, count), cap) : d;
+      return load<V>(e_y + j, count) * (load<V>(scores + j, count) - shift);
     };
-    const auto put = [&](int64_t j, auto count) { store(at(j, count), dx + j, count); };
-    int64_t j = 0;
-    if constexpr (std::is_same_v<T, A>) {
-      if (args.stream) {
-        j = std::min(args.cols, elements_to_line(dx));
-        for_each_vector<V>(0, j, put);
-        for (; j + 2 * V::kLanes <= args.cols; j += 2 * V::kLanes) {
-          V::stream2(dx + j, at(j, Full{}), at(j + V::kLanes, Full{}));
-        }
-      }
-    }
-    for_each_vector<V>(j, args.cols, put);
+    for_each_two(
+        0, out.head, block.length(),
+        [&](int64_t j, auto count) { out.put(j, count, at(j, count)); },
+        [&](int64_t j) { out.put(j, at(j, Full{}), at(j + V::kLanes, Full{})); });
   }
+
+  // Where a block's numbers go, one or two vectors of them: to the scores,
+  struct Scores {
+    A* to;
+    static constexpr int64_t head = 0;
+
+    template <class Count>
+    ML_FN void put(int64_t j, Count count, V score) const {
+      store(score, to + j, count);
+    }
+    ML_FN void put(int64_t j, V a, V b) const { put(j, Full{}, a), put(j + V::kLanes, Full{}, b); }
+  };
+
+  // or to the gradient of the logits, around the caches where that is asked for.
+  template <class Kind, class T>
+  struct Gradient {
+    const T* const x;
+    T* const dx;
+    const V cap;
+    V scale;
+    bool capped, together, stream;
+    int64_t head = 0;  // of two vectors, the first that can be written together
+
+    Gradient(const PairKernel& kernel, const Pair& r, const Block& block)
+        : x(static_cast<const T*>(r.student.x) + block.begin),
+          dx(kernel.template dlogits_of<T>(r.row) + block.begin),
+          cap(r.student.cap),
+          capped(r.student.cap != 0) {
+      constexpr bool kInOrder = std::is_same_v<T, A>;
+      double all =
+          Kind::factor(kernel.args.beta) * kernel.upstream(r.token) / r.student.temperature;
+      if constexpr (Kind::kScored) all *= r.student.scale(block);
+      scale = V(static_cast<A>(all));
+      together = kInOrder || kernel.in_pairs;
+      const int64_t to_line = elements_to_line(dx);
+      stream = kernel.args.stream && together && !capped && (kInOrder || to_line == 0);
+      if (stream) head = std::min(to_line, block.length());
+    }
+
+    template <class Count>
+    ML_FN void put(int64_t j, Count count, V d) const {
+      d = d * scale;
+      if (capped) d = d * softcap_slope(load<V>(x + j, count), cap);
+      store(d, dx + j, count);
+    }
+    ML_FN void put(int64_t j, V a, V b) const {
+      if (stream) return V::stream2(dx + j, a * scale, b * scale);
+      put_in_cache(j, a, b);
+    }
+    void put_in_cache(int64_t j, V a, V b) const {
+      if (!together) return put(j, Full{}, a), put(j + V::kLanes, Full{}, b);
+      a = a * scale, b = b * scale;
+      if (capped) {
+        V of_a, of_b;
+        V::load2(x + j, of_a, of_b);
+        a = a * softcap_slope(of_a, cap), b = b * softcap_slope(of_b, cap);
+      }
+      V::store2(dx + j, a, b);
+    }
+  };
 
   double upstream(int64_t token) const {
     const A* const dloss = static_cast<const A*>(args.dloss);

@@ -97,6 +97,7 @@ struct Vec {
 
 ML_FN Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 ML_FN Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
+ML_FN Vec operator-(Vec a) { return -a.v; }
 ML_FN Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
 ML_FN Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
 ML_FN Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
@@ -106,9 +107,7 @@ ML_FN bool any_greater(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
 }
 ML_FN Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
-ML_FN Vec if_less(Vec a, Vec b, Vec yes, Vec no) {
-  return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
-}
+ML_FN Vec if_less(Vec a, Vec b, Vec yes, Vec no) { return a.v < b.v ? yes.v : no.v; }
 ML_FN Vec keep(Vec a, int n, float fill) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256i kept = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane);

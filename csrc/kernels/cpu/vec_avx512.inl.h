@@ -100,6 +100,7 @@ struct Vec {
 
 ML_FN Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 ML_FN Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+ML_FN Vec operator-(Vec a) { return -a.v; }
 ML_FN Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
 ML_FN Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 ML_FN Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }

@@ -131,6 +131,10 @@ ML_FN Portable<A, kBytes> operator-(Portable<A, kBytes> a, Portable<A, kBytes> b
   return a.v - b.v;
 }
 template <class A, int kBytes>
+ML_FN Portable<A, kBytes> operator-(Portable<A, kBytes> a) {
+  return -a.v;
+}
+template <class A, int kBytes>
 ML_FN Portable<A, kBytes> operator*(Portable<A, kBytes> a, Portable<A, kBytes> b) {
   return a.v * b.v;
 }

@@ -159,11 +159,10 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
       sums.student = {column(Field::kTop), column(Field::kSum)};
       sums.teacher = {column(Field::kTeacherTop), column(Field::kTeacherSum)};
     }
-    SoftmaxPair<A> of{{sums.student.top, A(1) / sums.student.sum},
-                      {sums.teacher.top, A(1) / sums.teacher.sum},
-                      A(0)};
-    of.shift = static_cast<A>((log(double(sums.student.sum)) + sums.student.top) -
-                              (log(double(sums.teacher.sum)) + sums.teacher.top));
+    const A top = sums.student.top, teacher_top = sums.teacher.top;
+    SoftmaxPair<A> of{A(1) / sums.student.sum, A(1) / sums.teacher.sum, A(0)};
+    of.shift = static_cast<A>((log(double(sums.student.sum)) + top) -
+                              (log(double(sums.teacher.sum)) + teacher_top));
 
     A mean = A(0);
     if (args.forward) {
@@ -171,13 +170,13 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
       LargestPair<A> largest;
       for (int64_t j = threadIdx.x; j < args.cols; j += kThreads) {
         const A y = student(j), z = teacher(j);
-        const A e_y = exp(y - of.q.top), e_z = exp(z - of.p.top);
-        const ClassPair<A> c = pair_of<Kind>(y, z, e_y, e_z, of);
+        const A e_y = exp(y - top), e_z = exp(z - teacher_top);
+        const ClassPair<A> c = pair_of<Kind>(z - y, e_y, e_z, of);
         const ClassPart<A> part = Kind::part(c, beta);
         values.value += part.value;
         if constexpr (Kind::kScored) values.mean += c.q * part.score;
         if (args.stats) {
-          const A of_y = bounded_below(y - of.q.top), of_z = bounded_below(z - of.p.top);
+          const A of_y = bounded_below(y - top), of_z = bounded_below(z - teacher_top);
           values.entropy -= c.q * of_y;
           values.teacher_entropy -= c.p * of_z;
           largest.add({{y, j}, {z, j}});
@@ -206,16 +205,15 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
     }
 
     if (!args.dlogits) continue;
-    double factor = 1;
-    if constexpr (Kind::kScored) factor = Kind::factor(args.beta);
+    const double factor = Kind::factor(args.beta);
     const double scale =
         group_at(args.groups, group_of(args.groups, token))[GroupField::kScaleLoss];
     const A g = dloss ? dloss[args.dloss_per_token ? token : 0] : A(1);
     const A all = static_cast<A>(double(g) * weight * scale * factor / student.temperature);
     for (int64_t j = threadIdx.x; j < args.cols; j += kThreads) {
       const A y = student(j), z = teacher(j);
-      const A e_y = exp(y - of.q.top), e_z = exp(z - of.p.top);
-      const ClassPair<A> c = pair_of<Kind>(y, z, e_y, e_z, of);
+      const A e_y = exp(y - top), e_z = exp(z - teacher_top);
+      const ClassPair<A> c = pair_of<Kind>(z - y, e_y, e_z, of);
       A d = Kind::part(c, beta).score;
       if constexpr (Kind::kScored) d = c.q * (d - mean);
       write_gradient(args, to + j, d * all * student.slope(j));
