@@ -287,23 +287,29 @@ def linear(rank: int, ranks: int) -> None:
 
 
 def compiled(rank: int, ranks: int) -> None:
-    """Without a break in the graph."""
+    """Without a break in the graph: of logits on four ranks, of a sharded sequence on two."""
     p = Problem()
     mesh = mesh_of(ranks)
-    placements = (Shard(0), Shard(2))[-mesh.ndim :]
+    given = [(p.logits, (Shard(0), Shard(2)))]
+    function, tokens = masked_cross_entropy, (Shard(0), Replicate())
+    if ranks == 2:
+        hidden, weight = p.teacher[..., :6], p.teacher[0, 0, :, None] * p.teacher[0, 1, :6]
+        given = [(hidden, (Shard(1),)), (weight, (Shard(0),))]
+        function, tokens = linear_cross_entropy, (Replicate(),)
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-    def loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        return masked_cross_entropy(2 * logits, target, mask)
+    def loss(x: Tensor, *others: Tensor) -> Tensor:
+        return function(2 * x, *others)
 
-    logits = distributed(p.logits, mesh, placements).requires_grad_()
-    whole = p.logits.clone().requires_grad_()
-    got = loss(logits, *(distributed(x, mesh, of_tokens(placements)) for x in (p.target, p.mask)))
-    expected = masked_cross_entropy(2 * whole, p.target, p.mask)
+    parts = [distributed(x, mesh, places).requires_grad_() for x, places in given]
+    whole = [x.clone().requires_grad_() for x, _ in given]
+    got = loss(*parts, *(distributed(x, mesh, tokens) for x in (p.target, p.mask)))
+    expected = function(2 * whole[0], *whole[1:], p.target, p.mask)
     assert_same(got, expected)
     got.backward()
     expected.backward()
-    assert_same(logits.grad, whole.grad)
+    for part, x in zip(parts, whole, strict=True):
+        assert_same(part.grad, x.grad)
 
 
 def exchanges(rank: int, ranks: int) -> None:
