@@ -137,10 +137,8 @@ struct LogProbs {
   template <class C>
   using Grad = RowGrad<C>;
 
-  template <class A>
-  ML_FN static double log_prob(const LogSumExp<A>& sums, double y) {
-    return (y - static_cast<double>(sums.top)) - log(static_cast<double>(sums.sum));
-  }
+  // log_sum: the logarithm of the row's sum, taken once for all of its ids.
+  ML_FN static double log_prob(double y, double top, double log_sum) { return (y - top) - log_sum; }
   template <class A, class SumsOfRow>
   ML_FN static void finish(const Token<A>& token, const SumsOfRow& sums) {
     // 0 says that a token is masked. The sum of a row of nothing but -inf is no number either.

@@ -110,9 +110,10 @@ struct Merger {
       all = merged([](int64_t, const ShardSums&) {});
       Loss::finish(token, all);
     }
+    const double log_sum = log(all.sum);
     for (int64_t k = 0; k < args.ids; ++k) {
       const bool none = masked || token.id(k) == args.ignore_index;
-      token.log_prob(k) = none ? A(0) : static_cast<A>(Loss::log_prob(all, own(k)));
+      token.log_prob(k) = none ? A(0) : static_cast<A>(Loss::log_prob(own(k), all.top, log_sum));
     }
   }
 

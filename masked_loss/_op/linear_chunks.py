@@ -344,7 +344,7 @@ def unit_for(hidden: Tensor, *upstream: Tensor | None) -> Tensor | None:
 def _unit(largest: Tensor) -> Tensor:
     exponent = torch.frexp(largest).exponent.clamp(-100, 100)
     unit = torch.ldexp(torch.ones_like(largest), -exponent)
-    return torch.where(largest.isfinite() & (largest > 0), unit, 1)
+    return torch.where(largest.isfinite(), unit, 1)  # of 0 it is 1
 
 
 def run_chunks(

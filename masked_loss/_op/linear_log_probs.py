@@ -229,7 +229,7 @@ def _forward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
 
 
 def _check(a: SimpleNamespace) -> None:
-    checks.head(_WHO, a.hidden, a.weight, a.bias, classes=not a.bounds)
+    checks.head(_WHO, a.hidden, a.weight, a.bias, classes=not record(Shards, a).bounds)
     checks.chunking(_WHO, a.weight, record(Chunking, a))
     checks.formula(_WHO, a)
     checks.temperatures(_WHO, a.temperatures, a.hidden.shape[:-1])

@@ -151,7 +151,7 @@ def test_largest_logits_last(
     (expected,) = torch.autograd.grad(truth.sum(), wide[0])
     tolerance = max(16 * eps, torch.finfo(dtype).eps)
     # Of float64 the truth, too, is rounded: log-ratios of 20 to half of 16 eps.
-    slack = (32 if dtype == torch.float64 else 8) * eps
+    slack = (4 if cols == 301 else 32 if dtype == torch.float64 else 8) * eps
     torch.testing.assert_close(gradient.cpu().double(), expected, rtol=tolerance, atol=slack)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from masked_loss import masked_cross_entropy
+from masked_loss import VocabShard, masked_cross_entropy
 from masked_loss.integrations.transformers import FROM_MODELS, causal_lm_loss
 
 V = 23
@@ -40,7 +41,7 @@ CHANGES: dict[str, Any] = {
 KEYWORDS = [
     name
     for name, p in inspect.signature(masked_cross_entropy).parameters.items()
-    if p.kind is p.KEYWORD_ONLY and name not in ("return_stats", "ignore_index")
+    if p.kind is p.KEYWORD_ONLY and name not in ("return_stats", "ignore_index", "vocab")
 ]
 
 
@@ -52,6 +53,18 @@ def test_every_keyword_of_the_loss_is_used(name: str) -> None:
     assert torch.equal(got, expected)
     if name != "inplace_backward":
         assert not torch.allclose(got, causal_lm_loss(LOGITS, LABELS, V))
+
+
+def test_a_shard_of_the_vocabulary() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.distributed_c10d._get_default_group()
+        whole = causal_lm_loss(LOGITS, LABELS, V, vocab=VocabShard(group, (0, V)))
+        torch.testing.assert_close(whole, causal_lm_loss(LOGITS, LABELS, V))
+        with pytest.raises(ValueError, match="logits must have"):
+            causal_lm_loss(LOGITS, LABELS, V, vocab=VocabShard(group, (0, V + 1)))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_names_of_pytorch_and_results_per_token() -> None:

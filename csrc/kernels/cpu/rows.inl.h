@@ -230,11 +230,12 @@ struct RowKernel {
     if (args.part) return tell(r, sums);
     if constexpr (Loss::kManyTargets) {
       Loss::finish(r.token, sums);
+      const double log_sum = log(static_cast<double>(sums.sum));
       for (int64_t k = 0; k < args.ids; ++k) {
         const int64_t id = r.token.id(k);
         const bool ignored = id == args.ignore_index;
         const double y = ignored ? 0 : logit_at(r, id - args.first);
-        r.token.log_prob(k) = ignored ? A(0) : static_cast<A>(Loss::log_prob(sums, y));
+        r.token.log_prob(k) = ignored ? A(0) : static_cast<A>(Loss::log_prob(y, sums.top, log_sum));
       }
     } else {
       finish_loss(r, sums);

@@ -167,9 +167,11 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
     if (args.forward) {
       const Sums sums = look(r, nullptr);
       if (rank() == 0) Loss::finish(r.token, sums);
+      const double log_sum = log(static_cast<double>(sums.sum));
       for_each_id(r, [&](int64_t k, int64_t column) {
         const A y = column < 0 ? A(0) : logit(r, A(widen(r.x[column])));
-        r.token.log_prob(k) = column < 0 ? A(0) : static_cast<A>(Loss::log_prob(sums, y));
+        const double log_prob = Loss::log_prob(y, sums.top, log_sum);
+        r.token.log_prob(k) = column < 0 ? A(0) : static_cast<A>(log_prob);
       });
       team_barrier<kWarps>();  // the next row's states go where this one's may still be read
     }
