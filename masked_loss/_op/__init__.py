@@ -5,6 +5,7 @@ in the public modules above, what it computes is in csrc/.
     cross_entropy, log_probs, divergence, reduce             of logits, or values, that are there
     linear, linear_log_probs, linear_divergence              of hidden states
     linear_chunks   logits chunk by chunk, and products with their gradients
+    exchange        what ranks that share the classes of a vocabulary tell each other
     flops           what FlopCounterMode counts for them
 
     overrides       how subclasses and modes answer for a public function
