@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -344,15 +345,17 @@ def test_row_of_minus_infinity_except_the_target(
     assert stats.correct == 2
 
 
-def test_logits_of_minus_infinity_are_classes_that_cannot_be() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+def test_logits_of_minus_infinity_are_classes_that_cannot_be(temperature: float) -> None:
+    loss_of = partial(masked_cross_entropy, temperature=temperature)
     logits, target = problem(4, classes=6)
     logits = logits.detach()
     target[:] = torch.tensor([0, 1, 2, 3])
     cut = logits.clone()
     cut[:, 4:] = -INF
     cut.requires_grad_()
-    loss = masked_cross_entropy(cut, target)
-    torch.testing.assert_close(loss, masked_cross_entropy(logits[:, :4], target))
+    loss = loss_of(cut, target)
+    torch.testing.assert_close(loss, loss_of(logits[:, :4], target))
     loss.backward()
     assert (cut.grad[:, 4:] == 0).all()
     assert cut.grad.isfinite().all()
