@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from masked_loss_lint.config import ConfigError, codes, read_config
 from masked_loss_lint.fix import fix
 from masked_loss_lint.output import FORMATS, statistics, summary
 from masked_loss_lint.source import find
+from masked_loss_lint.values import Place
 
 
 def _codes(text: str) -> list[str]:
@@ -87,18 +89,15 @@ def _print(given: argparse.Namespace, report: Report) -> int:
 
 
 def _fixed(findings: list[Finding], errors: list[str]) -> list[Finding]:
-    """Writes the repaired files; returns the findings that remain."""
-    remaining = list(findings)
-    for path in dict.fromkeys(f.place.path for f in findings if f.fixable):
-        own = [f for f in findings if f.fixable and f.place.path == path]
+    """Writes the repaired files; returns the findings that remain, which it cannot repair."""
+    places = [f.place for f in findings if f.fixable]
+    done: set[Place] = set()
+    for path in dict.fromkeys(place.path for place in places):
         try:
-            done = fix(Path(path), {(f.place.line, f.place.column) for f in own})
+            done |= fix(Path(path), [place for place in places if place.path == path])
         except OSError as error:
             errors.append(f"{path}: cannot write: {error}")
-            continue
-        if done == len(own):
-            remaining = [f for f in remaining if f not in own]
-    return remaining
+    return [replace(f, fixable=False) for f in findings if not (f.fixable and f.place in done)]
 
 
 if __name__ == "__main__":

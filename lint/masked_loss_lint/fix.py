@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import tokenize
@@ -11,39 +12,41 @@ from itertools import pairwise
 from pathlib import Path
 
 from masked_loss_lint.torch_losses import SPECS, legacy_reduction
+from masked_loss_lint.values import Place
 
 _LOSSES = {spec.name: spec for spec in reversed(SPECS.values())}  # torch's first
 _OLD = ("size_average", "reduce")
-_FLAGS = {"None": None, "False": False, "0": False}
 _NO_VALUE = (tokenize.NL, tokenize.COMMENT)
 
 
-def fix(path: Path, places: Collection[tuple[int, int]]) -> int:
-    """Rewrites the calls that begin at these lines and columns; returns how many could be.
+def fix(path: Path, places: Collection[Place]) -> set[Place]:
+    """Rewrites the calls that begin at these places of a file; returns those that could be.
 
     The first legacy argument becomes `reduction="..."` (or goes, where None is all it said), the
     other goes, and so does a `reduction` that PyTorch overrules; positional arguments after one of
     them become keywords. A call whose comments would be lost is left as it is.
     """
-    data, count = path.read_bytes(), 0
+    data, done = path.read_bytes(), set()
     encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
     text = data.decode(encoding)
-    for line, column in sorted(places, reverse=True):  # a call inside another begins after it
-        changed = _rewritten(text, (line, column - 1))
+    for place in sorted(places, reverse=True):  # a call inside another begins after it
         try:
+            changed = _rewritten(text, (place.line, place.column - 1))
             compile(changed, path, "exec")
-        except SyntaxError:
+        except (SyntaxError, ValueError):  # or a flag that is no constant
             continue
         if changed != text and changed.count("#") == text.count("#"):
-            text, count = changed, count + 1
-    if count:
+            text = changed
+            done.add(place)
+    if done:
         path.write_bytes(text.encode(encoding))
-    return count
+    return done
 
 
 def _rewritten(text: str, place: tuple[int, int]) -> str:
     """The text with one call rewritten: its tokens, cut at the commas between its arguments."""
-    lines = [0, *(found.end() for found in re.finditer(r"\r\n|\r|\n", text))]
+    # The last token is in a line of its own, also where no newline ends the one before.
+    lines = [0, *(found.end() for found in re.finditer(r"\r\n|\r|\n", text)), len(text)]
     tokens = tokenize.generate_tokens(io.StringIO(text, newline="").readline)
     call = [(t.type, t.string, _at(lines, t.start), _at(lines, t.end)) for t in tokens]
     call = [token for token in call if token[2] >= _at(lines, place)]  # what begins before it goes
@@ -55,7 +58,7 @@ def _rewritten(text: str, place: tuple[int, int]) -> str:
     parameters = dict(enumerate(spec.parameters))
     begin, depth = call[start][3], 1
     inside: list[tuple[str, int, int]] = []  # the tokens of one argument, where they begin and end
-    arguments: list[tuple[str, list[str]]] = []  # names; what is before, the value, what is after
+    arguments: list[tuple[str, list[str]]] = []  # names; what is before, `name=`, value, after
     for kind, string, here, end in call[start + 1 :]:
         if kind == tokenize.OP:
             depth += (string in "([{") - (string in ")]}")
@@ -65,7 +68,8 @@ def _rewritten(text: str, place: tuple[int, int]) -> str:
         named = [string for string, *_ in inside[1:2]] == ["="]
         position = parameters.get(len(arguments), "") if inside else ""  # else the last comma's end
         name = inside[0][0] if named else position
-        cuts = [begin, inside[0][1], inside[-1][2], here] if inside else [begin, here, here, here]
+        first, last = (inside[0][1], inside[-1][2]) if inside else (here, here)
+        cuts = [begin, first, inside[2][1] if named else first, last, here]
         arguments.append((name, [text[a:b] for a, b in pairwise(cuts)]))
         begin, inside = end, []
         if not depth:
@@ -79,12 +83,13 @@ def _at(lines: list[int], place: tuple[int, int]) -> int:
 
 def _arguments(given: list[tuple[str, list[str]]]) -> list[str]:
     """The arguments, with `reduction=` in the place of the legacy pair."""
-    values = {name: value.rpartition("=")[2].strip(" ()") for name, (_, value, _) in given}
-    flags = [_FLAGS.get(values.get(name, "None"), True) for name in _OLD]
+    values = {name: parts[2] for name, parts in given}
+    # In brackets, since a value may go on in the next line; a comment in it ends with that.
+    flags = [ast.literal_eval(f"({values.get(name)}\n)") for name in _OLD]
     reduction = None if flags == [None, None] else legacy_reduction(*flags)
     placed, moved, comment, end = reduction is None, False, "", ""
     kept: list[str] = []
-    for name, (before, value, after) in given:
+    for name, (before, keyword, value, after) in given:
         before = comment + before if kept else given[0][1][0]
         comment = end = ""
         if name in _OLD or (name == "reduction" and reduction is not None):
@@ -92,8 +97,8 @@ def _arguments(given: list[tuple[str, list[str]]]) -> list[str]:
             if placed:  # it goes, but for a comment before it, which is one on the last argument
                 comment, end = before.rstrip(), after
                 continue
-            placed, value = True, f'reduction="{reduction}"'
-        elif moved and name and not re.match(rf"{name}\s*=", value):
-            value = f"{name}={value}"
-        kept.append(before + value + after)
+            placed, keyword, value = True, "reduction=", f'"{reduction}"'
+        elif moved and name and not keyword:
+            keyword = f"{name}="
+        kept.append(before + keyword + value + after)
     return [*kept[:-1], kept[-1] + comment + end] if kept else []

@@ -40,8 +40,8 @@ def legacy_arguments(spec: LossSpec, node: ast.Call, skip: int = 0) -> tuple[str
         for name, value in constants.items():
             if value is not None and not isinstance(value, (bool, int)):
                 fixable = False
-                advice += f", for {name}={value!r} only counts as true; was reduction={value!r} "
-                advice += "meant?"
+                advice += f", for {name}={value!r} counts as {bool(value)}"
+                advice += f"; was reduction={value!r} meant?" if isinstance(value, str) else ""
     are = " and ".join(named) + (" are" if len(named) > 1 else " is")
     return f"{spec.name}: {are} deprecated: {advice}", fixable
 

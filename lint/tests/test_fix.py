@@ -60,6 +60,12 @@ FIXES = {
     "F.mse_loss(x, y, reduce=None,  # why\n    size_average=None)": (
         "F.mse_loss(x, y, reduce=None,  # why\n    size_average=None)"
     ),
+    # Flags that are written in other ways than False.
+    "F.l1_loss(x, y, size_average=\\\n    False)": 'F.l1_loss(x, y, reduction="sum")',
+    "F.l1_loss(x, y, size_average =\tFalse)": 'F.l1_loss(x, y, reduction="sum")',
+    "F.l1_loss(x, y, size_average=(\n    False\n))": 'F.l1_loss(x, y, reduction="sum")',
+    "F.l1_loss(x, y, None, (\n    0x0))": 'F.l1_loss(x, y, reduction="none")',
+    "F.l1_loss(x, y, size_average=\n    None)": "F.l1_loss(x, y)",
     # The value would end at the first comma if it became a keyword.
     "F.nll_loss(x, y, w, False, n := 3)": "F.nll_loss(x, y, w, False, n := 3)",
     "F.l1_loss(x, y, reduce=flag)": "F.l1_loss(x, y, reduce=flag)",
@@ -93,6 +99,12 @@ def test_fix_over_several_lines(tmp_path: Path) -> None:
     assert path.read_text().endswith('(\n    x,\n    y,\n    reduction="sum",  # old\n)\n')
 
 
+def test_fix_of_a_file_without_a_newline_at_its_end(buggy: Path) -> None:
+    buggy.write_text(BUGGY.rstrip("\n"))
+    assert main([str(buggy), "--fix"]) == 0
+    assert buggy.read_text().endswith('reduction="mean")')
+
+
 def test_fix_of_a_file_that_cannot_be_written(
     buggy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +116,18 @@ def test_fix_of_a_file_that_cannot_be_written(
     out, err = capsys.readouterr()
     assert "ML002" in out
     assert f"error: {buggy}: cannot write: read-only" in err
+
+
+def test_what_fix_leaves_is_all_that_is_reported(
+    buggy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nobody is told to call it once more."""
+    buggy.write_text(f"{BUGGY}\n\nloss = F.l1_loss\nvalue = loss(x, y, size_average=False)\n")
+    assert main([str(buggy), "--fix"]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{buggy}:9:9: ML002 l1_loss")
+    assert out.count("\n") == 1
+    assert err == "Found 1 in 1 files. 1 fixed.\n"
 
 
 def test_fix_leaves_alone_what_is_written_elsewhere(tmp_path: Path) -> None:
@@ -128,4 +152,4 @@ def test_a_string_in_place_of_a_flag_is_not_rewritten(
     buggy.write_text(text)
     assert main([str(buggy), "--fix"]) == 1
     assert buggy.read_text() == text
-    assert "was reduction='sum' meant?" in capsys.readouterr().out
+    assert "counts as True; was reduction='sum' meant?" in capsys.readouterr().out
