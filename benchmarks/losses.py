@@ -260,14 +260,16 @@ def verify(case: Case) -> None:
             )
         )
         assert_no_worse(ours, eager, truth, who, 2 if loss is with_entropy else 1)
-    # The gradient of GKD's JSD, written in the logits' type, is off by a fifth in bf16.
-    near = {torch.float32: 1e-4, torch.bfloat16: 0.3}[x.logits.dtype]
     for name, measure in MEASURES.items():
         truth = results(SPECIFICATION[measure.loss], torch.float64)
         for peer, (loss, _) in measure.peers.items():
-            for theirs, true in zip(results(loss, x.logits.dtype), truth, strict=True):
-                error = (theirs.double() - true).abs().max()
-                assert error <= near * true.abs().max(), (case.name, name, peer, error.item())
+            near = {"fp32": [1e-4] * len(truth), "bf16": [0.02] * len(truth)}[case.dtype]
+            if (peer, case.dtype) == ("GKD", "bf16"):
+                near[-1] = 0.3  # its gradient is off by a fifth
+            theirs = results(loss, x.logits.dtype)
+            for i, (result, true, share) in enumerate(zip(theirs, truth, near, strict=True)):
+                error = (result.double() - true).abs().max()
+                assert error <= share * true.abs().max(), (case.name, name, peer, i, error.item())
 
 
 def assert_no_worse(
