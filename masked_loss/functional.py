@@ -222,13 +222,16 @@ def cross_entropy(
     >>> masked_loss.cross_entropy(input, target, mask=torch.zeros(2, 4, dtype=torch.bool))
     tensor(0.)
     """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+        size_average = reduce = None
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(
+            f'cross_entropy: reduction must be "none", "sum" or "mean", got {reduction!r}'
+        )
     if is_overridden(input, target, mask):
         return override(cross_entropy, locals())
     who = "cross_entropy"
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f'{who}: reduction must be "none", "sum" or "mean", got {reduction!r}')
     require_tensors(who, {"input": input, "target": target}, {"mask": mask})
     require_constant(who, "weight", weight)
     logits = input.movedim(1, -1) if input.dim() > 2 else input

@@ -70,16 +70,12 @@ def _drop_in(a: Arguments) -> Tensor:
     """:func:`masked_loss.cross_entropy`, whose classes are dimension 1."""
     from masked_loss.functional import masked_cross_entropy
 
-    who, input, reduction = "cross_entropy", a["input"], a["reduction"]
-    if a["size_average"] is not None or a["reduce"] is not None:
-        reduction = torch.nn._reduction.legacy_get_string(a["size_average"], a["reduce"])
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f'{who}: reduction must be "none", "sum" or "mean", got {reduction!r}')
+    input = a["input"]
     if a["target"].is_floating_point():
-        raise ValueError(f"{who}: class probabilities are not taken with DTensors, got them")
+        raise ValueError("cross_entropy: class probabilities are not taken with DTensors, got them")
     return masked_cross_entropy(
         input.movedim(1, -1) if input.dim() > 2 else input, a["target"], a["mask"],
-        reduction=reduction, ignore_index=a["ignore_index"], class_weight=a["weight"],
+        reduction=a["reduction"], ignore_index=a["ignore_index"], class_weight=a["weight"],
         label_smoothing=a["label_smoothing"],
     )  # fmt: skip
 

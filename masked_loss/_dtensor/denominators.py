@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from masked_loss import reference
 from masked_loss._dtensor.layout import LEADS, ROWS, Arguments, Layout, added_up
 
 
@@ -81,18 +82,11 @@ def slices_of(local: Arguments, layout: Layout, dims: list[int]) -> list[int]:
 
 def weights(local: Arguments) -> Tensor:
     """mask * [target != ignore_index] of this rank's tokens, in float64."""
-    mask, target = local.get("mask"), local.get("target")
-    if target is not None:
-        active = target != local["ignore_index"]
-    else:
-        name = next(name for name in LEADS if name in local)
-        tokens = local[name][..., 0] if name in ROWS else local[name]
-        active = torch.ones_like(tokens, dtype=torch.bool)
-    if local.get("shift"):
-        active[..., :1] = False
-    # where, not a product: the mask of an ignored token may be anything, and that of a masked one
-    # has no gradient
-    return active.double() if mask is None else mask.double().where(active & (mask != 0), 0)
+    name, target = next(name for name in LEADS if name in local), local.get("target")
+    shape = local[name].shape[:-1] if name in ROWS else local[name].shape
+    rows = torch.empty((*shape, 0), dtype=torch.float64, device=local[name].device)
+    scored = None if target is None else target != local["ignore_index"]
+    return reference.token_weights(rows, local.get("mask"), scored, local.get("shift", False))
 
 
 def sequences(weight: Tensor, layout: Layout) -> Tensor:

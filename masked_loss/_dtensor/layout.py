@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from masked_loss.options import Shards
-from masked_loss.vocab import VocabShard
+from masked_loss.vocab import VocabShard, shards_of
 
 Arguments = dict[str, Any]
 Placements = tuple[Placement, ...]
@@ -77,7 +77,7 @@ def localized(who: str, arguments: Arguments) -> tuple[Layout, Arguments]:
         dims = reduced_dims(arguments, layout)
         local["group"] = [layout.mesh.get_group(i) for i in layout.over(dims)] or None
     if layout.classes is not None:
-        local["vocab"] = _shards(layout, arguments[lead], arguments.get("weight"))
+        local["vocab"] = _shards(who, layout, lead, arguments, local)
     return layout, local
 
 
@@ -166,12 +166,12 @@ def _linear(who: str, arguments: Arguments) -> tuple[Layout, Arguments]:
     return Layout(hidden.device_mesh, hidden.shape[:-1], dims, classes), head
 
 
-def _shards(layout: Layout, rows: Tensor, weight: Tensor | None) -> Shards:
+def _shards(who: str, layout: Layout, lead: str, whole: Arguments, local: Arguments) -> Shards:
     """Whose the other classes are; what a linear loss leaves in parts, DTensors add up."""
     assert layout.classes is not None
-    group = layout.mesh.get_group(layout.classes)
-    vocab = VocabShard.even(rows.shape[-1] if weight is None else weight.shape[0], group)
-    return Shards(group.group_name, list(vocab.bounds), reduce_hidden=False)
+    what, dim = ("weight", 0) if lead == "hidden" else (lead, -1)
+    vocab = VocabShard.even(whole[what].shape[dim], layout.mesh.get_group(layout.classes))
+    return shards_of(who, vocab, what, local[what].shape[dim])._replace(reduce_hidden=False)
 
 
 def _require_whole_sequences(who: str, arguments: Arguments, layout: Layout) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import product
+from itertools import combinations_with_replacement, product
 from typing import Any
 
 import pytest
@@ -47,10 +47,12 @@ def mesh_of(ranks: int) -> DeviceMesh:
 
 
 def layouts(ranks: int, classes: bool = False) -> Iterator[tuple[DeviceMesh, Placements]]:
-    """Every way to share tokens [batch, time] and, at most once, the classes."""
-    each = (Shard(0), Shard(1), Replicate(), *[Shard(2)] * classes)
+    """Every way to share tokens [batch, time] and, at most once, the classes; the dimensions of a
+    mesh in one of their two orders."""
+    each = (Shard(0), *[Shard(2)] * classes, Shard(1), Replicate())
     mesh = mesh_of(ranks)
-    yield from ((mesh, p) for p in product(each, repeat=mesh.ndim) if p.count(Shard(2)) < 2)
+    every = combinations_with_replacement(each, mesh.ndim)
+    yield from ((mesh, p) for p in every if p.count(Shard(2)) < 2)
 
 
 def of_tokens(placements: Placements) -> Placements:
@@ -132,7 +134,7 @@ def options(rank: int, ranks: int) -> None:
     """Every option, where tokens are shared both ways, and where the classes are."""
     p = Problem()
     for mesh, placements in layouts(ranks, classes=True):
-        if placements not in ((Shard(0), Shard(1)), (Shard(1), Shard(2)), (Shard(2),)):
+        if placements not in ((Shard(0), Shard(1)), (Shard(2), Shard(1)), (Shard(2),)):
             continue
         for name, given in OPTIONS.items():
             if name == "inplace" or (given.get("shift") and Shard(1) in placements):
@@ -287,29 +289,32 @@ def linear(rank: int, ranks: int) -> None:
 
 
 def compiled(rank: int, ranks: int) -> None:
-    """Without a break in the graph: of logits on four ranks, of a sharded sequence on two."""
+    """Without a break in the graph: logits of two dimensions of a mesh, a sharded sequence."""
+    if ranks > 2:  # it would take each of them as long
+        return
     p = Problem()
-    mesh = mesh_of(ranks)
-    given = [(p.logits, (Shard(0), Shard(2)))]
-    function, tokens = masked_cross_entropy, (Shard(0), Replicate())
-    if ranks == 2:
-        hidden, weight = p.teacher[..., :6], p.teacher[0, 0, :, None] * p.teacher[0, 1, :6]
-        given = [(hidden, (Shard(1),)), (weight, (Shard(0),))]
-        function, tokens = linear_cross_entropy, (Replicate(),)
+    hidden, weight = p.teacher[..., :6], p.teacher[0, 0, :, None] * p.teacher[0, 1, :6]
+    of_logits = [(p.logits, (Shard(0), Shard(2)))]
+    of_head = [(hidden, (Shard(1),)), (weight, (Shard(0),))]
+    for function, mesh, given, tokens in (
+        (masked_cross_entropy, init_device_mesh("cpu", (1, 2)), of_logits, (Shard(0), Replicate())),
+        (masked_cross_entropy, init_device_mesh("cpu", (2, 1)), of_logits, (Shard(0), Replicate())),
+        (linear_cross_entropy, mesh_of(2), of_head, (Replicate(),)),
+    ):
 
-    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-    def loss(x: Tensor, *others: Tensor) -> Tensor:
-        return function(2 * x, *others)
+        @torch.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        def loss(x: Tensor, *others: Tensor, _of: Callable[..., Tensor] = function) -> Tensor:
+            return _of(2 * x, *others)
 
-    parts = [distributed(x, mesh, places).requires_grad_() for x, places in given]
-    whole = [x.clone().requires_grad_() for x, _ in given]
-    got = loss(*parts, *(distributed(x, mesh, tokens) for x in (p.target, p.mask)))
-    expected = function(2 * whole[0], *whole[1:], p.target, p.mask)
-    assert_same(got, expected)
-    got.backward()
-    expected.backward()
-    for part, x in zip(parts, whole, strict=True):
-        assert_same(part.grad, x.grad)
+        parts = [distributed(x, mesh, places).requires_grad_() for x, places in given]
+        whole = [x.clone().requires_grad_() for x, _ in given]
+        got = loss(*parts, *(distributed(x, mesh, tokens) for x in (p.target, p.mask)))
+        expected = function(2 * whole[0], *whole[1:], p.target, p.mask)
+        assert_same(got, expected)
+        got.backward()
+        expected.backward()
+        for part, x in zip(parts, whole, strict=True):
+            assert_same(part.grad, x.grad)
 
 
 def exchanges(rank: int, ranks: int) -> None:
@@ -390,6 +395,11 @@ def mistakes(mesh: DeviceMesh) -> list[tuple[Callable[[], Any], str]]:
     class_weight, split = placed(p.logits[0, 0], Replicate()), placed(p.logits, Shard(1))
     classes = [DTensor.from_local(y, mesh, [Shard(2)] * mesh.ndim) for y in (p.logits, p.teacher)]
     bounds, rows = torch.tensor([0, 35]), placed(p.logits[0], Shard(0))
+    columns = (Replicate(),) * (mesh.ndim - 1) + (Shard(2),)
+    split_otherwise = DTensor.from_local(
+        p.logits[..., :5].contiguous(), mesh, columns, shape=p.logits.shape,
+        stride=p.logits.stride(),
+    )  # fmt: skip
     return [
         (lambda: masked_cross_entropy(p.logits, t), "target must be a local tensor, as logits"),
         (lambda: masked_cross_entropy(x, p.target), "target must be a DTensor placed by"),
@@ -397,7 +407,9 @@ def mistakes(mesh: DeviceMesh) -> list[tuple[Callable[[], Any], str]]:
         (lambda: masked_cross_entropy(x, t, cu_seqlens=bounds), "cu_seqlens count tokens of one"),
         (lambda: masked_cross_entropy(split, t, shift=True), "shift before sharding"),
         (lambda: masked_divergence(*classes), "logits must have every class on every rank"),
+        (lambda: masked_cross_entropy(split_otherwise, p.target), "logits must have [67] classes"),
         (lambda: cross_entropy(x, x), "class probabilities are not taken"),
+        (lambda: cross_entropy(x, t, reduction="sequence_mean"), 'reduction must be "none", "sum"'),
         (lambda: global_normalizer(t, group=world), "group must be None"),
         (lambda: masked_moments(t.double(), group=world), "group must be None"),
         (lambda: masked_loss.linear_divergence(x, x, x, x), "DTensors are not taken"),
