@@ -266,8 +266,12 @@ def test_a_grid_smaller_than_the_work(dtype: torch.dtype, configure: Configure) 
 @pytest.mark.parametrize(
     "shape", [(1, 2048), (2, 2049), (2, 4099), (70_000,), (300, 2), (5, 1700)], ids=str
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sums_over_many_tokens(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """By one block alone; a group in several pieces, in more than a warp has lanes; many groups."""
+    """By one block alone; a group in several pieces, in more than a warp has lanes; many groups.
+
+    Half types, too, are added up in float32: test_every_reduction is of all types.
+    """
     for reduction in REDUCTIONS:
         case = Case(f"tokens-{reduction}", shape, None, options={"reduction": reduction})
         assert_as_accurate_as_eager(masked_reduce, reference.masked_reduce, case, dtype)
@@ -313,7 +317,7 @@ def test_the_order_of_threads_does_not_matter(
     """The same bits whatever runs first: every barrier is where it must be."""
     for dtype in (torch.float32, torch.bfloat16):
         first = None
-        for seed in range(4):
+        for seed in range(2):
             configure(seed=seed, multiprocessors=16, max_blocks=3)
             case = Case("order", shape[:1], shape[1], "odd", options=options)
             results = run(masked_cross_entropy, case.sample(dtype), return_stats=bool(options))
@@ -505,8 +509,9 @@ def everything_that_waits(seed: int, configure: Configure) -> list[Tensor]:
 
 
 def test_no_barrier_is_missing(configure: Configure) -> None:
+    """What races without one, test_emulator_watch.py finds in any order."""
     first = everything_that_waits(0, configure)
-    for seed in range(1, 8):
+    for seed in range(1, 3):
         for ours, expected in zip(everything_that_waits(seed, configure), first, strict=True):
             assert torch.equal(ours, expected)
 

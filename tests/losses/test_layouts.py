@@ -131,15 +131,20 @@ def test_empty_in_every_other_form(shape: tuple[int, ...]) -> None:
                 hidden, head, target, mask, return_stats=True, **options
             )[0],
             "operator": torch.ops.masked_loss.cross_entropy(logits(), target, mask, **options),
-            "compiled": compiled(masked_cross_entropy)(logits(), target, mask, **options),
-            "compiled linear": compiled(linear_cross_entropy)(hidden, head, target, **options),
         }
+        # Every reduction of one shape, and of the others one.
+        compiles = reduction == "mean" or shape == (2, 0, 5)
+        if compiles:
+            losses |= {
+                "compiled": compiled(masked_cross_entropy)(logits(), target, mask, **options),
+                "compiled linear": compiled(linear_cross_entropy)(hidden, head, target, **options),
+            }
         if reduction != "sequence_mean":
             input = logits().movedim(-1, 1)
             losses["drop-in"] = masked_loss.CrossEntropyLoss(**options)(input, target, mask=mask)
-            losses["compiled drop-in"] = compiled(masked_loss.cross_entropy)(
-                input, target, **options
-            )
+            if compiles:
+                dropin = compiled(masked_loss.cross_entropy)
+                losses["compiled drop-in"] = dropin(input, target, **options)
         for name, loss in losses.items():
             assert loss.shape == (tokens if reduction == "none" else ()), name
             assert loss.sum() == 0, name

@@ -247,28 +247,34 @@ def test_number_of_threads(
 
 
 MEMORY = """
+import ctypes
 import torch, masked_loss
+
+trim = ctypes.CDLL(None).malloc_trim
 
 def peak():
     with open("/proc/self/status") as status:
         fields = dict(line.split(":", 1) for line in status)
     return int(fields["VmHWM"].split()[0]) << 10
 
-def step(tokens, width, classes):
+def step(tokens, width, classes, reduction, share):
+    masked_loss.empty_cache()
+    trim(0)  # memory that is used again would count as nothing
     hidden = torch.randn(tokens, width).to(torch.{dtype}).requires_grad_()
     weight = torch.randn(classes, width).to(torch.{dtype}).requires_grad_()
     target = torch.randint(classes, (tokens,))
-    mask = torch.rand(tokens) < {share}
+    mask = torch.rand(tokens) < share
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")
     before = peak()
-    loss = masked_loss.linear_cross_entropy(hidden, weight, target, mask, reduction="{reduction}")
+    loss = masked_loss.linear_cross_entropy(hidden, weight, target, mask, reduction=reduction)
     loss.sum().backward()
     return peak() - before - hidden.grad.nbytes - weight.grad.nbytes
 
 torch.set_num_threads(2)
-step(64, 16, 64)
-print(step{shape} / 2**20)
+step(64, 16, 64, "mean", 2)
+for reduction, share in (("mean", 0.99), ("none", 2)):
+    print(step(*{shape}, reduction, share) / 2**20)
 """
 CHUNK = 64  # MiB
 SUMS = 4 * 64 * 32_000 / 2**20  # in float32, of a half-precision weight's gradient
@@ -279,33 +285,36 @@ PEAKS = {
     "float32, many classes": ("float32", (2000, 16, 100_000), CHUNK),
     "float32, many tokens": ("float32", (20_000, 16, 10_000), CHUNK),
     "bfloat16, one chunk": ("bfloat16", (512, 64, 65_536), CHUNK + SUMS_OF_ONE + 4),
-    "bfloat16": ("bfloat16", (2048, 64, 32_000), CHUNK + SUMS + 16),
+    "bfloat16": ("bfloat16", (1040, 64, 32_000), CHUNK + SUMS + 16),
     "float16": ("float16", (1040, 64, 32_000), CHUNK + SUMS + 16),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-@pytest.mark.parametrize(("reduction", "share"), [("mean", 0.5), ("none", 2.0)])
 @pytest.mark.parametrize("case", PEAKS)
-def test_peak_memory(case: str, reduction: str, share: float) -> None:
-    """One chunk and what the products work in, above the arguments and their gradients."""
+def test_peak_memory(case: str) -> None:
+    """One chunk and what the products work in, above the arguments and their gradients.
+
+    Of a mean over nearly all tokens, and of the losses of all: two chunks of the half types.
+    """
     dtype, shape, most = PEAKS[case]
-    script = MEMORY.format(dtype=dtype, shape=shape, reduction=reduction, share=share)
-    peaks: list[float] = []
+    least = [float("inf")] * 2
     # What a step needs is the least that it was seen to take: on a machine that is busy otherwise,
     # threads that start late get heaps of their own, which only ever adds.
-    while len(peaks) < 4 and (not peaks or min(peaks) > most):
+    for _ in range(4):
         run = subprocess.run(
-            [sys.executable, "-c", script],
+            [sys.executable, "-c", MEMORY.format(dtype=dtype, shape=shape)],
             capture_output=True,
             text=True,
             check=False,
             env={**os.environ, "MALLOC_ARENA_MAX": "1"},
         )
         assert run.returncode == 0, run.stderr
-        peaks.append(float(run.stdout))
-    assert min(peaks) <= most, peaks
+        least = [min(pair) for pair in zip(least, map(float, run.stdout.split()), strict=True)]
+        if max(least) <= most:
+            break
+    assert max(least) <= most, least
 
 
 def test_a_gradient_is_scaled_by_one_launch() -> None:
