@@ -117,8 +117,8 @@ def test_every_option(kind: str, options: str, dtype: torch.dtype, device: str) 
 
 def gradient_roundings(kind: str) -> int:
     """Beside those relative to an element: reverse KL's is p times a difference of log-ratios,
-    which are 20 and more, half an eps of which is 8."""
-    return 16 if kind == "reverse_kl" else 2
+    which are 20 and more, half an eps of each of which is 8."""
+    return 24 if kind == "reverse_kl" else 2
 
 
 @pytest.mark.parametrize("cols", [1, 2, 15, 16, 17, 33, 1000, 4099, 20011])
@@ -264,15 +264,16 @@ def test_excluded_classes(kind: str, excluded: str, dtype: torch.dtype, device: 
     (gradient,) = torch.autograd.grad(loss.sum(), y)
     x = y.detach().double().requires_grad_()
     truth = reference.masked_divergence(x, t.double(), kind=kind, beta=0.3, reduction="none")
-    torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=1e-6)
+    eps = torch.finfo(loss.dtype).eps
+    torch.testing.assert_close(loss.double(), truth, rtol=8 * eps, atol=8 * eps)
     infinite = (kind, excluded) in (("forward_kl", "student"), ("reverse_kl", "teacher"))
     assert infinite == loss.isinf().all()
     if (kind, excluded) == ("reverse_kl", "teacher"):
         assert gradient.isnan().any()
         return
     (true,) = torch.autograd.grad(truth.sum(), x)
-    coarse = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-4)
-    torch.testing.assert_close(gradient.double(), true, rtol=coarse, atol=1e-5)
+    rounding = max(torch.finfo(dtype).eps, 16 * eps)
+    torch.testing.assert_close(gradient.double(), true, rtol=rounding, atol=80 * eps)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "sequence_mean"])
@@ -336,10 +337,12 @@ def test_statistics(dtype: torch.dtype, device: str) -> None:
     args = (student.detach().to(device), teacher.to(device), mask.detach().to(device))
     loss, stats = masked_divergence(*args, return_stats=True)
     assert isinstance(stats, DivergenceStats)
+    eps = torch.finfo(loss.dtype).eps
     wide = [x.double() for x in args]
     _, truth = reference.masked_divergence(*wide, return_stats=True)
     for name, ours, true in zip(stats._fields, stats, truth, strict=True):
-        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-6, msg=name)
+        off = f"{name}: {ours} is not {true}"
+        torch.testing.assert_close(ours.double(), true, rtol=8 * eps, atol=8 * eps, msg=off)
     assert torch.equal(loss, masked_divergence(*args))
 
 
