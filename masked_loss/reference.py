@@ -286,10 +286,15 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
 
 def _kl(log_p: Tensor, log_m: Tensor) -> Tensor:
     """KL(p || m) as the sum of ``m - p + p log(p / m)``: the terms are not negative, the sums of m
-    and of p cancel. Where p is 0 a term is m."""
-    occurs = log_p > -torch.inf
+    and of p cancel. Where p is 0 a term is m; where only m is, it is infinite."""
+    p, m = log_p.exp(), log_m.exp()
+    occurs = log_p != -torch.inf
     r = (log_m - log_p).where(occurs, 0)
-    return (log_p.exp() * (torch.expm1(r) - r)).where(occurs, log_m.exp()).sum(dim=-1)
+    far = r > 16  # there expm1(r) may overflow, and nothing cancels
+    near, beyond = r.masked_fill(far, 0), r.masked_fill(~far, 0)
+    terms = (m - p - p * beyond).where(far, p * (torch.expm1(near) - near)).where(occurs, m)
+    excluded = occurs & (log_m == -torch.inf)
+    return terms.masked_fill(excluded & (p == 0), torch.inf).sum(dim=-1)
 
 
 def masked_reduce(
