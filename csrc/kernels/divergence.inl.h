@@ -44,8 +44,21 @@ ML_FN V bounded_below(V log_ratio) {
   return max(log_ratio, V(-Limits<V>::underflow()));
 }
 
+// What the two rows' logits are counted from in their difference: from 0, which is exact where they
+// are close, but where one row lies far above the other from their largest, or the difference would
+// be rounded as numbers of that distance are.
+template <class A>
+struct Origins {
+  A student, teacher;
+};
+template <class A>
+ML_FN Origins<A> origins_of(A top, A teacher_top) {
+  if (abs(top - teacher_top) > A(8)) return {top, teacher_top};
+  return {A(0), A(0)};
+}
+
 // What makes probabilities of the exponentials of both rows, and the student's log-sum-exp less the
-// teacher's.
+// teacher's, each from its origin.
 template <class V>
 struct SoftmaxPair {
   V q, p, shift;
@@ -60,7 +73,7 @@ struct ClassPair {
   V above;  // p - q, which does not cancel where they are
 };
 
-// From z - y, which is exact where the two are close, and the exponentials.
+// From z - y, each from its origin, and the exponentials.
 template <class Kind, class V>
 ML_FN ClassPair<V> pair_of(V apart, V e_y, V e_z, const SoftmaxPair<V>& of) {
   const V q = e_y * of.q, p = e_z * of.p;

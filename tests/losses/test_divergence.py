@@ -192,6 +192,29 @@ def test_a_class_far_above_the_others(above: float, at: int, device: str) -> Non
     assert (stats.entropy >= 0).all()
 
 
+@pytest.mark.parametrize("apart", [-1e4, 100.0])
+@pytest.mark.parametrize("cols", [301, 1301])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_far_apart(kind: str, cols: int, apart: float, device: str) -> None:
+    """A constant changes no softmax, but the difference of two logits is rounded as it is."""
+    student, teacher, _, _ = problem(torch.float32, cols)
+    teacher += apart
+
+    def results(function: Any, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+        y = student.detach().to(device, dtype).requires_grad_()
+        loss = function(y, teacher.to(device, dtype), kind=kind, reduction="none")
+        return loss.detach().cpu(), torch.autograd.grad(loss.sum(), y)[0].cpu()
+
+    found = (
+        results(masked_divergence, torch.float32, device),
+        results(reference.masked_divergence, torch.float32, "cpu"),
+        results(reference.masked_divergence, torch.float64, "cpu"),
+    )
+    for ours, theirs, exact in zip(*found, strict=True):
+        slack = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+        assert off(ours, exact) <= (theirs - exact).abs().max() + slack
+
+
 @pytest.mark.parametrize("near", [1e-1, 1e-2, 1e-3, 1e-5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_close_by(kind: str, near: float, device: str) -> None:

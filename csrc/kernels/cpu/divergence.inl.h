@@ -61,8 +61,7 @@ struct PairKernel {
   struct Pair {
     int64_t row, token;
     PairSide<A> student, teacher;
-    A* apart;  // the teacher's logits less the student's, then the scores
-    A shift;   // the student's log-sum-exp less the teacher's
+    A* apart;  // the teacher's logits less the student's, from their origins; then the scores
   };
 
   template <class Kind>
@@ -119,12 +118,11 @@ struct PairKernel {
            token,
            {args.student, cols, batch, step, token, scratch, tops},
            {args.teacher, cols, batch, step, token, scratch + cols, tops + pair_blocks(cols)},
-           scratch + 2 * cols,
-           A(0)};
+           scratch + 2 * cols};
     for_each_block(cols, [&](const Block& block) { look_at_block(&r, block); });
-    const PairSide<A>&student = r.student, &teacher = r.teacher;
-    r.shift = static_cast<A>((std::log(student.sum) + student.top) -
-                             (std::log(teacher.sum) + teacher.top));
+    PairSide<A>&student = r.student, &teacher = r.teacher;
+    student.log_sum = std::log(student.sum);
+    teacher.log_sum = std::log(teacher.sum);
     if (args.forward) {
       column(Field::kTop, token) = student.top;
       column(Field::kSum, token) = static_cast<A>(student.sum);
@@ -138,11 +136,27 @@ struct PairKernel {
     A copy[kPairBlock], teacher_copy[kPairBlock];
     const auto student = r->student.logits(block, in_pairs, copy);
     const auto teacher = r->teacher.logits(block, in_pairs, teacher_copy);
+    r->student.raise(block, student.top);
+    r->teacher.raise(block, teacher.top);
+    const Origins<A> from = origins(*r, block);
+    const V of_student(from.student), of_teacher(from.teacher);
     A* const apart = r->apart + block.begin;
     r->student.exponentials(block, student, [](int64_t, auto, V) {});
     r->teacher.exponentials(block, teacher, [&](int64_t j, auto count, V z) {
-      store(z - load<V>(student.y + j, count), apart + j, count);
+      const V y = load<V>(student.y + j, count);
+      store((z - of_teacher) - (y - of_student), apart + j, count);
     });
+  }
+
+  Origins<A> origins(const Pair& r, const Block& block) const {
+    return origins_of(r.student.tops[block.index], r.teacher.tops[block.index]);
+  }
+  // The student's log-sum-exp less the teacher's, from the block's origins.
+  A shift(const Pair& r, const Block& block) const {
+    const Origins<A> from = origins(r, block);
+    const double of_student = double{r.student.top} - double{from.student};
+    const double of_teacher = double{r.teacher.top} - double{from.teacher};
+    return static_cast<A>((r.student.log_sum + of_student) - (r.teacher.log_sum + of_teacher));
   }
 
   void stats(const Pair& r) const {
@@ -175,7 +189,7 @@ struct PairKernel {
       });
     });
     // A teacher's NaN reaches the scores, which are bounded, through the sum alone.
-    const A mean = static_cast<A>(sums[1] + double{0 * r.shift});
+    const A mean = static_cast<A>(sums[1] + 0 * r.teacher.log_sum);
     if (args.forward) {
       column(Field::kValue, r.token) = static_cast<A>(sums[0]);
       column(Field::kMeanScore, r.token) = mean;
@@ -192,7 +206,7 @@ struct PairKernel {
   void score_block(const Pair& r, const Block& block, const Out& out, double (&sums)[2]) const {
     // Of its own, or each vector would fetch them anew.
     const SoftmaxPair<V> softmax{V(static_cast<A>(r.student.scale(block))),
-                                 V(static_cast<A>(r.teacher.scale(block))), V(r.shift)};
+                                 V(static_cast<A>(r.teacher.scale(block))), V(shift(r, block))};
     const A* const e_y = r.student.exps + block.begin;
     const A* const e_z = r.teacher.exps + block.begin;
     const A* const apart = r.apart + block.begin;

@@ -47,6 +47,7 @@ struct PairSide {
   A* tops;  // the largest y of this and the former blocks
   A top = Limits<A>::lowest();
   double sum = 0;  // of exp(y - top)
+  double log_sum;
 
   PairSide(const LogitRows& rows, int64_t cols, int64_t batch, int64_t step, int64_t token, A* exps,
            A* tops)
@@ -127,12 +128,12 @@ struct PairSide {
     return lane_max(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
   }
 
-  // also(j, Full or Part, y) meanwhile.
+  // Of a block whose top is raised. also(j, Full or Part, y) meanwhile.
   template <class F>
   ML_FN void exponentials(const Block& block, const Logits& logits, const F& also) {
     const int64_t length = block.length();
     const A* const y = logits.y;
-    const V top(raise(block, logits.top));
+    const V top(tops[block.index]);
     A* const to = exps + block.begin;
     const auto at = [&](int64_t j, auto count) {
       const V logit = load<V>(y + j, count), e = exp(logit - top);
@@ -157,12 +158,12 @@ struct PairSide {
 
   // An exponential is relative to no less than the largest logit of its block: far above another
   // one it would be rounded by more than lets p - q cancel.
-  A raise(const Block& block, A to) {
+  void raise(const Block& block, A to) {
     if (to > top) {
       sum *= std::exp(double{top} - double{to});
       top = to;
     }
-    return tops[block.index] = top;
+    tops[block.index] = top;
   }
 
   // Also returns the first of the row's largest logits, or its first NaN, as PyTorch's argmax.
@@ -181,7 +182,7 @@ struct PairSide {
         if (!(y[j] <= highest)) highest = y[j], best = block.begin + j;
       }
     });
-    *result = static_cast<A>(std::log(sum) + spread[0]);
+    *result = static_cast<A>(log_sum + spread[0]);
     return best;
   }
 };

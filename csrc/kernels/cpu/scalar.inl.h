@@ -8,6 +8,8 @@ ML_FN float log(float x) { return std::log(x); }
 ML_FN double log(double x) { return std::log(x); }
 ML_FN float tanh(float x) { return std::tanh(x); }
 ML_FN double tanh(double x) { return std::tanh(x); }
+ML_FN float abs(float x) { return std::abs(x); }
+ML_FN double abs(double x) { return std::abs(x); }
 ML_FN float max(float a, float b) { return a > b ? a : b; }
 ML_FN double max(double a, double b) { return a > b ? a : b; }
 ML_FN bool any_greater(float a, float b) { return a > b; }

@@ -160,9 +160,14 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
       sums.teacher = {column(Field::kTeacherTop), column(Field::kTeacherSum)};
     }
     const A top = sums.student.top, teacher_top = sums.teacher.top;
+    const Origins<A> from = origins_of(top, teacher_top);
     SoftmaxPair<A> of{A(1) / sums.student.sum, A(1) / sums.teacher.sum, A(0)};
-    of.shift = static_cast<A>((log(double(sums.student.sum)) + top) -
-                              (log(double(sums.teacher.sum)) + teacher_top));
+    of.shift = static_cast<A>((log(double(sums.student.sum)) + (top - from.student)) -
+                              (log(double(sums.teacher.sum)) + (teacher_top - from.teacher)));
+    const auto pair_at = [&](A y, A z) {
+      const A e_y = exp(y - top), e_z = exp(z - teacher_top);
+      return pair_of<Kind>((z - from.teacher) - (y - from.student), e_y, e_z, of);
+    };
 
     A mean = A(0);
     if (args.forward) {
@@ -170,8 +175,7 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
       LargestPair<A> largest;
       for (int64_t j = threadIdx.x; j < args.cols; j += kThreads) {
         const A y = student(j), z = teacher(j);
-        const A e_y = exp(y - top), e_z = exp(z - teacher_top);
-        const ClassPair<A> c = pair_of<Kind>(z - y, e_y, e_z, of);
+        const ClassPair<A> c = pair_at(y, z);
         const ClassPart<A> part = Kind::part(c, beta);
         values.value += part.value;
         if constexpr (Kind::kScored) values.mean += c.q * part.score;
@@ -211,9 +215,7 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceAr
     const A g = dloss ? dloss[args.dloss_per_token ? token : 0] : A(1);
     const A all = static_cast<A>(double(g) * weight * scale * factor / student.temperature);
     for (int64_t j = threadIdx.x; j < args.cols; j += kThreads) {
-      const A y = student(j), z = teacher(j);
-      const A e_y = exp(y - top), e_z = exp(z - teacher_top);
-      const ClassPair<A> c = pair_of<Kind>(z - y, e_y, e_z, of);
+      const ClassPair<A> c = pair_at(student(j), teacher(j));
       A d = Kind::part(c, beta).score;
       if constexpr (Kind::kScored) d = c.q * (d - mean);
       write_gradient(args, to + j, d * all * student.slope(j));
