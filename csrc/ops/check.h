@@ -351,18 +351,43 @@ inline void has_classes(const char* who, const Tensor& logits) {
   }
 }
 
+// Of rows that are not cut into parts: a CUDA kernel's index into one is an int.
+inline void fits_a_row(const char* who, const char* what, int64_t classes) {
+  constexpr int64_t kMost = 1 << 29;
+  if (classes > kMost) {
+    fail("ValueError", who, ": ", what, " must have at most ", kMost, " classes, got ", classes);
+  }
+}
+
 // Columns of logits as a shard of the classes, which may be none.
 inline void shard(const char* who, const Tensor& logits, const Shard& shard) {
-  constexpr int64_t kMostColumns = 1 << 29;  // a CUDA kernel's index into a row is an int
   const int64_t columns = shape_of(logits).back();
-  if (columns > kMostColumns) {
-    fail("ValueError", who, ": a shard must have at most ", kMostColumns, " classes, got ",
-         columns);
-  }
+  fits_a_row(who, "a shard", columns);
   if (shard.first < 0 || shard.first + columns > shard.classes) {
     fail("ValueError", who, ": a shard of ", columns, " classes from ", shard.first,
          " on must lie within all ", shard.classes);
   }
+}
+
+// Where the shards' classes begin, and where the last ones end.
+inline void bounds(const char* who, const Tensor& bounds) {
+  if (bounds.scalar_type() != ScalarType::Long) {
+    fail("TypeError", who, ": bounds must be int64, got ", name_of(bounds.scalar_type()));
+  }
+  if (bounds.dim() != 1 || bounds.numel() < 2 || !bounds.is_contiguous()) {
+    fail("ValueError", who, ": bounds must be a contiguous [R + 1], got shape ",
+         text(shape_of(bounds)));
+  }
+}
+
+// What the shards tell, in the accumulation type.
+inline void parts(const char* who, const Tensor& parts, const Shape& expected) {
+  const ScalarType type = parts.scalar_type();
+  if (type != ScalarType::Double && type != ScalarType::Float) {
+    fail("TypeError", who, ": parts must be float64 or float32, got ", name_of(type));
+  }
+  has_shape(who, "parts", parts, expected);
+  if (!parts.is_contiguous()) fail("ValueError", who, ": parts must be contiguous");
 }
 
 inline void cross_entropy(const char* who, const Tensor& logits, const Tensor& target,

@@ -70,17 +70,13 @@ struct Problem {
 
  private:
   static const Tensor& checked(const Tensor& logits, const std::optional<Shard>& shard) {
-    constexpr int64_t kMostClasses = 1 << 29;  // a CUDA kernel's index into a row is an int
     check::tokens_of(kLogProbs, logits, false);
     if (shard) {
       check::shard(kLogProbs, logits, *shard);
       return logits;
     }
     check::has_classes(kLogProbs, logits);
-    if (shape_of(logits).back() > kMostClasses) {
-      check::fail("ValueError", kLogProbs, ": logits must have at most ", kMostClasses,
-                  " classes, got ", shape_of(logits).back());
-    }
+    check::fits_a_row(kLogProbs, "logits", shape_of(logits).back());
     return logits;
   }
 };

@@ -119,15 +119,10 @@ void tell(RowArgs& args, const Device& device, const Tensor& part) {
 void merge(const char* who, MergeArgs& args, const Device& device, const Tensor& parts,
            const Tensor& bounds) {
   args.dtype = parts.scalar_type() == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
-  if (bounds.scalar_type() != ScalarType::Long || bounds.dim() != 1 || !bounds.is_contiguous() ||
-      bounds.numel() < 2) {
-    check::fail("ValueError", who, ": bounds must be int64 [R + 1], got shape ",
-                check::text(shape_of(bounds)));
-  }
+  check::bounds(who, bounds);
   args.shards = bounds.numel() - 1;
   args.numbers = part_numbers(args);
-  check::has_shape(who, "parts", parts, {args.shards, args.numbers, args.rows});
-  if (!parts.is_contiguous()) check::fail("ValueError", who, ": parts must be contiguous");
+  check::parts(who, parts, {args.shards, args.numbers, args.rows});
   args.parts = parts.data_ptr();
   args.bounds = static_cast<const int64_t*>(bounds.data_ptr());
   if (args.rows > 0) device.kernels.merge(args, device.queue());

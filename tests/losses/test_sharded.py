@@ -109,6 +109,25 @@ def test_more_than_one_derivative_is_refused() -> None:
         torch.func.jvp(loss, (logits.detach(),), (torch.ones_like(logits),))
 
 
+def test_what_shards_tell_is_checked() -> None:
+    """The kernels read it as numbers of the table's type, and as many as there should be."""
+    target, tokens, groups = torch.tensor([0, 3, 1]), torch.rand(5, 3), torch.rand(1, 6)
+    parts, bounds = torch.rand(2, 3, 3), torch.tensor([0, 2, 4])
+    for wrong, error in (
+        ({"parts": parts.half()}, "TypeError: .*: parts must be float64 or float32, got float16"),
+        ({"parts": parts[:1]}, r"parts must have shape \[2, 3, 3\], got \[1, 3, 3\]"),
+        ({"parts": parts.mT}, "parts must be contiguous"),
+        ({"bounds": bounds.int()}, "TypeError: .*: bounds must be int64, got int32"),
+        ({"bounds": bounds[:1]}, r"bounds must be a contiguous \[R \+ 1\], got shape \[1\]"),
+    ):
+        given = {"parts": parts, "bounds": bounds, **wrong}
+        with pytest.raises(RuntimeError, match=error):
+            OPS.cross_entropy_merge(
+                target=target, tokens=tokens, groups=groups, class_weight=None, temperatures=None,
+                **given,
+            )  # fmt: skip
+
+
 @pytest.mark.filterwarnings("error")
 def test_vmap() -> None:
     logits, target = torch.randn(4, 3, 5, requires_grad=True), torch.randint(5, (4, 3))
