@@ -89,15 +89,14 @@ struct Merger {
     const double best = args.stats ? sums_of(owner).best : 0;
     bool beaten = best != best;
     // The first of equal logits is the argmax.
-    const TargetSums<double> all = merged([&](int64_t r, const ShardSums& other) {
+    TargetSums<double> all = merged([&](int64_t r, const ShardSums& other) {
       if (r < owner) beaten |= !(best > other.best);
       if (r > owner) beaten |= !(best >= other.best);
     });
     Loss::finish(token, all, own(0), Loss::template hard<A>(args, target));
     if (!args.stats) return;
-    TargetSums<double> stats = all;
-    stats.beaten = beaten;
-    Loss::finish_stats(token, stats);
+    all.beaten = beaten;
+    Loss::finish_stats(token, all);
   }
 
   template <class Loss>

@@ -37,7 +37,6 @@ struct ShardReader : RowReader<T, Loss, kWarps> {
     if (is_here(r, r.target)) return beaten ? static_cast<double>(NAN) : r.own;
     Largest largest;
     for (int j = rank(); j < r.n; j += kThreads) largest.add({widen(r.x[j])});
-    team_barrier<kWarps>();  // before the next states
     return merge_team<kWarps>(largest).x;
   }
 

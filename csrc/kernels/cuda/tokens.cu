@@ -45,10 +45,10 @@ ML_FN Piece piece_at(const Groups& groups, int64_t token) {
   return {group_of(groups, token), token, token + 1};
 }
 
-// Piece by piece: add(piece, i, &sums) for every token, sums(p) of the team that takes piece p. A
-// team is a block, or with kTeams a warp.
-template <class S, int kTeams, class Add, class Done>
-ML_FN void sum_pieces(const Pieces& pieces, const Add& add, const Done& done) {
+// parts[p] = the sum of what add(i, &sums) adds for every token i of piece p, which one team takes.
+// A team is a block, or with kTeams a warp.
+template <int kTeams, class S, class Add>
+ML_FN void sum_pieces(const Pieces& pieces, S* parts, const Add& add) {
   const int team = kTeams > 1 ? threadIdx.x / kWarp : 0;
   const int size = kTeams > 1 ? kWarp : blockDim.x;
   const int lane = static_cast<int>(threadIdx.x) - team * size;
@@ -56,9 +56,9 @@ ML_FN void sum_pieces(const Pieces& pieces, const Add& add, const Done& done) {
        p += int64_t{gridDim.x} * kTeams) {
     const Piece piece = pieces[p];
     S sums;
-    for (int64_t i = piece.begin + lane; i < piece.end; i += size) add(piece, i, &sums);
+    for (int64_t i = piece.begin + lane; i < piece.end; i += size) add(i, &sums);
     sums = merge_team<kTeams == 1 ? kWarps : 1>(sums);
-    if (lane == 0) done(p, sums);
+    if (lane == 0) parts[p] = sums;
     team_barrier<kTeams == 1 ? kWarps : 1>();
   }
 }
@@ -142,13 +142,15 @@ ML_FN void check_bounds(const Groups& sequences) {
   });
 }
 
-// weight and sums of token i.
-template <class A>
-ML_FN void weigh_token(const WeighArgs& args, int64_t i, WeightSums* sums) {
-  const int64_t sequence = args.sequences.count ? group_of(args.sequences, i) : 0;
-  const TokenWeight t = token_weight<A>(args, i, sequence);
-  if (t.bad >= 0) complain(args, t.bad);
-  add_weight<A>(args, i, t, sums);
+template <class A, int kTeams>
+ML_FN void weigh_pieces(const WeighArgs& args, const Pieces& pieces, WeightSums* parts) {
+  check_bounds(args.sequences);
+  sum_pieces<kTeams>(pieces, parts, [&](int64_t i, WeightSums* sums) {
+    const int64_t sequence = args.sequences.count ? group_of(args.sequences, i) : 0;
+    const TokenWeight t = token_weight<A>(args, i, sequence);
+    if (t.bad >= 0) complain(args, t.bad);
+    add_weight<A>(args, i, t, sums);
+  });
 }
 
 using Active = Sums<1>;
@@ -167,11 +169,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t tokens = args.groups.tokens;
   prefetch(args.mask, tokens * size_of(args.mask_type));
   prefetch(args.target, tokens * args.ids * size_of(args.target_type));
-  check_bounds(args.sequences);
   WeightSums* const parts = parts_alone<WeightSums>();
-  sum_pieces<WeightSums, kWarps>(
-      pieces, [&](const Piece&, int64_t i, WeightSums* sums) { weigh_token<A>(args, i, sums); },
-      [&](int64_t p, const WeightSums& sums) { parts[p] = sums; });
+  weigh_pieces<A, kWarps>(args, pieces, parts);
   __syncthreads();  // the pieces of other warps
   Active active;
   count_active(parts, pieces, 0, 1, &active);
@@ -184,10 +183,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class A, int kTeams>
 __global__ void __launch_bounds__(kThreads)
     weigh_kernel(const WeighArgs args, const Pieces pieces) {
-  check_bounds(args.sequences);
-  sum_pieces<WeightSums, kTeams>(
-      pieces, [&](const Piece&, int64_t i, WeightSums* sums) { weigh_token<A>(args, i, sums); },
-      [&](int64_t p, const WeightSums& sums) { static_cast<WeightSums*>(args.scratch)[p] = sums; });
+  weigh_pieces<A, kTeams>(args, pieces, static_cast<WeightSums*>(args.scratch));
 }
 __global__ void __launch_bounds__(kThreads)
     count_groups_kernel(const WeighArgs args, const Pieces pieces, Active* active, int64_t shares) {
@@ -212,6 +208,11 @@ __global__ void __launch_bounds__(kThreads)
 
 using Total = Sums<1 + StatField::kCount>;  // loss and statistics
 
+template <class A, int kTeams>
+ML_FN void reduce_pieces(const ReduceArgs& args, const Pieces& pieces, LossSums* parts) {
+  sum_pieces<kTeams>(pieces, parts, [&](int64_t i, LossSums* sums) { add_loss<A>(args, i, sums); });
+}
+
 // Adds up the groups of a share.
 template <class A>
 ML_FN void add_groups(const ReduceArgs& args, const void* parts, const Pieces& pieces,
@@ -228,9 +229,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads)
     reduce_alone_kernel(const ReduceArgs args, const Pieces pieces) {
   LossSums* const parts = parts_alone<LossSums>();
-  sum_pieces<LossSums, kWarps>(
-      pieces, [&](const Piece&, int64_t i, LossSums* sums) { add_loss<A>(args, i, sums); },
-      [&](int64_t p, const LossSums& sums) { parts[p] = sums; });
+  reduce_pieces<A, kWarps>(args, pieces, parts);
   __syncthreads();  // the pieces of other warps
   Total total;
   add_groups<A>(args, parts, pieces, 0, 1, &total);
@@ -241,9 +240,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class A, int kTeams>
 __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const ReduceArgs args, const Pieces pieces) {
-  sum_pieces<LossSums, kTeams>(
-      pieces, [&](const Piece&, int64_t i, LossSums* sums) { add_loss<A>(args, i, sums); },
-      [&](int64_t p, const LossSums& sums) { static_cast<LossSums*>(args.scratch)[p] = sums; });
+  reduce_pieces<A, kTeams>(args, pieces, static_cast<LossSums*>(args.scratch));
 }
 // Of the groups of each share; of all, where there is one share.
 template <class A>
