@@ -6,11 +6,12 @@
 #include <cmath>
 #include <cstdio>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "compare.h"
 #include "kernels/cpu/backend.h"
-#include "numbers.h"
 
 using namespace masked_loss;
 
@@ -171,18 +172,6 @@ Outputs run(const cpu::Kernels& table, DType dtype, const Inputs& in, const Opti
   return out;
 }
 
-int failures = 0;
-
-void compare(const Numbers& got, const Numbers& expected, double relative, double absolute,
-             const char* isa, const char* type, const Options& o, int64_t cols, const char* what) {
-  for (size_t i = 0; i < expected.size(); ++i) {
-    if (std::abs(got[i] - expected[i]) <= relative * std::abs(expected[i]) + absolute) continue;
-    ++failures;
-    std::printf("%s %s %s, %lld columns: %s %zu is %.9g, expected %.9g\n", isa, type, o.name,
-                static_cast<long long>(cols), what, i, got[i], expected[i]);
-  }
-}
-
 // eps: a rounding of the gradient's type.
 template <class T, class A>
 void check(const cpu::Kernels& table, DType dtype, const char* type, double eps, const Options& o,
@@ -190,10 +179,12 @@ void check(const cpu::Kernels& table, DType dtype, const char* type, double eps,
   const Inputs in = make_inputs(o, cols);
   const Outputs truth = truth_of(in, o, cols), out = run<T, A>(table, dtype, in, o, cols);
   const double narrow = std::is_same_v<A, double> ? 1e-13 : 3e-7;
-  compare(out.log_probs, truth.log_probs, narrow, narrow, table.name, type, o, cols, "result");
-  compare(out.entropies, truth.entropies, narrow, narrow, table.name, type, o, cols, "entropy");
-  compare(out.dlogits, truth.dlogits, eps, narrow * static_cast<double>(2 * o.ids), table.name,
-          type, o, cols, "gradient");
+  const std::string of = std::string(table.name) + ' ' + type + ' ' + o.name + ", " +
+                         std::to_string(cols) + " columns: ";
+  compare(out.log_probs, truth.log_probs, narrow, narrow, of + "result");
+  compare(out.entropies, truth.entropies, narrow, narrow, of + "entropy");
+  compare(out.dlogits, truth.dlogits, eps, narrow * static_cast<double>(2 * o.ids),
+          of + "gradient");
 }
 
 }  // namespace
