@@ -40,6 +40,7 @@ ROWS = ["tests/losses/test_semantics.py", "tests/kernels/test_rounding.py",
         "tests/losses/test_sharded.py", "tests/losses/test_masked_reduce.py"]  # fmt: skip
 OPERATOR = [*ROWS, "tests/autograd/test_gradients.py", "tests/autograd/test_differences.py"]
 DIVERGENCE = ["tests/losses/test_divergence.py"]
+SHARDS = ["tests/losses/test_sharded.py"]
 LINEAR = ["tests/losses/test_semantics.py", "tests/losses/test_linear.py"]
 LINEAR += [f"tests/losses/test_linear_{story}.py" for story in ("autograd", "chunks")]
 # What is changed, and the tests that must notice it.
@@ -52,7 +53,8 @@ TARGETS = {
     "csrc/kernels/divergence.inl.h": DIVERGENCE,
     "csrc/kernels/cpu/divergence.inl.h": DIVERGENCE,
     "csrc/kernels/cpu/pair_side.inl.h": DIVERGENCE,
-    "csrc/kernels/cpu/rows.inl.h": ROWS,
+    "csrc/kernels/shards.inl.h": SHARDS,
+    "csrc/kernels/cpu/rows.inl.h": [*ROWS, *SHARDS],
     "csrc/kernels/cpu/fetch.inl.h": ROWS,
     "csrc/kernels/cpu/scalar.inl.h": ROWS,
     "csrc/kernels/cpu/vec_math.inl.h": ROWS,

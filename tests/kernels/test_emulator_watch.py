@@ -50,6 +50,11 @@ def calls():
     student, teacher = torch.randn(9, 700, requires_grad=True), torch.randn(9, 700)
     masked_divergence(student, teacher, kind="jsd", return_stats=True)[0].backward()
     token_log_probs(student, torch.arange(27).view(9, 3)).sum().backward()
+    shard = {"vocab_group": "", "bounds": [0, 3001]}
+    for name in ("sharded_cross_entropy_stats", "sharded_token_log_probs_entropy"):
+        logits = torch.randn(9, 3001, requires_grad=True)
+        call = getattr(torch.ops.masked_loss, name)
+        call(logits, torch.arange(9), **shard)[0].sum().backward()
     for tokens, classes in ((9, 37), (9, 3001), (2, 40_001)):
         for dtype in (torch.float32, torch.bfloat16):
             for first in (0, 1):
