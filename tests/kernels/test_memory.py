@@ -21,10 +21,10 @@ from masked_loss._op import memory
 ROWS, COLS = 1024, memory.logits_pool._at_least // 4096  # float32: exactly large enough to be kept
 
 
-def gradient(seed: int) -> torch.Tensor:
+def gradient(seed: int, cols: int = COLS) -> torch.Tensor:
     torch.manual_seed(seed)
-    logits = torch.randn(ROWS, COLS, requires_grad=True)
-    masked_cross_entropy(logits, torch.arange(ROWS) % COLS).backward()
+    logits = torch.randn(ROWS, cols, requires_grad=True)
+    masked_cross_entropy(logits, torch.arange(ROWS) % cols).backward()
     assert logits.grad is not None
     return logits.grad
 
@@ -85,9 +85,13 @@ def test_a_weights_gradient_has_memory_of_its_own():
 
 
 def test_masked_rows_of_used_memory_are_zeros():
-    """The block still holds the last gradient: what of it is not written would show."""
-    address = gradient(0).data_ptr()
-    logits = torch.randn(ROWS, COLS, requires_grad=True)
+    """The block still holds the last gradient: what of it is not written would show.
+
+    Rows neither begin nor end where cache lines do.
+    """
+    cols = COLS + 3
+    address = gradient(0, cols).data_ptr()
+    logits = torch.randn(ROWS, cols, requires_grad=True)
     mask = torch.arange(ROWS) % 3 == 0
     masked_cross_entropy(logits, torch.zeros(ROWS, dtype=torch.int64), mask).backward()
     assert logits.grad.data_ptr() == address

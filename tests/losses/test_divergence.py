@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -135,6 +136,22 @@ def test_every_length(kind: str, cols: int, device: str) -> None:
     truth = torch.autograd.grad(truth, wide, upstream.double())[0]
     slack = gradient_roundings(kind) * eps
     torch.testing.assert_close(ours.double(), truth, rtol=16 * eps, atol=slack)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_softcap_of_several_blocks(kind: str, device: str) -> None:
+    """The slope of a softcap is that of the logit itself, wherever in its row that is."""
+    student, teacher, _, _ = problem(torch.float32, 2501)
+    loss = partial(masked_divergence, kind=kind, softcap=2.0, teacher_softcap=3.0)
+    (ours,) = torch.autograd.grad(loss(student.to(device), teacher.to(device)), student)
+    wide = student.detach().double().requires_grad_()
+    truth = reference.masked_divergence(
+        wide, teacher.double(), kind=kind, softcap=2.0, teacher_softcap=3.0
+    )
+    (expected,) = torch.autograd.grad(truth, wide)
+    eps = torch.finfo(torch.float32).eps
+    slack = gradient_roundings(kind) * eps * expected.abs().max().item()
+    torch.testing.assert_close(ours.double(), expected, rtol=16 * eps, atol=slack)
 
 
 @pytest.mark.parametrize("below", [20.0, 60.0, 1000.0, INF])

@@ -60,10 +60,10 @@ def test_gradients_of_the_head(
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(0,), (2, 0)])
-def test_empty_batches(shape: tuple[int, ...], reduction: str) -> None:
-    make = partial(problem, *shape, dtype=torch.float64)
+def test_empty_batches(shape: tuple[int, ...], reduction: str, dtype: torch.dtype) -> None:
+    make = partial(problem, *shape, dtype=dtype)
     for name in ("plain", "everything"):
-        assert_accurate(make, **concrete(name, reduction, torch.float64, shape=shape))
+        assert_accurate(make, **concrete(name, reduction, dtype, shape=shape))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
