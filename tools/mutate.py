@@ -55,7 +55,7 @@ TARGETS = {
     "csrc/kernels/cpu/divergence.inl.h": DIVERGENCE,
     "csrc/kernels/cpu/pair_side.inl.h": DIVERGENCE,
     "csrc/kernels/shards.inl.h": SHARDS,
-    "csrc/kernels/cpu/rows.inl.h": [*ROWS, *SHARDS],
+    "csrc/kernels/cpu/rows.inl.h": ROWS,
     "csrc/kernels/cpu/fetch.inl.h": ROWS,
     "csrc/kernels/cpu/scalar.inl.h": ROWS,
     "csrc/kernels/cpu/vec_math.inl.h": ROWS,
