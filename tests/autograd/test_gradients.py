@@ -425,8 +425,9 @@ def test_checkpointing() -> None:
         torch.zeros(1, 4, 5).expand(3, 4, 5),
         torch.zeros(5, 7).t(),
         torch.zeros(3, 2, 4, 5).transpose(0, 1),
+        torch.randn(3, 4)[:, ::2],
     ],
-    ids=["overlapping", "expanded", "classes apart", "irregular rows"],
+    ids=["overlapping", "expanded", "classes apart", "irregular rows", "two classes apart"],
 )
 def test_gradient_in_place_needs_a_place(logits: Tensor) -> None:
     """Said in forward: in backward nobody knows any more who asked for it."""
