@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from masked_loss import linear_cross_entropy, masked_cross_entropy, masked_reduce
+from masked_loss import (
+    linear_cross_entropy,
+    masked_cross_entropy,
+    masked_divergence,
+    masked_reduce,
+    token_log_probs,
+)
+from masked_loss.options import Shards
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Every team of warps; rows in parts; rows that begin anywhere.
@@ -38,6 +45,22 @@ def rows(device: str, dtype: torch.dtype, classes: int, options: dict[str, Any])
     masked_cross_entropy(logits * 1, target, inplace_backward=True, **options).backward()
 
 
+def other_losses(device: str, dtype: torch.dtype, classes: int) -> None:
+    tokens = len(MASK)
+    logits = torch.randn(tokens, classes, device=device, dtype=dtype, requires_grad=True)
+    teacher = torch.randn(tokens, classes, device=device, dtype=dtype)
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
+        masked_divergence(logits, teacher, kind=kind).backward()
+    target = torch.randint(classes, (tokens,), device=device)
+    ids = torch.randint(classes, (tokens, 3), device=device)
+    log_probs, entropy = token_log_probs(logits, ids, return_entropy=True, temperature=0.7)
+    (log_probs.sum() + entropy.sum()).backward()
+    token_log_probs(logits, target).sum().backward()
+    one_shard = Shards("", [0, classes])
+    masked_cross_entropy(logits, target, vocab=one_shard).backward()
+    token_log_probs(logits, ids, vocab=one_shard).sum().backward()
+
+
 def tokens_alone(device: str) -> None:
     for shape in ((5000,), (3, 2049), (300, 2)):  # in pieces, in groups of pieces, many groups
         values = torch.randn(shape, device=device, requires_grad=True)
@@ -55,6 +78,8 @@ def main(device: str = "cuda") -> None:
     torch.manual_seed(0)
     for case in itertools.product(DTYPES, CLASSES, OPTIONS):
         rows(device, *case)
+    for dtype, classes in itertools.product(DTYPES, CLASSES):
+        other_losses(device, dtype, classes)
     tokens_alone(device)
     linear(device)
     if device == "cuda":

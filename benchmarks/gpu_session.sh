@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # A first look at a GPU, in two calls of less than ten minutes, on a machine without a network:
 #
-#   bash benchmarks/gpu_session.sh correct     # checks, tests, operator table, compute-sanitizer
+#   bash benchmarks/gpu_session.sh correct     # checks, every test of a device, compute-sanitizer
 #   bash benchmarks/gpu_session.sh fast        # times beside the peers', hardware counters
 #
 # In the root of a checkout. Needs python3 with torch (2.10 or newer, with CUDA), triton and pytest,
 # and brings along what is not there: masked_loss/_C.so (else it is built, which needs nvcc), and
-# the peers' wheels in .whl/ (liger_kernel, cut_cross_entropy). docs/cuda.md says how to get them.
+# wheels in .whl/: of the peers (liger_kernel, cut_cross_entropy) and of expecttest, which PyTorch's
+# own test samples need. docs/cuda.md says how to get them.
 # Logs and results go to $OUT, or benchmarks/results. A step that fails ends nothing but itself.
 # With MASKED_LOSS_SESSION_DEVICE=cpu it walks through everything that needs no GPU.
 set -uo pipefail
@@ -18,7 +19,7 @@ device=${MASKED_LOSS_SESSION_DEVICE:-cuda}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 export PYTHONPATH=$PWD:$PWD/lint:$site PYTHONUNBUFFERED=1
-failed=()
+for tools in /usr/local/cuda/bin /opt/nvidia/nsight-compute/*; do PATH=$PATH:$tools; done
 
 step() {  # step NAME SECONDS COMMAND...
   local name=$1 seconds=$2 status
@@ -27,17 +28,17 @@ step() {  # step NAME SECONDS COMMAND...
   timeout "$seconds" "$@"
   status=$?
   [ "$status" = 124 ] && echo "== $name: not done after $seconds s"
-  [ "$status" = 0 ] || failed+=("$name ($status)")
+  [ "$status" = 0 ] || echo "FAILED: $name ($status)" >>"$site/failed"
 }
 
 with_gpu() { [ "$device" = cuda ]; }
 
-tests() {  # tests SECONDS ARGUMENTS...: an older pytest will do, and fewer plugins
+tests() {  # tests NAME SECONDS ARGUMENTS...: an older pytest will do, and fewer or other plugins
   local name=$1 seconds=$2
   shift 2
   local workers=()
-  python3 -c 'import xdist' 2>/dev/null && workers=(-n 8)
-  step "$name" "$seconds" python3 -m pytest -q -p no:cacheprovider -o minversion=1 \
+  python3 -c 'import xdist' 2>/dev/null && workers=(-n "$(nproc)")
+  step "$name" "$seconds" python3 -m pytest -q -p no:cacheprovider -p no:benchmark -o minversion=1 \
     "${workers[@]}" "$@"
 }
 
@@ -50,7 +51,7 @@ machine() {
 library() {
   if ls .whl/*.whl >/dev/null 2>&1; then
     python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" .whl/*.whl ||
-      echo "the wheels in .whl do not install here; without those peers"
+      echo "the wheels in .whl do not install here; without what they bring"
   fi
   python3 -c 'import masked_loss' && return
   local cuda=1
@@ -66,20 +67,29 @@ correct() {
     step checks 60 python3 -c 'import sys; sys.path.append("benchmarks"); import gpu_check
 found = gpu_check.check("cpu", tokens=16); print(*found, sep="\n"); sys.exit(bool(found))'
   fi
-  tests "streams, graphs, waits, asserts" 100 -m cuda tests/kernels/test_cuda.py \
-    tests/losses/test_linear_chunks.py
-  tests "operator table" 150 --maxfail=60 -k "$device" tests/losses/test_cross_entropy.py \
-    tests/losses/test_masked_reduce.py tests/losses/test_semantics.py
+  local files=(tests/losses tests/autograd/test_gradients.py
+    tests/kernels/test_{cuda,determinism,large,rounding}.py)
+  with_gpu || files=(tests/losses/test_semantics.py)
+  sanitize &
+  tests "every test of a device" 330 --maxfail=100 -k "$device and not emulator" "${files[@]}"
+  wait
+  cat "$site"/*.sanitizer 2>/dev/null
+}
+
+# All of its tools at a time, beside the tests.
+sanitize() {
+  if ! with_gpu || ! command -v compute-sanitizer >/dev/null; then
+    step "every kernel; there is no compute-sanitizer" 60 python3 benchmarks/gpu_sanitize.py "$device"
+    return
+  fi
+  # Freed memory goes back to the device: what a cache hands out again would look initialized.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  local tool
   for tool in memcheck racecheck synccheck initcheck; do
-    # Freed memory goes back to the device: what a cache hands out again would look initialized.
-    if with_gpu && command -v compute-sanitizer >/dev/null; then
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 compute-sanitizer --tool "$tool" \
-        --error-exitcode 9 python3 benchmarks/gpu_sanitize.py
-    elif [ "$tool" = memcheck ]; then
-      echo "== no compute-sanitizer here; the kernels run without it"
-      step "every kernel" 60 python3 benchmarks/gpu_sanitize.py "$device"
-    fi
+    step "$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+      python3 benchmarks/gpu_sanitize.py >"$site/$tool.sanitizer" 2>&1 &
   done
+  wait
 }
 
 fast() {
@@ -103,9 +113,8 @@ fast() {
   if library; then
     "$1"
   else
-    failed+=(library)
+    echo "FAILED: library" >>"$site/failed"
   fi
   echo "== $(date +%T) done"
-  [ ${#failed[@]} = 0 ] || printf 'FAILED: %s\n' "${failed[@]}"
-  exit ${#failed[@]}
+  ! cat "$site/failed" 2>/dev/null
 } 2>&1 | tee "$out/$1.log"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What only a GPU can show: streams, captured graphs, the host that does not wait, asserts.
 
-The values are the other tests' business: they run on the GPU, too, where there is one.
+The values are the other tests' business: those with a `device` run on the GPU too, where there is
+one. Of those without, the ones of kernels that nothing else calls are repeated at the end.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import log_prob_samples
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import assert_as_accurate_as_eager
+from samples import CASES, FEW_CASES, Case
+from shards import sharded, splits
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from masked_loss import linear_cross_entropy, masked_cross_entropy
+from masked_loss import linear_cross_entropy, masked_cross_entropy, reference, token_log_probs
 
 pytestmark = pytest.mark.cuda
 
@@ -149,3 +156,49 @@ def test_a_target_out_of_range_stops_the_kernel():
     assert result.returncode == 3, result.stderr
     said = result.stdout + result.stderr
     assert "target of token 3 is 12, expected 0 <= target < 10" in said or "Assertion" in said
+
+
+def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of the same tensors, there, and its results brought back."""
+
+    def moved(device: str) -> Callable[[Any], Any]:
+        return lambda x: x.to(device) if isinstance(x, Tensor) else x
+
+    def call(*args: Any, **options: Any) -> Any:
+        results = function(*tree_map(moved("cuda"), args), **tree_map(moved("cuda"), options))
+        return tree_map(moved("cpu"), results)
+
+    return call
+
+
+@pytest.mark.parametrize("options", log_prob_samples.OPTIONS)
+@pytest.mark.parametrize("ids", [None, 1, 5, 300], ids=lambda k: f"{k}_ids")
+@pytest.mark.parametrize("classes", [1, 33, 1025, 40_000])
+def test_log_probs(classes: int, ids: int | None, options: str, dtype: torch.dtype):
+    log_prob_samples.check(classes, ids, options, dtype, on_gpu(token_log_probs))
+
+
+@pytest.mark.parametrize("case", CASES[::6], ids=str)
+def test_every_option_of_shards(case: Case):
+    check_shards(case, torch.float32)
+
+
+@pytest.mark.parametrize("case", FEW_CASES[::3], ids=str)
+def test_every_dtype_of_shards(case: Case, dtype: torch.dtype):
+    check_shards(case, dtype)
+
+
+def check_shards(case: Case, dtype: torch.dtype) -> None:
+    """By ranks that are threads, on one GPU."""
+    ours = sharded(on_gpu(masked_cross_entropy), splits(case.classes or 0, f"{case}-{dtype}"))
+    assert_as_accurate_as_eager(
+        ours, reference.masked_cross_entropy, case, dtype, return_stats=True
+    )
+
+
+@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("ids", [None, 5], ids=lambda k: f"{k}_ids")
+def test_log_probs_of_shards(ids: int | None, options: str, dtype: torch.dtype):
+    results = 2 if options == "everything" else 1
+    function = sharded(on_gpu(token_log_probs), splits(1025, f"{ids}{dtype}"), results)
+    log_prob_samples.check(1025, ids, options, dtype, function)
