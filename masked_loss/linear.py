@@ -116,7 +116,8 @@ def linear_cross_entropy(
             (``layout=torch.jagged``) have their own.
         return_stats: returns ``(loss, LossStats)``.
         chunk_tokens: how many tokens' logits exist at a time. None: as many as 64 MiB hold (512
-            on CUDA; on the CPU half of it for float32 and float64, if that is 128 tokens).
+            on CUDA, or all if the sums that accumulation_dtype speaks of would be as large; on the
+            CPU half of it for float32 and float64, if that is 128 tokens).
         accumulation_dtype: what the gradient of a half-precision weight is summed in over several
             chunks. None: float32, a tensor of 4 V D bytes; ``weight.dtype`` saves it, and rounds
             at each chunk.

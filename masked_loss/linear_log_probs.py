@@ -94,7 +94,7 @@ def linear_token_log_probs(
             jagged nested tensors have their own.
         return_entropy: returns ``(log_probs, entropy)``.
         chunk_tokens: how many tokens' logits exist at a time. None: as many as 64 MiB hold (512
-            on CUDA).
+            on CUDA, or more, as in :func:`masked_loss.linear_cross_entropy`).
         accumulation_dtype: what the gradient of a half-precision weight is summed in over several
             chunks, as in :func:`masked_loss.linear_cross_entropy`.
         vocab: weight and bias are this rank's rows of [V, D] and [V], as in

@@ -302,7 +302,7 @@ def _backward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
         shards=record(Shards, a),
     )  # fmt: skip
     gradients = _run(head, rows, how, forward=False)
-    factor = a.tokens.new_ones(()) if unit is None else 1 / unit
+    factor = None if unit is None else 1 / unit
     return tuple(scaled_by(g, factor, a.hidden.dtype, True) for g in gradients)
 
 
@@ -338,7 +338,8 @@ def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, .
     chunking, shards = record(Chunking, a), record(Shards, a)
     wide = a.hidden.dtype == torch.float64
     tokens, groups = _fake_tables(a, _classes(a.weight, shards), wide, stats)
-    dtype = dweight_dtype(a.weight, a.target.numel(), chunking, shards)
+    of_logits = a.weight.dtype
+    dtype = dweight_dtype(of_logits, a.weight, a.target.numel(), chunking, shards)
     return (
         tables.fake_loss(tokens, a.reduction, a.target.shape),
         tables.fake_stats(tokens, stats),

@@ -43,11 +43,10 @@ Places = Any
 """Which tokens a chunk has: a slice where they follow one another, else their numbers."""
 
 
-def _largest_chunk(columns: int, weight: Tensor, chunk_tokens: int | None) -> int:
-    """columns: of a token's logits."""
+def _largest_chunk(token: int, weight: Tensor, chunk_tokens: int | None) -> int:
+    """token: the bytes that one takes."""
     if chunk_tokens is not None:
         return chunk_tokens
-    token = columns * weight.element_size()
     limit = _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cuda"])
     if weight.is_cpu and weight.element_size() >= 4:
         # MKL packs these types, into 5 to 12 MiB for each thread: the other half is for that, as
@@ -62,7 +61,33 @@ def columns_of(weight: Tensor, shards: Shards) -> int:
     return -(-bounds[-1] // (len(bounds) - 1)) if bounds else weight.shape[0]
 
 
+def _sums_dtype(weight: Tensor, chunking: Chunking) -> torch.dtype:
+    """What the gradient of weight is summed in over several chunks."""
+    return chunking.accumulation_dtype or tables.loss_dtype(weight)
+
+
+def _most_at_once(
+    logits: torch.dtype, weight: Tensor, needs_weight: bool, chunking: Chunking, shards: Shards
+) -> int:
+    """How many tokens are one chunk: more than a chunk of several may have, where the sums of
+    several would take the memory that the further logits do. Sums are written, read and written
+    again, and cast in the end; one product writes its result.
+
+    On the CPU small chunks are for its caches. A sum of float16 may exceed the largest one, so
+    there are sums of one chunk, too. Logits wider than the weight are not the only ones.
+    """
+    columns = columns_of(weight, shards)
+    token = columns * logits.itemsize
+    most = _largest_chunk(token, weight, chunking.chunk_tokens)
+    sums = _sums_dtype(weight, chunking)
+    replaced = needs_weight and logits == weight.dtype == torch.bfloat16 != sums
+    if replaced and chunking.chunk_tokens is None and not weight.is_cpu:
+        most = max(most, columns * weight.shape[1] * sums.itemsize // token)
+    return most
+
+
 def dweight_dtype(
+    logits: torch.dtype,
     weight: Tensor,
     tokens: int | torch.SymInt,
     chunking: Chunking,
@@ -73,13 +98,10 @@ def dweight_dtype(
     One float16 product does too, but its sum over many tokens may exceed the largest float16.
     Depends on shapes alone: a compiled graph has to know.
     """
-    if chunking.accumulation_dtype is not None:
-        return chunking.accumulation_dtype
-    if weight.dtype == torch.bfloat16:
-        largest = _largest_chunk(columns_of(weight, shards), weight, chunking.chunk_tokens)
-        if tokens <= largest:
-            return weight.dtype
-    return tables.loss_dtype(weight)
+    at_once = weight.dtype == torch.bfloat16 and tokens <= _most_at_once(
+        logits, weight, True, chunking, shards
+    )
+    return weight.dtype if at_once else _sums_dtype(weight, chunking)
 
 
 def _is_large(x: Tensor, dtype: torch.dtype) -> bool:
@@ -366,15 +388,16 @@ def run_chunks(
     ``shards.reduce_hidden`` the sum of all ranks'.
     """
     hidden, weight, _ = source.head
-    columns, width = columns_of(weight, shards), weight.shape[1]
+    width = weight.shape[1]
     needs_hidden, needs_weight, needs_bias = needs
     active = source.tokens
 
-    # Logits of a type wider than the weight's count as so many more of these.
-    wider = columns * (dtype.itemsize - weight.element_size()) // weight.element_size()
-    size = _largest_chunk(columns + wider, weight, chunking.chunk_tokens)
-    if active.gathers and tokens > size:
-        size = _largest_chunk(columns + wider + width, weight, chunking.chunk_tokens)
+    size = _most_at_once(dtype, weight, needs_weight, chunking, shards)
+    if tokens > size:
+        token = columns_of(weight, shards) * dtype.itemsize
+        if active.gathers:
+            token += width * weight.element_size()
+        size = _largest_chunk(token, weight, chunking.chunk_tokens)
     if active.count > size and chunking.chunk_tokens is None:  # chunks of one size
         even = -(-active.count // -(-active.count // size))
         size = min(size, -(-even // 16) * 16)
@@ -382,7 +405,7 @@ def run_chunks(
     source.allocate(size, dtype)
     prepare(size)
 
-    of_weight = dweight_dtype(weight, tokens, chunking, shards)
+    of_weight = dweight_dtype(dtype, weight, tokens, chunking, shards)
     weight_grad = _WeightGrad(weight, of_weight, needs_weight, needs_bias)
     dhidden = hidden.new_empty(0)
     if needs_hidden:
@@ -410,19 +433,27 @@ def run_chunks(
     return dhidden, *weight_grad.results()
 
 
-def scaled_by(gradient: Tensor, factor: Tensor, dtype: torch.dtype, reuse: bool) -> Tensor:
-    """``gradient * factor``, rounded once to ``dtype``; ``reuse``: nobody else needs gradient."""
+def scaled_by(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype, reuse: bool) -> Tensor:
+    """``gradient * factor``, rounded once to ``dtype``; ``reuse``: nobody else needs gradient.
+
+    None stands for 1, of which a device does not know before it has read it.
+    """
     if gradient.dtype == dtype:
+        if factor is None:
+            return gradient
         if not reuse:
             return gradient * factor
         return gradient if factor.is_cpu and factor.item() == 1 else gradient.mul_(factor)
     if not reuse or gradient.dim() != 2:
-        return (gradient * factor).to(dtype)
+        return (gradient if factor is None else gradient * factor).to(dtype)
     if _is_large(gradient, dtype):
         result = fresh.empty(gradient.shape, gradient, dtype)
     else:
         result = torch.empty_like(gradient, dtype=dtype)
     row_bytes = gradient.element_size() * gradient.shape[1]
     for piece in _pieces(gradient.shape[0], row_bytes, gradient):
-        torch.mul(gradient[piece], factor, out=result[piece])  # no product in gradient.dtype
+        if factor is None:
+            result[piece].copy_(gradient[piece])
+        else:  # no product in gradient.dtype
+            torch.mul(gradient[piece], factor, out=result[piece])
     return result

@@ -227,7 +227,7 @@ def _backward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
     scaled = dloss if unit is None else dloss * unit
     how = How(record(Divergence, a), "none", False, record(Chunking, a), a.needs)
     gradients = _run(pair, a.tokens, a.groups, scaled, how, forward=False)
-    factor = a.tokens.new_ones(()) if unit is None else 1 / unit
+    factor = None if unit is None else 1 / unit
     return tuple(scaled_by(g, factor, a.hidden.dtype, True) for g in gradients)
 
 
@@ -250,13 +250,14 @@ def _fake(a: SimpleNamespace, stats: bool, needs: list[bool]) -> tuple[Tensor, .
     chunking = record(Chunking, a)
     shape, wide = a.hidden.shape[:-1], tables.loss_dtype(a.hidden)
     tokens = tables.fake_tokens(a.hidden, tables.divergence_fields(stats), shape)
+    of_weight = dweight_dtype(wide, a.weight, tokens.shape[1], chunking)
     return (
         tables.fake_loss(a.hidden, a.reduction, shape),
         fake_statistics(a.hidden, stats),
         tokens,
         tables.fake_groups(a.hidden, a.reduction, shape, a.cu_seqlens),
         tokens.new_empty(()),
-        *fake_gradients(a, needs, dweight_dtype(a.weight, tokens.shape[1], chunking), wide),
+        *fake_gradients(a, needs, of_weight, wide),
     )
 
 

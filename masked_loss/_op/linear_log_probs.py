@@ -209,7 +209,7 @@ def _backward_kernel(a: SimpleNamespace) -> tuple[Tensor, ...]:
     gradients = run_chunks(
         source, count, how.chunking, a.needs, rows, a.weight.dtype, shards=shards
     )
-    factor = a.weights.new_ones(()) if unit is None else 1 / unit
+    factor = None if unit is None else 1 / unit
     return tuple(scaled_by(g, factor, a.hidden.dtype, True) for g in gradients)
 
 

@@ -31,6 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import masked_loss
 from masked_loss import linear_cross_entropy
 from masked_loss._op import linear_chunks
+from masked_loss._op.linear_chunks import Head, Source, run_chunks
+from masked_loss.options import Chunking
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -317,20 +319,82 @@ def test_peak_memory(case: str) -> None:
     assert max(least) <= most, least
 
 
+class Device(TorchDispatchMode):
+    """Counts what is launched for tensors on meta, and the bytes that are allocated for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[str] = []
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.name().removeprefix("aten::")
+        if "empty" in name or name == "new_zeros":
+            self.bytes += result.numel() * result.element_size()
+        elif not func.is_view:
+            self.launches.append(name)
+        return result
+
+
+def step_on_device(
+    tokens: int, chunking: Chunking, dtype: torch.dtype = torch.bfloat16, frozen: bool = False
+) -> Device:
+    """Gradients from a head of 128256 classes and width 4096, scaled and in their final type."""
+    with Device() as device:
+        hidden, weight = (
+            torch.empty(n, 4096, dtype=dtype, device="meta") for n in (tokens, 128_256)
+        )
+        weights, factor = torch.empty(tokens, device="meta"), torch.empty((), device="meta")
+        device.bytes = 0
+        source = Source(Head(hidden, weight, None), weights, False, chunking)
+        needs = [True, not frozen, False]
+        gradients = run_chunks(source, tokens, chunking, needs, lambda y, *_: y, dtype)
+        for gradient in gradients[: 1 if frozen else 2]:
+            linear_chunks.scaled_by(gradient, factor, dtype, reuse=True)
+    return device
+
+
+CHUNKS_ON_A_DEVICE: dict[str, tuple[int, int, Chunking, dict[str, Any]]] = {
+    # tokens, chunks
+    "as many bytes as sums": (8192, 1, Chunking(pack=False), {}),
+    "asked for sums": (8192, 1, Chunking(None, torch.float32, pack=False), {}),
+    "more bytes than sums": (8193, 5, Chunking(pack=False), {}),
+    "asked for chunks": (8192, 2, Chunking(4096, pack=False), {}),
+    "asked for no sums": (8192, 5, Chunking(None, torch.bfloat16, pack=False), {}),
+    "frozen weight": (8192, 5, Chunking(pack=False), {"frozen": True}),
+    "float16": (8192, 5, Chunking(pack=False), {"dtype": torch.float16}),
+}
+
+
+@pytest.mark.parametrize("case", CHUNKS_ON_A_DEVICE)
+def test_one_chunk_where_the_sums_of_several_would_take_its_memory(case: str) -> None:
+    """Elsewhere than on a CPU: 8192 tokens' bfloat16 logits take what V * 4096 float32 sums do."""
+    tokens, chunks, chunking, of_step = CHUNKS_ON_A_DEVICE[case]
+    device = step_on_device(tokens, chunking, **of_step)
+    products = [name for name in device.launches if "mm" in name]
+    assert len(products) == chunks * (2 if "frozen" in of_step else 3)
+    if chunks == 1:
+        assert products == ["mm.out"] * 3
+        results, sums = 2 * (128_256 + tokens) * 4096, 4 * 128_256 * 4096
+        gathered = 2 * tokens * 4096  # nobody knows here which tokens count
+        assert device.bytes <= results + sums + gathered
+
+
+def test_sums_of_several_chunks_are_float32() -> None:
+    """Logits wider than their weight, as those of divergences, fill chunks sooner."""
+    weight = torch.empty(1 << 16, 2, dtype=torch.bfloat16)
+    for logits, most in ((torch.bfloat16, 512), (torch.float32, 256)):
+        for tokens, dtype in ((most, torch.bfloat16), (most + 1, torch.float32)):
+            assert linear_chunks.dweight_dtype(logits, weight, tokens, Chunking()) == dtype
+
+
 def test_a_gradient_is_scaled_by_one_launch() -> None:
     """Elsewhere than on a CPU, whose caches want it in pieces: here 500 of them."""
-    calls: list[str] = []
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            calls.append(func.name())
-            return func(*args, **(kwargs or {}))
-
-    with Count():
+    with Device() as device:
         gradient = torch.empty(128256, 4096, device="meta")
         factor = torch.empty((), device="meta")
         linear_chunks.scaled_by(gradient, factor, torch.bfloat16, reuse=True)
-    launches = [name for name in calls if "empty" not in name and "slice" not in name]
-    assert launches == ["aten::mul.out"]
+    assert device.launches == ["mul.out"]

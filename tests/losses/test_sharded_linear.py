@@ -139,5 +139,5 @@ def test_all_ranks_take_equally_many_chunks() -> None:
     for rows in (0, 1, 100_000):
         weight = torch.empty(rows, 2, dtype=torch.bfloat16)
         assert columns_of(weight, shards) == 33_334
-        assert dweight_dtype(weight, 1000, Chunking(), shards) == torch.bfloat16
-        assert dweight_dtype(weight, 1007, Chunking(), shards) == torch.float32
+        for tokens, dtype in ((1000, torch.bfloat16), (1007, torch.float32)):
+            assert dweight_dtype(weight.dtype, weight, tokens, Chunking(), shards) == dtype
