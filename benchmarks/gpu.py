@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA kernels on one GPU: checks, times, a table, JSON and a plot, in less than 8 minutes.
+"""The CUDA kernels on one GPU: checks, times, tables, JSON and a plot, in a few minutes.
 
-    python benchmarks/gpu.py [--quick] [--check-only] [--case REGEX] [--seed 0] [--minutes 8]
+    python benchmarks/gpu.py [--quick] [--check-only] [--case REGEX] [--seed 0] [--minutes 5]
 
 First every check runs (gpu_check.py): what fails is printed, makes the exit code 1, and stops
 nothing. Times are device times between two CUDA events, medians of many; the device sleeps until
@@ -10,38 +10,48 @@ size of the L2 at least. Beside each time stand what this GPU takes to read the 
 (forward's limit) or to copy them (a step's: it reads them and writes the gradient), both measured
 in the same run; the time of each kernel, by the profiler; and what the call costs the host.
 linear_cross_entropy stands beside the three bare products that it cannot do without. Masked tokens
-have the target -100, for the peers too. A peer whose loss is wrong is reported, and not timed.
-Results go to results/gpu.json, after every case, and to results/gpu.png. Two builds are compared by
-gpu_ab.py.
+have the target -100, for the peers too.
+
+Ours is measured in every case, then the peers, as far as --minutes go. A peer whose loss is wrong,
+or that takes more than PATIENCE seconds, is reported, and not timed. A whole run is written to
+results/gpu.json, after every case, and drawn by gpu_report.py. gpu_ab.py compares two builds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import gpu_check
 import gpu_peers
+import gpu_report
 import timing
 import torch
-import torch.nn.functional as F
-from gpu_peers import OURS, Loss
+from gpu_peers import Loss
+from gpu_report import OURS, PRODUCTS
+from gpu_times import host_seconds, kernel_seconds, l2_bytes, median, patience, peak_bytes
 from torch import Tensor
+
+from masked_loss import reference
+from masked_loss.info import info
 
 STATISTICS = {"return_stats": True}
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 30.0}
 LINEAR = (8192, 4096, 128256)  # tokens, hidden size, classes
-ROW_KERNELS = "(rows|forward|divergence)_kernel"
+DEVICE = "cuda"
+COMPILED_TOKENS = 8192  # only these cases are compiled, which takes some seconds each
+PATIENCE = 45.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class Case:
         return f"{self.tokens} x {self.classes} {self.dtype} {self.loss}{masked}"
 
     def candidates(self, compile_too: bool) -> dict[str, Loss]:
+        compile_too &= self.tokens == COMPILED_TOKENS
         if self.loss == "log-probs":
             return gpu_peers.log_probabilities(compile_too)
         if self.loss == "divergence":
@@ -67,105 +78,91 @@ class Case:
         peers = gpu_peers.cross_entropies(self.loss, compile_too)
         return {OURS: gpu_peers.ours(reduction=self.loss), **peers}
 
-
-CASES = [
-    Case(tokens, classes, dtype, masked)
-    for tokens, classes in [
-        *((8192, v) for v in (6400, 32000, 50257, 128256, 151936)),
-        *((32768, 256), (32768, 4096), (16384, 131072), (16, 151936)),
-    ]
-    for dtype, masked in (("bfloat16", 0.0), ("bfloat16", 0.5), ("float32", 0.0))
-    if not (masked or dtype == "float32") or tokens == 8192
-]
-CASES += [
-    Case(tokens, classes, loss=loss)
-    for loss in ("none", "statistics", "everything", "log-probs", "divergence")
-    for tokens, classes in ((8192, 32000), (32768, 4096), (8192, 128256))
-]
+    def reference(self, x: Tensor, t: Tensor) -> Tensor:
+        """Of each token."""
+        if self.loss == "log-probs":
+            return reference.token_log_probs(x, t)  # type: ignore[return-value]
+        if self.loss == "divergence":
+            return reference.masked_divergence(x, t, reduction="none")  # type: ignore[return-value]
+        options: dict[str, Any] = EVERYTHING if self.loss == "everything" else {}
+        return reference.masked_cross_entropy(x, t, reduction="none", **options)  # type: ignore[return-value]
 
 
-# Times
+def all_cases() -> Iterator[Case]:
+    for classes in (32000, 128256, 50257, 151936, 6400):
+        yield Case(8192, classes)
+        yield Case(8192, classes, masked=0.5)
+        yield Case(8192, classes, "float32")
+    for tokens, classes in ((32768, 256), (32768, 4096), (16384, 131072), (16, 151936)):
+        yield Case(tokens, classes)
+    for loss in ("none", "log-probs", "divergence", "statistics", "everything"):
+        for tokens, classes in ((8192, 32000), (8192, 128256), (32768, 4096)):
+            yield Case(tokens, classes, loss=loss)
 
 
-def median(call: Callable[[], object], seconds: float) -> float:
-    """Device seconds of one call; the first ones, which may compile, do not count."""
-    call()
-    torch.cuda.synchronize()
-    queueing = 2 * host_seconds(call, 1)
-    once = max(timing.cuda(call, queueing), 1e-5)
-    times = [timing.cuda(call, queueing) for _ in range(max(5, min(200, int(seconds / once))))]
-    return statistics.median(times)
+CASES = list(all_cases())
 
 
-def host_seconds(call: Callable[[], object], times: int = 20) -> float:
-    """What a call costs the host, which does not wait for the device."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    taken = (time.perf_counter() - start) / times
-    torch.cuda.synchronize()
-    return taken
-
-
-def kernel_seconds(call: Callable[[], object]) -> dict[str, float]:
-    """Device seconds of each kernel of one call, by the profiler; none where it does not work."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    try:
-        with torch.profiler.profile(activities=activities) as profile:
-            call()
-            torch.cuda.synchronize()
-        events = profile.key_averages()
-        return {e.key: e.self_device_time_total / 1e6 for e in events if e.self_device_time_total}
-    except Exception as error:
-        print(f"no times of single kernels ({type(error).__name__}: {error})")
-        return {}
+# What is measured of it
 
 
 class Problem:
     """Logits, as many of them as it takes to leave nothing in the L2, and one target for all."""
 
     def __init__(self, case: Case) -> None:
+        self.case = case
         dtype = getattr(torch, case.dtype)
-        logits, self.target = gpu_check.problem(case.tokens, case.classes, dtype, case.masked)
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-        copies = -(-4 * cache // logits.nbytes) - 1
-        self.all = [logits, *(logits.detach().clone().requires_grad_() for _ in range(copies))]
+        logits, self.target = gpu_check.problem(
+            case.tokens, case.classes, dtype, case.masked, DEVICE
+        )
+        self.active = int((self.target != -100).sum())
+        if case.loss == "divergence":
+            self.target = torch.empty_like(logits, requires_grad=False).normal_(std=3)  # a teacher
+        copies = -(-4 * l2_bytes() // logits.nbytes)
+        self.all = [torch.empty_like(logits).requires_grad_() for _ in range(copies)]
         self.turns: Iterator[Tensor] = itertools.cycle(self.all)
+        self.renew()
 
     def logits(self) -> Tensor:
         """The next ones."""
         return next(self.turns)
 
     def renew(self) -> None:
-        """Some peers leave their gradient in the logits."""
+        """Fill the logits, always with the same: some peers leave their gradient in them."""
+        generator = torch.Generator(DEVICE).manual_seed(0)
         with torch.no_grad():
-            for logits in self.all:
-                logits.normal_(std=3)
+            self.all[0].normal_(std=3, generator=generator)
+            for logits in self.all[1:]:
+                logits.copy_(self.all[0])
 
+    @cached_property
     def truth(self) -> float:
-        """The mean cross entropy, in float64, some rows at a time."""
-        active = self.target != -100
-        total = 0.0
-        for rows, targets in zip(
-            self.all[0].detach().split(512), self.target.split(512), strict=True
-        ):
-            total += F.cross_entropy(rows.double(), targets, reduction="sum").item()
-        return total / int(active.sum())
+        """The mean over the tokens, in float64, some rows at a time."""
+        with torch.no_grad():
+            pieces = zip(self.all[0].split(512), self.target.split(512), strict=True)
+            wide = ((x.double(), t.double() if t.is_floating_point() else t) for x, t in pieces)
+            return sum(self.case.reference(*pair).sum().item() for pair in wide) / self.active
 
+    @cached_property
+    def limits(self) -> dict[str, float]:
+        """What the device takes to read the logits, and to copy them."""
+        other = torch.empty_like(self.all[0])
 
-def limits(p: Problem, seconds: float) -> dict[str, float]:
-    """What the device takes to read the logits, and to copy them."""
-    other = torch.empty_like(p.all[0])
+        def read() -> Tensor:  # as 4-byte numbers, whatever they are
+            return self.logits().detach().flatten().view(torch.float32).sum()
 
-    def read() -> Tensor:  # as 4-byte numbers, whatever they are
-        return p.logits().detach().flatten().view(torch.float32).sum()
+        with torch.no_grad():
+            return {
+                "read": median(read, 0.1),
+                "copy": median(lambda: other.copy_(self.logits()), 0.1),
+            }
 
-    with torch.no_grad():
-        return {
-            "read": median(read, seconds),
-            "copy": median(lambda: other.copy_(p.logits()), seconds),
-        }
+    def limit(self, what: str) -> float:
+        """Of a forward or a step: masked rows are not read, but zeros are written."""
+        read, copy = self.limits["read"], self.limits["copy"]
+        teacher = read if self.case.loss == "divergence" else 0.0
+        active = 1 - self.case.masked
+        return teacher + (active * read if what == "forward" else (1 + active) / 2 * copy)
 
 
 def passes(loss: Loss, p: Problem) -> dict[str, Callable[[], object]]:
@@ -181,222 +178,170 @@ def passes(loss: Loss, p: Problem) -> dict[str, Callable[[], object]]:
     return {"forward": forward, "step": step}
 
 
-def complaint(case: Case, loss: Loss, p: Problem) -> str | None:
+def complaint(loss: Loss, p: Problem) -> str | None:
     """What is wrong with a candidate's loss; half types may have it rounded to them."""
-    if case.loss not in ("mean", "none", "statistics", "log-probs"):
-        return None
     with torch.no_grad():
         values = loss(p.all[0], p.target).double()
-        value = values.sum().item() / (1 if values.dim() == 0 else int((p.target != -100).sum()))
-    value = -value if case.loss == "log-probs" else value
-    expected, rtol = p.truth(), 1e-5 if case.dtype == "float32" else 1e-2
-    if abs(value - expected) <= rtol * abs(expected):
+    value = values.sum().item() / (1 if values.dim() == 0 else p.active)
+    rtol = 1e-5 if p.case.dtype == "float32" else 1e-2
+    if abs(value - p.truth) <= rtol * abs(p.truth):
         return None
-    return f"its loss is {value:.6g}, expected {expected:.6g}"
+    return f"its loss is {value:.6g}, expected {p.truth:.6g}"
 
 
 Rows = list[dict[str, Any]]
 
 
-def measure(case: Case, candidates: dict[str, Loss], seconds: float, left_out: list[str]) -> Rows:
-    p = Problem(case)
-    limit = limits(p, seconds)
-    rows: Rows = []
+class Benchmark:
+    """What was measured so far."""
 
-    def note(name: str, what: str, call: Callable[[], object]) -> None:
-        taken = median(call, seconds)
-        share = limit["read" if what == "forward" else "copy"] / taken
-        row = {**asdict(case), "candidate": name, "pass": what, "seconds": taken}
-        row |= {"share of limit": share, "host seconds": host_seconds(call)}
-        row |= {"read bytes per second": p.all[0].nbytes / limit["read"]}
-        row |= {"copy bytes per second": 2 * p.all[0].nbytes / limit["copy"]}
-        rows.append(row | ({"kernels": kernel_seconds(call)} if name == OURS else {}))
+    def __init__(self, seconds: float, minutes: float) -> None:
+        self.seconds = seconds
+        self.end = time.monotonic() + 60 * minutes
+        self.rows: Rows = []
+        self.linear: Rows = []
+        self.left_out: list[str] = []
 
-    for name, loss in candidates.items():
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.end
+
+    def leave_out(self, name: str, why: str) -> None:
+        self.left_out.append(f"{name}: {why}")
+        print(self.left_out[-1], flush=True)
+
+    @contextlib.contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """To measure a candidate, which may fail: a peer may not be able to do this shape."""
         try:
-            problem_found = complaint(case, loss, p)
-            if problem_found is None:
-                for what, call in passes(loss, p).items():
-                    note(name, what, call)
-        except Exception as error:  # a peer that cannot do this shape
-            problem_found = f"{type(error).__name__}: {error}"
-        if problem_found is not None:
-            left_out.append(f"{name}, {case}: {problem_found}")
-            print(left_out[-1])
-        if name != OURS:
-            p.renew()
-        torch.cuda.empty_cache()
-    return rows
-
-
-def measure_linear(seconds: float, left_out: list[str]) -> Rows:
-    """From hidden states, bfloat16: against the three products that no way can do without."""
-    tokens, size, classes = LINEAR
-    hidden = torch.randn(tokens, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(classes, size, device="cuda", dtype=torch.bfloat16)
-    weight = weight.mul_(size**-0.5).requires_grad_()
-    target = torch.randint(classes, (tokens,), device="cuda")
-    case = {"tokens": tokens, "classes": classes, "dtype": "bfloat16", "pass": "linear step"}
-    rows: Rows = []
-
-    def products() -> None:
-        with torch.no_grad():
-            logits = hidden @ weight.t()
-            logits @ weight, logits.t() @ hidden
-
-    def note(name: str, call: Callable[[], object]) -> None:
-        try:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            taken = median(call, seconds)
+            with patience(PATIENCE):
+                yield
         except Exception as error:
-            left_out.append(f"{name}, linear: {type(error).__name__}: {error}")
-            print(left_out[-1])
+            self.leave_out(name, f"{type(error).__name__}: {error}")
+        torch.cuda.empty_cache()
+
+    def case(self, case: Case, candidates: dict[str, Loss]) -> None:
+        if not candidates:
             return
-        peak = torch.cuda.max_memory_allocated() - before
-        rows.append({**case, "candidate": name, "seconds": taken, "peak": peak})
-        floor = rows[0]["seconds"]
-        print(
-            f"linear step, {name}: {timing.milliseconds(taken)}, {taken / floor:.2f} of the "
-            f"products alone, peak {peak / 2**20:.0f} MiB"
-        )
+        p = Problem(case)
+        for name, loss in candidates.items():
+            with self.attempt(f"{name}, {case}"):
+                if (wrong := complaint(loss, p)) is not None:
+                    raise ValueError(wrong)
+                for what, call in passes(loss, p).items():
+                    self.rows.append(self.row(p, name, what, call))
+            if name != OURS:
+                p.renew()
 
-    note("three products", products)
-    for name, loss in gpu_peers.linear().items():
+    def row(self, p: Problem, name: str, what: str, call: Callable[[], object]) -> dict[str, Any]:
+        row = {**asdict(p.case), "candidate": name, "pass": what}
+        row |= {"seconds": median(call, self.seconds), "host seconds": host_seconds(call, 5)}
+        row |= {"limit": p.limit(what)}
+        row |= {"read bytes per second": p.all[0].nbytes / p.limits["read"]}
+        row |= {"copy bytes per second": 2 * p.all[0].nbytes / p.limits["copy"]}
+        return row | ({"kernels": kernel_seconds(call)} if name == OURS else {})
 
-        def step(loss: Loss = loss) -> object:
-            return torch.autograd.grad(loss(hidden, weight, target), (hidden, weight))
+    def linear_case(self, peers: bool) -> None:
+        """From hidden states, bfloat16: against the three products that no way can do without."""
+        tokens, size, classes = LINEAR
+        hidden = torch.randn(tokens, size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(classes, size, device=DEVICE, dtype=torch.bfloat16)
+        weight = weight.mul_(size**-0.5).requires_grad_()
+        target = torch.randint(classes, (tokens,), device=DEVICE)
 
-        if rows:  # the floor was measured
-            note(name, step)
-            if name == OURS:
-                rows[-1]["kernels"] = kernel_seconds(step)
-    return rows
+        def products() -> None:
+            with torch.no_grad():
+                logits = hidden @ weight.t()
+                logits @ weight, logits.t() @ hidden
 
+        def step(loss: Loss) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(loss(hidden, weight, target), (hidden, weight))
 
-# Results
-
-
-def table(rows: Rows) -> str:
-    names = list(dict.fromkeys(row["candidate"] for row in rows if row["candidate"] != OURS))
-    keys = ("tokens", "classes", "dtype", "masked", "loss", "pass")
-    seconds = {(*(row[k] for k in keys), row["candidate"]): row["seconds"] for row in rows}
-    lines = []
-    for row in rows:
-        if row["candidate"] != OURS:
-            continue
-        key = tuple(row[k] for k in keys)
-        unmasked = seconds.get((*key[:3], 0.0, *key[4:], OURS))
-        ratios = [seconds.get((*key, name)) for name in names]
-        own = {name: t for name, t in row["kernels"].items() if re.search(ROW_KERNELS, name)}
-        lines.append(
-            [
-                f"{row['tokens']} x {row['classes']} {row['dtype']}",
-                row["loss"],
-                row["pass"],
-                f"{row['masked']:.0%}",
-                timing.milliseconds(row["seconds"]),
-                timing.milliseconds(sum(own.values())) if own else "-",
-                timing.milliseconds(row["host seconds"]),
-                f"{row['share of limit']:.0%}" if not row["masked"] else "",
-                f"{row['seconds'] / unmasked:.2f}" if row["masked"] and unmasked else "",
-                *(f"{other / row['seconds']:.2f}" if other else "-" for other in ratios),
-            ]
-        )
-    header = ["logits", "loss", "pass", "masked", "ours", "row kernel", "host", "of limit"]
-    header += ["of unmasked", *(f"{name} / ours" for name in names)]
-    return timing.markdown(header, lines)
+        calls = {name: step(loss) for name, loss in gpu_peers.linear().items()}
+        ours = {PRODUCTS: products, OURS: calls.pop(OURS)}
+        for name, call in (calls if peers else ours).items():
+            with self.attempt(f"{name}, linear"):
+                row = {"tokens": tokens, "size": size, "classes": classes, "dtype": "bfloat16"}
+                row |= {"candidate": name, "peak": peak_bytes(call)}
+                row |= {"seconds": median(call, self.seconds)}
+                self.linear.append(
+                    row | ({"kernels": kernel_seconds(call)} if name == OURS else {})
+                )
 
 
-def plot(rows: Rows, title: str) -> None:
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for axis, what in zip(axes, ("forward", "step"), strict=True):
-        for name in dict.fromkeys(row["candidate"] for row in rows):
-            wanted = (name, what, "bfloat16", 0.0, "mean", 8192)
-            keys = ("candidate", "pass", "dtype", "masked", "loss", "tokens")
-            points = [
-                (row["classes"], row["share of limit"])
-                for row in rows
-                if tuple(row[k] for k in keys) == wanted
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.axhline(1, color="gray", linewidth=0.8)
-        axis.set(xscale="log", xlabel="classes", ylim=(0, 1.1))
-        axis.set_ylabel(f"share of the {'reading' if what == 'forward' else 'copying'} speed")
-        axis.set_title(f"{what}, bfloat16, 8192 tokens")
-    axes[0].legend()
-    figure.suptitle(title)
-    figure.savefig(timing.RESULTS / "gpu.png", dpi=120)
+def linear_name() -> str:
+    return "linear " + " x ".join(map(str, LINEAR))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions, nothing written")
     parser.add_argument("--check-only", action="store_true", help="no times")
-    parser.add_argument("--case", default="", help="a regular expression: only these cases")
+    parser.add_argument("--case", default="", help="a regular expression: only these; not written")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=8, help="peers are left out beyond this")
-    parser.add_argument("--alone", action="store_true", help="without peers")
+    parser.add_argument("--minutes", type=float, default=5, help="peers are left out beyond this")
+    parser.add_argument("--alone", action="store_true", help="without peers; not written")
     parser.add_argument("--json", type=Path, help="write the times there too")
     arguments = parser.parse_args()
     cases = [case for case in CASES if re.search(arguments.case, str(case))]
-    if not cases:
-        parser.error(f"no case matches {arguments.case!r}; there are: {', '.join(map(str, CASES))}")
+    linear = re.search(arguments.case, linear_name())
+    if not cases and not linear:
+        names = ", ".join([*map(str, CASES), linear_name()])
+        parser.error(f"no case matches {arguments.case!r}; there are: {names}")
     if not torch.cuda.is_available():
         print("gpu.py: no CUDA device here")
         return 1
     start = time.monotonic()
+    benchmark = Benchmark(0.02 if arguments.quick else 0.25, arguments.minutes)
     failures = gpu_check.check(seed=arguments.seed)
     for line in failures:
         print(f"FAILED: {line}")
     print(f"checks: {len(failures)} failed: accuracy, determinism, CUDA graph")
     if arguments.check_only:
         return 1 if failures else 0
-    seconds = 0.02 if arguments.quick else 0.25
-    facts = {
+    environment = {
         **timing.environment(),
         "cuda": torch.version.cuda,
-        "l2 bytes": torch.cuda.get_device_properties(0).L2_cache_size,
+        "driver": info()["driver"],
+        "l2 bytes": l2_bytes(),
         "date": datetime.date.today().isoformat(),
+        "command": f"python benchmarks/gpu.py {' '.join(sys.argv[1:])}".strip(),
         "seed": arguments.seed,
         "failed checks": failures,
     }
-    left_out: list[str] = []
-    rows: Rows = []
+    whole = not (arguments.quick or arguments.case or arguments.alone)
+
+    def results() -> dict[str, Any]:
+        measured = {"rows": benchmark.rows, "linear": benchmark.linear}
+        return {"environment": environment, **measured, "left out": benchmark.left_out}
 
     def save() -> None:  # after every case: what is measured stays, whatever comes
-        results = {"environment": facts, "rows": rows, "left out": left_out}
-        if not arguments.quick:
-            timing.save("gpu", results)
+        if whole:
+            timing.save("gpu", results())
         if arguments.json:
-            arguments.json.write_text(json.dumps(results))
+            arguments.json.write_text(json.dumps(results()))
 
-    linear: Rows = []
-    if re.search(arguments.case, "linear"):
-        linear = measure_linear(seconds, left_out)
-    for case in cases:
-        torch.compiler.reset()  # each shape is compiled for itself; beyond eight it would not be
-        # Ours always; the peers while there is time.
-        late = time.monotonic() - start > 60 * arguments.minutes * 0.8
-        candidates = case.candidates(compile_too=not arguments.quick)
-        if late or arguments.alone:
-            candidates = {name: loss for name, loss in candidates.items() if name == OURS}
-        rows += measure(case, candidates, seconds, left_out)
-        save()
-    print(table(rows))
-    print(
-        "With half of the tokens masked a forward reads half of the bytes (aim: 0.55 of the time "
-        "unmasked), a step moves 0.75 of them, since the zeros of its gradient are written, too."
-    )
-    print(f"{(time.monotonic() - start) / 60:.1f} minutes")
-    rows += linear
-    save()
-    if not arguments.quick and not arguments.case:
-        measured = [row for row in rows if "loss" in row]
-        plot(measured, f"{facts['gpu']}, torch {facts['torch']}")
+    compiled_for: tuple[Any, ...] = ()
+    for peers in (False,) if arguments.alone else (False, True):
+        if linear:
+            benchmark.linear_case(peers)
+            save()
+        for case in cases:
+            shape = case.tokens, case.classes, case.dtype, case.loss
+            if shape != compiled_for:  # each is compiled for itself; beyond eight it would not be
+                torch.compiler.reset()
+                compiled_for = shape
+            if peers and benchmark.late:
+                benchmark.leave_out(f"peers, {case}", "no time was left")
+                continue
+            candidates = case.candidates(compile_too=peers and not arguments.quick)
+            wanted = {name: loss for name, loss in candidates.items() if (name != OURS) == peers}
+            benchmark.case(case, wanted)
+            save()
+        print(f"{(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+    print(gpu_report.tables(results()))
+    if whole:
+        gpu_report.write()
     return 1 if failures else 0
 
 

@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What benchmarks/gpu.py compares with: each loss, ours and what other libraries have for it.
 
-Every candidate takes logits and target (hidden states, weight and target) and gives the loss. A
-package that is not there, or does not work here, is left out, and said to be.
+Every candidate takes logits and target (a divergence the teacher's logits; of hidden states hidden,
+weight and target) and gives the loss. A package that is not there, or does not work here, is left
+out, and said to be.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_report import OURS
 from torch import Tensor
 
-import masked_loss
-from masked_loss import linear_cross_entropy, masked_cross_entropy
+from masked_loss import (
+    linear_cross_entropy,
+    masked_cross_entropy,
+    masked_divergence,
+    token_log_probs,
+)
 
 Loss = Callable[..., Tensor]
-
-OURS = "ours"
 
 
 def ours(**options: Any) -> Loss:
@@ -31,23 +36,35 @@ def ours(**options: Any) -> Loss:
     return loss
 
 
+def _eager_and_compiled(eager: Loss, compile_too: bool) -> dict[str, Loss]:
+    found = {"PyTorch eager": eager}
+    if compile_too:
+        found["PyTorch compiled"] = torch.compile(eager, dynamic=False)
+    return found
+
+
 def _modules(adapters: dict[str, tuple[str, Callable[[Any], Loss]]]) -> dict[str, Loss]:
     found: dict[str, Loss] = {}
     for name, (module, adapt) in adapters.items():
-        try:
-            found[name] = adapt(importlib.import_module(module))
-        except Exception as error:  # a package may be there and not work here
-            print(f"{name}: left out ({type(error).__name__}: {error})")
+        if (imported := _imported(name, module)) is not None:
+            found[name] = adapt(imported)
     return found
+
+
+@cache
+def _imported(name: str, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a package may be there and not work here
+        print(f"{name}: left out ({type(error).__name__}: {error})")
+        return None
 
 
 def cross_entropies(reduction: str, compile_too: bool) -> dict[str, Loss]:
     def eager(x: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(x, t, reduction=reduction)
 
-    found: dict[str, Loss] = {"PyTorch eager": eager}
-    if compile_too:
-        found["PyTorch compiled"] = torch.compile(eager, dynamic=False)
+    found = _eager_and_compiled(eager, compile_too)
     flash: Callable[[Any], Loss] = lambda m: lambda x, t: m.cross_entropy_loss(x, t)[0]  # noqa: E731
     if reduction == "mean":
         flash = lambda m: lambda x, t: m.cross_entropy_loss(x, t)[0].sum() / (t != -100).sum()  # noqa: E731
@@ -67,35 +84,34 @@ def cross_entropies(reduction: str, compile_too: bool) -> dict[str, Loss]:
 
 
 def log_probabilities(compile_too: bool) -> dict[str, Loss]:
-    """log p of each token's target, as reinforcement learning wants it."""
+    """log p of each token's target, as reinforcement learning wants it: by the usual formula."""
 
     def eager(x: Tensor, t: Tensor) -> Tensor:
-        return -F.cross_entropy(x, t, reduction="none")
+        return x.log_softmax(-1).gather(-1, t[:, None])[:, 0]
 
-    found: dict[str, Loss] = {OURS: masked_loss.token_log_probs} if _has("token_log_probs") else {}
-    found["PyTorch eager"] = eager
-    if compile_too:
-        found["PyTorch compiled"] = torch.compile(eager, dynamic=False)
-    return found
+    return {OURS: token_log_probs, **_eager_and_compiled(eager, compile_too)}
 
 
 def divergences(compile_too: bool) -> dict[str, Loss]:
-    """KL(teacher || student), averaged over the tokens; the target is not looked at."""
+    """KL(teacher || student), averaged over the tokens."""
 
-    def teacher(x: Tensor) -> Tensor:
-        return x.detach().roll(1, 0)
+    def log_softmax(x: Tensor) -> Tensor:
+        return x.log_softmax(-1, dtype=torch.float32)
 
-    def eager(x: Tensor, t: Tensor) -> Tensor:
-        p = teacher(x).log_softmax(-1, dtype=torch.float32)
-        return F.kl_div(x.log_softmax(-1, dtype=torch.float32), p, None, None, "batchmean", True)
+    def eager(x: Tensor, y: Tensor) -> Tensor:
+        return F.kl_div(log_softmax(x), log_softmax(y), None, None, "batchmean", True)
 
-    found: dict[str, Loss] = {}
-    if _has("masked_divergence"):
-        found[OURS] = lambda x, t: masked_loss.masked_divergence(x, teacher(x))
-    found["PyTorch eager"] = eager
-    if compile_too:
-        found["PyTorch compiled"] = torch.compile(eager, dynamic=False)
-    return found
+    found = {OURS: masked_divergence, **_eager_and_compiled(eager, compile_too)}
+    return found | _modules(
+        {
+            "Liger": (
+                "liger_kernel.transformers.functional",
+                lambda m: lambda x, y: m.liger_kl_div(
+                    log_softmax(x), log_softmax(y), reduction="batchmean", log_target=True
+                ),
+            )
+        }
+    )
 
 
 def linear() -> dict[str, Loss]:
@@ -112,7 +128,3 @@ def linear() -> dict[str, Loss]:
             ),
         }
     )
-
-
-def _has(name: str) -> bool:
-    return hasattr(masked_loss, name)

@@ -97,12 +97,12 @@ fast() {
     step shapes 60 python3 benchmarks/gpu_shapes.py cpu
     return
   fi
-  step benchmark 400 python3 benchmarks/gpu.py --minutes 5
+  step benchmark 345 python3 benchmarks/gpu.py --minutes 4.75
   cp -f benchmarks/results/gpu.* "$out"/ 2>/dev/null
   if command -v ncu >/dev/null; then
-    step counters 120 ncu --clock-control none -k "regex:(rows|forward)_kernel" --section SpeedOfLight \
-      --section Occupancy --section SchedulerStats --section WarpStateStats --csv \
-      --log-file "$out/ncu.csv" python3 benchmarks/gpu_shapes.py
+    step counters 110 ncu --clock-control none --set full --csv --page raw --log-file "$out/ncu.csv" \
+      -k "regex:(rows|forward|divergence|weigh|reduce)\w*_kernel" python3 benchmarks/gpu_shapes.py
+    step "what they say" 10 python3 benchmarks/gpu_counters.py "$out/ncu.csv"
   fi
 }
 
