@@ -8,7 +8,8 @@
 # and brings along what is not there: masked_loss/_C.so (else it is built, which needs nvcc), and
 # wheels in .whl/: of the peers (liger_kernel, cut_cross_entropy) and of expecttest, which PyTorch's
 # own test samples need. docs/cuda.md says how to get them.
-# Logs and results go to $OUT, or benchmarks/results. A step that fails ends nothing but itself.
+# Logs and results go to $OUT, or benchmarks/results: gpu_correct.txt and gpu.* are to be kept. A step
+# that fails ends nothing but itself.
 # With MASKED_LOSS_SESSION_DEVICE=cpu it walks through everything that needs no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -106,8 +107,11 @@ fast() {
   fi
 }
 
+# Of a log: the machine, the steps, the last line of each tool, what failed.
+said='^(== |NVIDIA|[0-9.]+ torch|checks:|.*[0-9]+ passed|=+ (ERROR|RACECHECK) SUMMARY|FAILED|ERROR)'
+
 {
-  echo "== $(date +%T) machine"
+  echo "== $(date '+%F %T') machine"
   machine
   echo "== $(date +%T) library"
   if library; then
@@ -118,3 +122,6 @@ fast() {
   echo "== $(date +%T) done"
   ! cat "$site/failed" 2>/dev/null
 } 2>&1 | tee "$out/$1.log"
+status=$?
+[ "$1" = fast ] || grep -E "$said" "$out/$1.log" >"$out/gpu_$1.txt"
+exit "$status"
