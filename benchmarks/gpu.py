@@ -6,9 +6,9 @@
 First every check runs (gpu_check.py): what fails is printed, makes the exit code 1, and stops
 nothing. Times are device times between two CUDA events, medians of many; the device sleeps until
 the host has queued what is timed. The calls go through several sets of logits, of four times the
-size of the L2 at least. Beside each time stand what this GPU takes to read the same logits
-(forward's limit) or to copy them (a step's: it reads them and writes the gradient), both measured
-in the same run; the time of each kernel, by the profiler; and what the call costs the host.
+size of the L2 at least. Beside each time stand the bytes that cannot but be moved, which the tables
+compare with what this GPU reads or copies of large tensors; the time of each kernel, by the
+profiler; and what the call costs the host.
 linear_cross_entropy stands beside the three bare products that it cannot do without. Masked tokens
 have the target -100, for the peers too.
 
@@ -46,7 +46,6 @@ from torch import Tensor
 from masked_loss import reference
 from masked_loss.info import info
 
-STATISTICS = {"return_stats": True}
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 30.0}
 LINEAR = (8192, 4096, 128256)  # tokens, hidden size, classes
 DEVICE = "cuda"
@@ -72,9 +71,11 @@ class Case:
             return gpu_peers.log_probabilities(compile_too)
         if self.loss == "divergence":
             return gpu_peers.divergences(compile_too)
-        if self.loss in ("statistics", "everything"):
-            options = STATISTICS if self.loss == "statistics" else EVERYTHING
-            return {OURS: gpu_peers.ours(**options)}
+        if self.loss == "statistics":  # nobody else has them
+            return {OURS: gpu_peers.ours(return_stats=True)}
+        if self.loss == "everything":
+            peers = gpu_peers.with_options(compile_too, **EVERYTHING)
+            return {OURS: gpu_peers.ours(**EVERYTHING), **peers}
         peers = gpu_peers.cross_entropies(self.loss, compile_too)
         return {OURS: gpu_peers.ours(reduction=self.loss), **peers}
 
@@ -143,26 +144,20 @@ class Problem:
             wide = ((x.double(), t.double() if t.is_floating_point() else t) for x, t in pieces)
             return sum(self.case.reference(*pair).sum().item() for pair in wide) / self.active
 
-    @cached_property
-    def limits(self) -> dict[str, float]:
-        """What the device takes to read the logits, and to copy them."""
-        other = torch.empty_like(self.all[0])
+    def bytes(self, what: str) -> dict[str, float]:
+        """That a forward reads, or a step copies: masked rows are not read, but zeros written."""
+        size, active = float(self.all[0].nbytes), 1 - self.case.masked
+        teacher = size if self.case.loss == "divergence" else 0.0
+        if what == "forward":
+            return {"bytes read": teacher + active * size, "bytes copied": 0.0}
+        return {"bytes read": teacher, "bytes copied": (1 + active) * size}
 
-        def read() -> Tensor:  # as 4-byte numbers, whatever they are
-            return self.logits().detach().flatten().view(torch.float32).sum()
 
-        with torch.no_grad():
-            return {
-                "read": median(read, 0.1),
-                "copy": median(lambda: other.copy_(self.logits()), 0.1),
-            }
-
-    def limit(self, what: str) -> float:
-        """Of a forward or a step: masked rows are not read, but zeros are written."""
-        read, copy = self.limits["read"], self.limits["copy"]
-        teacher = read if self.case.loss == "divergence" else 0.0
-        active = 1 - self.case.masked
-        return teacher + (active * read if what == "forward" else (1 + active) / 2 * copy)
+def limits(size: int = 2 << 30) -> dict[str, float]:
+    """Bytes a second of PyTorch's sum and copy of a large tensor; a copy's count twice."""
+    x = torch.ones(size // 4, device=DEVICE)
+    y = torch.empty_like(x)
+    return {"read": size / median(x.sum, 0.25), "copy": 2 * size / median(lambda: y.copy_(x), 0.25)}
 
 
 def passes(loss: Loss, p: Problem) -> dict[str, Callable[[], object]]:
@@ -235,10 +230,8 @@ class Benchmark:
 
     def row(self, p: Problem, name: str, what: str, call: Callable[[], object]) -> dict[str, Any]:
         row = {**asdict(p.case), "candidate": name, "pass": what}
-        row |= {"seconds": median(call, self.seconds), "host seconds": host_seconds(call, 5)}
-        row |= {"limit": p.limit(what)}
-        row |= {"read bytes per second": p.all[0].nbytes / p.limits["read"]}
-        row |= {"copy bytes per second": 2 * p.all[0].nbytes / p.limits["copy"]}
+        row |= {"seconds": median(call, self.seconds), "host seconds": host_seconds(call)}
+        row |= p.bytes(what)
         return row | ({"kernels": kernel_seconds(call)} if name == OURS else {})
 
     def linear_case(self, peers: bool) -> None:
@@ -304,6 +297,7 @@ def main() -> int:
         "cuda": torch.version.cuda,
         "driver": info()["driver"],
         "l2 bytes": l2_bytes(),
+        "limits": limits(),
         "date": datetime.date.today().isoformat(),
         "command": f"python benchmarks/gpu.py {' '.join(sys.argv[1:])}".strip(),
         "seed": arguments.seed,
@@ -331,11 +325,11 @@ def main() -> int:
             if shape != compiled_for:  # each is compiled for itself; beyond eight it would not be
                 torch.compiler.reset()
                 compiled_for = shape
-            if peers and benchmark.late:
-                benchmark.leave_out(f"peers, {case}", "no time was left")
-                continue
             candidates = case.candidates(compile_too=peers and not arguments.quick)
             wanted = {name: loss for name, loss in candidates.items() if (name != OURS) == peers}
+            if wanted and peers and benchmark.late:
+                benchmark.leave_out(f"peers, {case}", "no time was left")
+                continue
             benchmark.case(case, wanted)
             save()
         print(f"{(time.monotonic() - start) / 60:.1f} minutes", flush=True)

@@ -83,6 +83,25 @@ def cross_entropies(reduction: str, compile_too: bool) -> dict[str, Loss]:
     )
 
 
+def with_options(
+    compile_too: bool, label_smoothing: float, z_loss: float, softcap: float
+) -> dict[str, Loss]:
+    """The mean with all of these at a time."""
+
+    def eager(x: Tensor, t: Tensor) -> Tensor:
+        y = softcap * torch.tanh(x.float() / softcap)
+        loss = F.cross_entropy(y, t, label_smoothing=label_smoothing)
+        return loss + z_loss * y.logsumexp(-1).square().mean()
+
+    def liger(module: Any) -> Loss:
+        return lambda x, t: module.liger_cross_entropy(
+            x, t, label_smoothing=label_smoothing, lse_square_scale=z_loss, softcap=softcap
+        )
+
+    adapters = {"Liger": ("liger_kernel.transformers.functional", liger)}
+    return _eager_and_compiled(eager, compile_too) | _modules(adapters)
+
+
 def log_probabilities(compile_too: bool) -> dict[str, Loss]:
     """log p of each token's target, as reinforcement learning wants it: by the usual formula."""
 

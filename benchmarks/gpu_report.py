@@ -17,7 +17,7 @@ import timing
 from timing import markdown, milliseconds
 
 OURS, PRODUCTS = "ours", "three products"
-ROW_KERNELS = "(rows|forward|divergence)_kernel"
+ROW_KERNELS = r"(rows|forward|divergence)\w*_kernel"
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -28,9 +28,14 @@ def row_kernel(row: Row) -> float | None:
     return sum(t for name, t in row["kernels"].items() if re.search(ROW_KERNELS, name)) or None
 
 
-def share(row: Row, seconds: float | None) -> str:
-    """Of the speed that the GPU reads or copies with."""
-    return f"{row['limit'] / seconds:.0%}" if seconds else "-"
+def share(limits: Mapping[str, float], row: Row, seconds: float | None) -> float | None:
+    """Of the speed that the GPU reads and copies with."""
+    limit = row["bytes read"] / limits["read"] + row["bytes copied"] / limits["copy"]
+    return limit / seconds if seconds else None
+
+
+def percent(part: float | None) -> str:
+    return "-" if part is None else f"{part:.0%}"
 
 
 def peers(rows: Rows) -> list[str]:
@@ -59,7 +64,9 @@ class Times:
         return f"{row['seconds'] / other:.2f}" if other else "-"
 
 
-def case_table(rows: Rows, wanted: Callable[[Row], bool], times: Times) -> str:
+def case_table(
+    rows: Rows, wanted: Callable[[Row], bool], times: Times, limits: Mapping[str, float]
+) -> str:
     chosen = [row for row in rows if wanted(row)]
     ours = [row for row in chosen if row["candidate"] == OURS]
     names = peers(chosen)
@@ -70,8 +77,12 @@ def case_table(rows: Rows, wanted: Callable[[Row], bool], times: Times) -> str:
         kernel = row_kernel(row)
         line = [f"{row['tokens']} x {row['classes']} {row['dtype']}"]
         line += [row["loss"]] if several else []
-        line += [row["pass"], milliseconds(row["seconds"]), share(row, row["seconds"])]
-        line += [milliseconds(kernel) if kernel else "-", share(row, kernel)]
+        line += [
+            row["pass"],
+            milliseconds(row["seconds"]),
+            percent(share(limits, row, row["seconds"])),
+        ]
+        line += [milliseconds(kernel) if kernel else "-", percent(share(limits, row, kernel))]
         line += [milliseconds(row["host seconds"])]
         line += [times.of_unmasked(row)] if masked else []
         lines.append([*line, *(times.over(row, name) for name in names)])
@@ -94,11 +105,6 @@ def linear_table(rows: Rows) -> str:
     return markdown(["candidate", "step", "of the products", "peak, MiB"], lines)
 
 
-def extremes(rows: Rows, what: str) -> str:
-    rates = [row[f"{what} bytes per second"] / 1e12 for row in rows]
-    return f"{min(rates):.2f} to {max(rates):.2f} TB/s"
-
-
 def tables(results: Mapping[str, Any]) -> str:
     """Everything that ``results`` has, as Markdown."""
     e, rows, linear = results["environment"], results["rows"], results["linear"]
@@ -106,10 +112,10 @@ def tables(results: Mapping[str, Any]) -> str:
     checks = "Every check passed" if not failed else f"**{failed} checks failed**"
     facts = f"{e['gpu']}, driver {e['driver']}, PyTorch {e['torch']} with CUDA {e['cuda']}, Python "
     facts += f"{e['python']}; `{e['command']}` on {e['date']}. {checks} before anything was timed."
+    facts += " It reads 2 GiB with {read:.2f} TB/s and copies them with {copy:.2f}.".format(
+        **{what: rate / 1e12 for what, rate in e["limits"].items()}
+    )
     blocks = [facts]
-    if rows:
-        blocks[0] += f" It reads the logits with {extremes(rows, 'read')} and copies them with "
-        blocks[0] += f"{extremes(rows, 'copy')}, the least for the smallest."
     times = Times(rows)
     parts: dict[str, Callable[[Row], bool]] = {
         "The mean": lambda row: row["loss"] == "mean" and not row["masked"],
@@ -118,7 +124,7 @@ def tables(results: Mapping[str, Any]) -> str:
     }
     for title, wanted in parts.items():
         if any(map(wanted, rows)):
-            blocks.append(f"### {title}\n\n{case_table(rows, wanted, times)}")
+            blocks.append(f"### {title}\n\n{case_table(rows, wanted, times, e['limits'])}")
     if linear:
         shape = "{tokens} tokens, hidden size {size}, {classes} classes, {dtype}".format(
             **linear[0]
@@ -141,13 +147,16 @@ def headline(results: Mapping[str, Any], chinese: bool = False) -> str:
         if (row["tokens"], row["dtype"], row["masked"], row["loss"])
         == (8192, "bfloat16", 0, "mean")
     ]
-    times, names = Times(shown), peers(shown)
+    times, names, limits = Times(shown), peers(shown), results["environment"]["limits"]
     lines = []
     for row in sorted(shown, key=lambda row: row["classes"]):
         if row["candidate"] == OURS:
             what = row["pass"].replace("step", "forward and backward")
             lines.append([f"8192 × {row['classes']}", WORDS[what] if chinese else what])
-            lines[-1] += [share(row, row["seconds"]), *(times.over(row, name) for name in names)]
+            lines[-1] += [
+                percent(share(limits, row, row["seconds"])),
+                *(times.over(row, name) for name in names),
+            ]
     e = results["environment"]
     if chinese:
         of_limit, versus = "达到读取或拷贝速度的", "对比 "
@@ -166,6 +175,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows, e = results["rows"], results["environment"]
+    limits = e["limits"]
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for axis, what in zip(axes, ("forward", "step"), strict=True):
         wanted = (what, "bfloat16", 0.0, "mean", 8192)
@@ -174,10 +184,10 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         shown.sort(key=lambda row: row["classes"])
         for name in dict.fromkeys(row["candidate"] for row in shown):
             found = [row for row in shown if row["candidate"] == name]
-            points = [(row["classes"], row["limit"] / row["seconds"]) for row in found]
+            points = [(row["classes"], share(limits, row, row["seconds"])) for row in found]
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
         kernels = [(row, row_kernel(row)) for row in shown if row["candidate"] == OURS]
-        alone = [(row["classes"], row["limit"] / seconds) for row, seconds in kernels if seconds]
+        alone = [(row["classes"], share(limits, row, taken)) for row, taken in kernels if taken]
         if alone:
             axis.plot(*zip(*alone, strict=True), marker=".", ls=":", label="our row kernel alone")
         axis.axhline(1, color="gray", linewidth=0.8)
@@ -191,12 +201,13 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def replace_between_marks(path: Path, text: str) -> None:
+def replace_between_marks(path: Path, text: str, mark: str = "gpu") -> None:
     """Between <!-- gpu: begin --> and <!-- gpu: end -->."""
-    marked = re.compile(r"(<!-- gpu: begin -->\n).*?(<!-- gpu: end -->)", re.DOTALL)
+    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
+    marked = re.compile(f"({begin}).*?({end})", re.DOTALL)
     old = path.read_text()
     if not marked.search(old):
-        raise ValueError(f"{path} has no marks <!-- gpu: begin --> and <!-- gpu: end -->")
+        raise ValueError(f"{path} has no marks {begin.strip()} and {end}")
     path.write_text(marked.sub(lambda m: m[1] + text + m[2], old))
 
 

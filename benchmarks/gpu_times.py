@@ -25,15 +25,16 @@ def median(call: Callable[[], object], seconds: float) -> float:
     return statistics.median(times)
 
 
-def host_seconds(call: Callable[[], object], times: int = 20) -> float:
+def host_seconds(call: Callable[[], object], times: int = 9) -> float:
     """What a call costs the host, which does not wait for the device."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
+    taken = []
     for _ in range(times):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
         call()
-    taken = (time.perf_counter() - start) / times
+        taken.append(time.perf_counter() - start)
     torch.cuda.synchronize()
-    return taken
+    return statistics.median(taken)
 
 
 def kernel_seconds(call: Callable[[], object], times: int = 3) -> dict[str, float]:

@@ -2,7 +2,8 @@
 // Replays what warps issue (cuda_trace.py) on a few multiprocessors that share memory, clock by
 // clock: four schedulers with the stalls and scoreboards that ptxas encoded, the pipes, a queue
 // before the load and store unit, latencies of L1, L2 and DRAM, and a DRAM that moves so many bytes
-// a clock. What it leaves out: DRAM pages, L2 misses by capacity, launches, the last wave.
+// a clock. What cuda_model.py says of it beforehand: which loads find in the L2 what was read
+// before. What it leaves out: DRAM pages, the last wave.
 //
 // Input: "P name value", the machine; "T" and a line for each step, a trace; "B t t t", the traces
 // of a block's warps; "R blocks resident", the run. Output: clocks for each block once it is
@@ -32,8 +33,8 @@ using Trace = std::vector<Step>;
 struct Machine {
   std::map<std::string, double> value = {
       {"multiprocessors", 4},  // simulated, with their share of the memory
-      {"bytes", 11.9},         // that DRAM moves in a clock, for one multiprocessor
-      {"dram", 640},           // clocks until a load from DRAM is there, when it is idle
+      {"bytes", 11.7},         // that DRAM moves in a clock, for one multiprocessor
+      {"dram", 900},           // clocks until a load from DRAM is there, beside its turn
       {"l2", 264},
       {"l2_bytes", 28},
       {"l1", 38},

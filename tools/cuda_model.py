@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Predicts the row kernels' speed from their machine code, without a GPU: a table.
 
-    python tools/cuda_model.py                     # the table of docs/cuda.md, a few minutes
+    python tools/cuda_model.py --write             # the table of docs/cuda.md, a few minutes
     python tools/cuda_model.py --rows 8192 --classes 32000 --dtype bfloat16
 
 For each shape the host code itself says what it would launch (the emulator records it), the machine
 code of that kernel says what each warp issues (cuda_trace.py), and cuda_model.cpp replays that on a
-few multiprocessors that share their part of the memory. No GPU has confirmed it: its ratios deserve
-more trust than its levels. One launch of the row kernel is looked at, not the call around it.
+few multiprocessors that share their part of the memory. One launch of the row kernel is looked at,
+not the call around it. Beside it stands what a GPU took, where benchmarks/results/gpu.json has it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,9 @@ from cuda_trace import Step, Warp
 from sass_lane import Launch
 
 ROOT = sass.ROOT
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels"), str(ROOT / "benchmarks")]
+
+import gpu_report  # noqa: E402
 
 ARCH = "sm_90"
 ROW_KERNELS = ("rows_kernel", "forward_kernel")
@@ -36,16 +39,26 @@ REGISTERS, WARPS, SHARED = 65536, 64, 228 << 10  # of a multiprocessor
 CLOCK, MULTIPROCESSORS = 1.98e9, 132
 
 
+# Fitted to an H100 (docs/cuda.md): the share of its memory's peak that reading reaches, and reading
+# and writing in turns; the bytes in rows that are being read of which the L2 loses none until they
+# are read again; seconds of a launch beside its steady state.
+READING, IN_TURNS = 0.91, 0.843
+L2_HOLDS = 34e6
+BEGIN_AND_END = 3e-6
+
+
 @dataclass(frozen=True)
 class Gpu:
     name: str
     peak: float  # bytes a second, of its data sheet
-    read: float  # bytes a clock for each multiprocessor that reading and copying are taken to reach
-    copy: float
+
+    def bytes_a_clock(self, fused: bool) -> float:
+        """That its memory moves for each multiprocessor."""
+        return self.peak * (IN_TURNS if fused else READING) / MULTIPROCESSORS / CLOCK
 
 
-GPUS = [Gpu("H100", 3.35e12, 11.9, 11.5), Gpu("H200", 4.8e12, 17.0, 16.5)]
-SHAPES = [(32768, 256), (32768, 4096), (8192, 6400), (32768, 32000), (8192, 50257)]
+GPUS = [Gpu("H100", 3.35e12), Gpu("H200", 4.8e12)]
+SHAPES = [(32768, 256), (32768, 4096), (8192, 6400), (8192, 32000), (8192, 50257)]
 SHAPES += [(8192, 128256), (16384, 131072)]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SIMULATED = 4  # multiprocessors
@@ -116,7 +129,12 @@ def rows_launch(problem: Problem) -> tuple[Launch, range]:
 # What its warps issue
 
 
-def unit_and_level(step: Step, logits: range, seen: set[int]) -> tuple[str, str, int]:
+def lost(in_flight: float) -> float:
+    """The share of what is read a second time that the L2 has let go, in rows of so many bytes."""
+    return max(0.0, 1 - (L2_HOLDS / in_flight) ** 2)
+
+
+def unit_and_level(step: Step, logits: range, seen: set[int], lost: float) -> tuple[str, str, int]:
     """The unit that a step keeps busy, where its memory is, and how many bytes a warp moves."""
     i = step.instruction
     if not step.taken:
@@ -128,6 +146,8 @@ def unit_and_level(step: Step, logits: range, seen: set[int]) -> tuple[str, str,
         line = (step.address or 0) // 128
         ours = step.address is not None and step.address in logits
         first = line not in seen
+        if wide and not first:  # lines that are lost lie among the others as if by chance
+            first = line * 2654435761 % 2**16 < lost * 2**16
         if wide or not ours:  # a target's logit brings no more than its own 32 bytes
             seen.add(line)
         if i.base == "STG":
@@ -165,10 +185,10 @@ def warps_of(kernel: sass.Kernel, launch: Launch) -> list[list[Step]]:
     ]
 
 
-def trace_text(steps: list[Step], logits: range, seen: set[int]) -> str:
+def trace_text(steps: list[Step], logits: range, seen: set[int], lost: float) -> str:
     lines = ["T"]
     for step in steps:
-        unit, level, size = unit_and_level(step, logits, seen)
+        unit, level, size = unit_and_level(step, logits, seen, lost)
         i = step.instruction
         sets, reads = (i.sets, i.reads) if step.taken else (-1, -1)
         numbers = i.stall, i.waits, sets, reads, UNITS.index(unit), LEVELS.index(level), size
@@ -215,11 +235,12 @@ def predict(problem: Problem, launch: Launch, logits: range) -> Prediction:
     kernel = code()[launch.kernel]
     seen: set[int] = set()
     warps = warps_of(kernel, launch)
-    text = "\n".join(trace_text(steps, logits, seen) for steps in warps)
     blocks = resident(kernel, launch)
+    share = lost(len(logits) / launch.grid * blocks * MULTIPROCESSORS)
+    text = "\n".join(trace_text(steps, logits, seen, share) for steps in warps)
     seconds, slots = {}, {}
     for gpu in GPUS:
-        lines = [f"P bytes {gpu.copy if problem.fused else gpu.read}", text]
+        lines = [f"P bytes {gpu.bytes_a_clock(problem.fused)}", text]
         lines += [f"P multiprocessors {SIMULATED}", "B " + " ".join(map(str, range(len(warps))))]
         lines += [f"R {blocks * SIMULATED * 8} {blocks}", ""]
         result = subprocess.run(
@@ -227,16 +248,52 @@ def predict(problem: Problem, launch: Launch, logits: range) -> Prediction:
         )
         clocks, slots[gpu.name] = map(float, result.stdout.split())
         # The last wave is left out, as if there were many.
-        seconds[gpu.name] = clocks * launch.grid / MULTIPROCESSORS / CLOCK
+        steady = clocks * launch.grid / MULTIPROCESSORS / CLOCK
+        seconds[gpu.name] = steady + BEGIN_AND_END
     return Prediction(launch.kernel, sum(map(len, warps)), seconds, slots)
 
 
-def cell(problem: Problem, prediction: Prediction) -> str:
-    shares = []
-    for gpu in GPUS:
-        rate = problem.bytes / prediction.seconds[gpu.name]
-        shares.append(f"{rate / 1e12:.2f} ({rate / gpu.peak:.0%})")
-    return " / ".join(shares)
+# Beside what was measured
+
+
+@functools.cache
+def results() -> dict[str, Any]:
+    path = ROOT / "benchmarks" / "results" / "gpu.json"
+    return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
+
+
+def measured(problem: Problem) -> float | None:
+    """Seconds of the row kernel alone; None where they are not known."""
+    what = "step" if problem.fused else "forward"
+    wanted = problem.rows, problem.classes, problem.dtype, what, "mean", 0.0, "ours"
+    keys = ("tokens", "classes", "dtype", "pass", "loss", "masked", "candidate")
+    rows = [row for row in results().get("rows", []) if tuple(row[k] for k in keys) == wanted]
+    return gpu_report.row_kernel(rows[0]) if rows else None
+
+
+def table(found: dict[Problem, Prediction]) -> str:
+    here = results().get("environment", {})
+    ran_on = next((gpu for gpu in GPUS if gpu.name in here.get("gpu", "")), None)
+    lines = []
+    for problem, prediction in found.items():
+        rates = {gpu: problem.bytes / prediction.seconds[gpu.name] for gpu in GPUS}
+        line = [f"{problem.rows} x {problem.classes} {problem.dtype}"]
+        line += ["fused" if problem.fused else "forward"]
+        line += [f"{rate / 1e12:.2f} ({rate / gpu.peak:.0%})" for gpu, rate in rates.items()]
+        seconds = measured(problem)
+        if ran_on and seconds:
+            rate = problem.bytes / seconds
+            line += [f"{rate / 1e12:.2f} ({rate / ran_on.peak:.0%})"]
+            line += [f"{rates[ran_on] / rate - 1:+.0%}"]
+        elif ran_on:
+            line += ["-", "-"]
+        lines.append(line)
+    header = ["logits", "row kernel", *(f"{gpu.name}, predicted" for gpu in GPUS)]
+    header += [f"{ran_on.name}, measured", "prediction off by"] if ran_on else []
+    text = "TB/s of the row kernel, and the share of the peak"
+    if ran_on:
+        text += f"; measured on an {here['gpu']} on {here['date']}, `{here['command']}`"
+    return f"{text}:\n\n{gpu_report.markdown(header, lines)}\n"
 
 
 def main() -> int:
@@ -244,6 +301,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--classes", type=int)
     parser.add_argument("--dtype", choices=DTYPES, action="append")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/cuda.md")
     arguments = parser.parse_args()
     if sass.nvcc() is None:
         print("cuda_model: predicted nothing: no nvcc in $CUDA_HOME, /usr/local/cuda or PATH")
@@ -263,16 +321,9 @@ def main() -> int:
             lambda case: predict(case[0], *case[1]), zip(cases, launched, strict=True)
         )
         found = dict(zip(cases, predicted, strict=True))
-    print(f"TB/s of the row kernel, and the share of {GPUS[0].name}'s and {GPUS[1].name}'s peak")
-    header = [f"{dtype} {what}" for dtype in dtypes for what in ("forward", "fused")]
-    print("| N x V | " + " | ".join(header) + " |")
-    print("| --- |" + " --- |" * len(header))
-    for rows, classes in shapes:
-        cells = []
-        for dtype, fused in itertools.product(dtypes, (False, True)):
-            problem = Problem(rows, classes, dtype, fused)
-            cells.append(cell(problem, found[problem]))
-        print(f"| {rows} x {classes} | " + " | ".join(cells) + " |")
+    print(table(found))
+    if arguments.write:
+        gpu_report.replace_between_marks(ROOT / "docs" / "cuda.md", table(found), "model")
     if len(shapes) == 1:
         for problem, p in found.items():
             slots = ", ".join(f"{name} {share:.0%}" for name, share in p.slots.items())
