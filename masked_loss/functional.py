@@ -14,6 +14,7 @@ from masked_loss._op.arguments import (
     name_of,
     require_bool,
     require_constant,
+    require_tensor,
     require_tensors,
     temperatures_of,
 )
@@ -150,7 +151,10 @@ def masked_cross_entropy(
     if is_overridden(logits, target, mask):
         return override(masked_cross_entropy, locals())
     who = "masked_cross_entropy"
-    require_tensors(who, {"logits": logits, "target": target}, {"mask": mask})
+    require_tensor(who, "logits", logits)
+    require_tensor(who, "target", target)
+    if mask is not None:
+        require_tensor(who, "mask", mask)
     require_constant(who, "class_weight", class_weight)
     require_constant(who, "cu_seqlens", cu_seqlens)
     require_bool(who, shift=shift, inplace_backward=inplace_backward, return_stats=return_stats)
@@ -162,11 +166,15 @@ def masked_cross_entropy(
     number, each = temperatures_of(who, "temperature", temperature, target.shape, logits)
     inputs = (logits, target, mask, divisor, class_weight, cu_seqlens, each)
     meaning = Meaning(reduction, ignore_index, label_smoothing, z_loss, softcap, number, shift)
-    operator, shards = _with_stats if return_stats else _plain, {}
-    if vocab is not None:
+    if vocab is None:
+        operator = _with_stats if return_stats else _plain
+        loss, *more = operator(who, inputs, meaning, {}, inplace_backward=inplace_backward)
+    else:
         shards = shards_of(who, vocab, "logits", logits.shape[-1]).of_logits()
         operator = sharded_cross_entropy_stats if return_stats else sharded_cross_entropy
-    loss, *more = operator(who, inputs, meaning, {}, inplace_backward=inplace_backward, **shards)
+        loss, *more = operator(
+            who, inputs, meaning, {}, inplace_backward=inplace_backward, **shards
+        )
     return (loss, LossStats(*more[0].unbind())) if return_stats else loss
 
 

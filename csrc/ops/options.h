@@ -34,9 +34,10 @@ struct Fields<const Options&> {
 };
 
 // The tensors that it is computed of besides the logits.
-#define ML_INPUTS                                                                               \
-  "Tensor target, Tensor? mask, Tensor? normalizer, Tensor? class_weight, Tensor? cu_seqlens, " \
-  "Tensor? temperatures"
+#define ML_INPUTS_OR(none)                                                                     \
+  "Tensor target, Tensor? mask" none ", Tensor? normalizer" none ", Tensor? class_weight" none \
+  ", Tensor? cu_seqlens" none ", Tensor? temperatures" none
+#define ML_INPUTS ML_INPUTS_OR("")
 #define ML_PUBLIC_INPUTS                                           \
   "Tensor target, Tensor? mask=None, *, Tensor? normalizer=None, " \
   "Tensor? class_weight=None, Tensor? cu_seqlens=None, Tensor? temperatures=None"

@@ -12,7 +12,9 @@
 
 #define ML_PUBLIC \
   "(Tensor logits, " ML_PUBLIC_INPUTS ", bool inplace_backward=False, " ML_OPTIONS ") -> "
-#define ML_FORWARD "Tensor logits, " ML_INPUTS ", bool stats, " ML_OPTIONS ") -> " ML_TABLES
+// With defaults, so that a call need not give them: PyTorch looks at each argument that it gets.
+#define ML_FORWARD \
+  "Tensor logits, " ML_INPUTS_OR("=None") ", bool stats=False, " ML_OPTIONS ") -> " ML_TABLES
 #define ML_TABLES "(Tensor loss, Tensor stats, Tensor tokens, Tensor groups"
 
 // Which classes the ranks of a group have.

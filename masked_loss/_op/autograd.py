@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.vmap import restore_vmap as restore_vmap
+from torch.autograd import forward_ad
 
 Inputs = tuple[Any, ...]
 """Tensors, and None for those that are not given."""
@@ -84,9 +85,18 @@ def kept_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled() and any(map(may_require_grad, tensors)):
-        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+        if transforms_are_active() and any(map(may_require_grad, tensors)):
+            return True
     return is_forward_mode()
+
+
+def is_transformed() -> bool:
+    """Whether anything but plain autograd may look at a call: torch.func, or forward mode."""
+    return forward_ad._current_level >= 0 or transforms_are_active()
 
 
 def is_forward_mode() -> bool:
@@ -94,7 +104,7 @@ def is_forward_mode() -> bool:
 
     A compiled graph that is traced enters the latter without the former.
     """
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return True
     return transforms_are_active() and _is_within(_Transform.Jvp)
 

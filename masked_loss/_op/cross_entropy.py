@@ -69,7 +69,7 @@ def _call(
     if shards:
         return _call_sharded(stats, inputs, meaning, inplace_backward, Shards(**shards))
     if not is_differentiated(logits, mask, target):
-        return ops.cross_entropy_forward.default(*inputs, stats, *meaning)
+        return ops.cross_entropy_forward.default(*_short(inputs, stats, meaning))
     plain = are_plain(logits)
     inplace = inplace_backward and plain
     if inplace:
@@ -102,10 +102,28 @@ def _forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
         return ops.sharded_cross_entropy_forward.default(
             *inputs, stats, shards.vocab_group, shards.bounds, *meaning
         )
+    given = _short(inputs, stats, meaning)
     if not fused:
-        return ops.cross_entropy_forward.default(*inputs, stats, *meaning)
+        return ops.cross_entropy_forward.default(*given)
     dlogits = logits_pool.empty_like(inputs[0])
-    return (*ops.cross_entropy_fused.default(dlogits, *inputs, stats, *meaning), dlogits)
+    return (*ops.cross_entropy_fused.default(dlogits, *given), dlogits)
+
+
+_DEFAULTS = Meaning()
+_TYPES = tuple(map(type, _DEFAULTS))
+
+
+def _short(inputs: Inputs, stats: bool, meaning: Meaning) -> Inputs:
+    """A forward operator's arguments, without the last ones where they are its defaults.
+
+    PyTorch asks of each that it is given whether it is a tensor: of those 12, for as long as a
+    small loss takes. The types are compared, too, since 0 == 0.0, and the operator's check is that.
+    """
+    _, _, _, normalizer, class_weight, cu_seqlens, temperatures = inputs
+    alone = normalizer is class_weight is cu_seqlens is temperatures is None
+    if alone and not stats and tuple(map(type, meaning)) == _TYPES and meaning == _DEFAULTS:
+        return inputs[:3]
+    return (*inputs, stats, *meaning)
 
 
 def _save(inputs: Inputs, outputs: tuple[Tensor, ...], how: How) -> Inputs:

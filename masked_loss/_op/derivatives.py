@@ -18,6 +18,7 @@ from masked_loss._op.autograd import (
     Inputs,
     are_plain,
     is_forward_mode,
+    is_transformed,
     only_innermost_differentiates,
     restore_vmap,
     transforms_are_active,
@@ -107,10 +108,10 @@ def differentiable(formulas: Formulas) -> Callable[..., Tensors]:
     apply_eager = super(torch.autograd.Function, eager).apply  # what Function.apply comes down to
 
     def call(*args: Any) -> Any:
+        if not is_transformed():
+            return apply_eager(*args)
         if is_forward_mode():
             return reference(args[:-1], args[-1])
-        if not transforms_are_active():
-            return apply_eager(*args)
         return transformed(*args[:-1], _Constant(args[-1]))
 
     return call

@@ -24,8 +24,7 @@ from masked_loss._op.autograd import (
     Inputs,
     below_autograd,
     is_differentiated,
-    is_forward_mode,
-    transforms_are_active,
+    is_transformed,
 )
 from masked_loss._op.checks import Names, checked, register_fake, speak_for
 from masked_loss._op.tables import ops
@@ -150,15 +149,20 @@ class Operator:
             result = self._overload(**named, **options, **more)
             return result if isinstance(result, tuple) else (result,)
         try:
-            return self._checked(inputs, meaning, **more)
+            if is_transformed():
+                self._check_named(inputs, meaning, **more)
+            return self._call(inputs, meaning, **more)
         except RuntimeError as error:
             tensors = dict(zip(self._inputs, inputs, strict=True))
             raise typed_error(who, error, names, tensors) from None
 
+    def _check_named(self, inputs: Inputs, meaning: Meaning, **more: Any) -> None:
+        tensors = zip(self._inputs, inputs, strict=True)
+        self._check(SimpleNamespace(**dict(tensors), **meaning._asdict(), **more))
+
     def _checked(self, inputs: Inputs, meaning: Meaning, **more: Any) -> tuple[Tensor, ...]:
-        if transforms_are_active() or is_forward_mode():
-            tensors = zip(self._inputs, inputs, strict=True)
-            self._check(SimpleNamespace(**dict(tensors), **meaning._asdict(), **more))
+        if is_transformed():
+            self._check_named(inputs, meaning, **more)
         return self._call(inputs, meaning, **more)
 
     def _called(self, *args: Any, **kwargs: Any) -> Any:

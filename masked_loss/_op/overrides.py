@@ -18,9 +18,14 @@ from masked_loss._op.arguments import is_distributed
 
 def is_overridden(*tensors: Any) -> bool:
     """Whether :func:`override` gives the results of a call with these arguments."""
-    if not torch.compiler.is_compiling() and has_torch_function(tensors):
+    if has_torch_function(tensors) and not torch.compiler.is_compiling():
         return True
-    return any(jagged.is_jagged(x) or is_distributed(x) for x in tensors)
+    for x in tensors:
+        if x is None or (type(x) is Tensor and not x.is_nested):  # mostly, and told by no call
+            continue
+        if is_distributed(x) or jagged.is_jagged(x):
+            return True
+    return False
 
 
 def _has_torch_function(arguments: dict[str, Any]) -> bool:
