@@ -241,6 +241,16 @@ struct MaskGradArgs {
   DType mask_type;
 };
 
+// A gradient that was computed for dloss = 1, of any shape, multiplied and rounded once.
+struct ScaleArgs {
+  const void* gradient;
+  DType dtype;
+  int64_t count;
+  const void* factor;  // one, of the accumulation type
+  void* scaled;        // out: of scaled_type; the gradient's own memory, or apart from it
+  DType scaled_type;   // as dtype, or a half type where that is float32
+};
+
 // values into the token table (kLoss), and their gradient back out of it.
 struct ValuesArgs {
   Groups groups;

@@ -27,6 +27,7 @@ struct Backend {
   void (*reduce)(const ReduceArgs& args, Queue queue);
   void (*mask_grad)(const MaskGradArgs& args, Queue queue);
   void (*values_grad)(const ValuesArgs& args, Queue queue);
+  void (*scale)(const ScaleArgs& args, Queue queue);
 
   // Bytes that a kernel wants to find in args.scratch.
   int64_t (*weigh_scratch)(const WeighArgs& args);

@@ -204,6 +204,28 @@ void rows(Tensor logits, const Saved& saved, OptionalTensor dloss, const Shard& 
   p.run(device.kernels.cross_entropy);
 }
 
+void scale(Tensor scaled, Tensor gradient, Tensor factor) {
+  constexpr const char* who = "scale";
+  ScaleArgs args{};
+  args.dtype = check::floating(who, "gradient", gradient);
+  args.scaled_type = check::floating(who, "scaled", scaled);
+  if (args.dtype != DType::kFloat32 || args.scaled_type == DType::kFloat64) {
+    check::same_dtype(who, "scaled", scaled, "gradient", gradient);
+  }
+  check::has_shape(who, "scaled", scaled, shape_of(gradient));
+  check::has_shape(who, "factor", factor, {});
+  if (!scaled.is_contiguous() || !gradient.is_contiguous()) {
+    check::fail("ValueError", who, ": gradient and scaled must be contiguous");
+  }
+  const Tensor number = as_type(factor, accumulation_type(args.dtype == DType::kFloat64));
+  args.gradient = gradient.data_ptr();
+  args.count = gradient.numel();
+  args.factor = number.data_ptr();
+  args.scaled = scaled.data_ptr();
+  const Device device(gradient);
+  device.kernels.scale(args, device.queue());
+}
+
 std::tuple<Tensor, Tensor> reduce(Tensor tokens, Tensor groups, Tensor target, bool stats,
                                   const Options& options) {
   const Shape shape = shape_of(target);

@@ -63,6 +63,10 @@ void cross_entropy_shard_backward_out(Tensor dlogits, Tensor dloss, Tensor logit
                                       const Saved& saved, const Shard& shard,
                                       const Options& options);
 
+// A gradient for dloss = 1 times the real one, rounded once: into its own memory, or into that of a
+// half type. factor: of the accumulation type, not looked at.
+void scale(Tensor scaled, Tensor gradient, Tensor factor);
+
 // -> loss, stats; groups gets its means
 std::tuple<Tensor, Tensor> reduce(Tensor tokens, Tensor groups, Tensor target, bool stats,
                                   const Options& options);

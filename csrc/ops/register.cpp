@@ -93,6 +93,7 @@
   _(cross_entropy_shard_backward_out,                                                             \
     "(Tensor(a!) dlogits, Tensor dloss, Tensor logits, " ML_SAVED ", " ML_SHARD ", " ML_OPTIONS   \
     ") -> ()")                                                                                    \
+  _(scale, "(Tensor(a!) scaled, Tensor gradient, Tensor factor) -> ()")                           \
   _(reduce, "(Tensor tokens, Tensor(a!) groups, Tensor target, bool stats, " ML_OPTIONS           \
             ") -> (Tensor loss, Tensor stats)")                                                   \
   _(masked_reduce,                                                                                \

@@ -389,7 +389,7 @@ def _fake_reduce(a: SimpleNamespace) -> tuple[Tensor, ...]:
     )
 
 
-fake_nothing("rows")
+fake_nothing("rows", "scale")
 
 implement("linear_cross_entropy_forward", _forward_kernel)
 _run_backward = implement("linear_cross_entropy_backward", _backward_kernel)

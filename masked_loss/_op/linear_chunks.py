@@ -21,6 +21,7 @@ from masked_loss._op import checks, exchange, tables
 from masked_loss._op.autograd import Inputs
 from masked_loss._op.factory import AUTOCAST, Signature, library
 from masked_loss._op.memory import fresh, logits_pool, weight_pool
+from masked_loss._op.tables import ops
 from masked_loss.options import ALL_CLASSES, Chunking, Shards
 
 # Bytes of a chunk's logits, where the caller does not say chunk_tokens.
@@ -443,9 +444,13 @@ def scaled_by(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype, reuse
             return gradient
         if not reuse:
             return gradient * factor
-        return gradient if factor.is_cpu and factor.item() == 1 else gradient.mul_(factor)
+        if factor.is_cpu:
+            return gradient if factor.item() == 1 else gradient.mul_(factor)
+        return _scaled_on_device(gradient, factor, gradient)
     if not reuse or gradient.dim() != 2:
         return (gradient if factor is None else gradient * factor).to(dtype)
+    if factor is not None and not factor.is_cpu:
+        return _scaled_on_device(gradient, factor, torch.empty_like(gradient, dtype=dtype))
     if _is_large(gradient, dtype):
         result = fresh.empty(gradient.shape, gradient, dtype)
     else:
@@ -457,3 +462,11 @@ def scaled_by(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype, reuse
         else:  # no product in gradient.dtype
             torch.mul(gradient[piece], factor, out=result[piece])
     return result
+
+
+def _scaled_on_device(gradient: Tensor, factor: Tensor, into: Tensor) -> Tensor:
+    """PyTorch's product with a number on the device computes an index for each element."""
+    if not gradient.is_contiguous():
+        return torch.mul(gradient, factor, out=into)
+    ops.scale.default(into, gradient, factor)
+    return into

@@ -105,6 +105,32 @@ def test_every_reduction(case: Case, dtype: torch.dtype) -> None:
     assert_as_accurate_as_eager(masked_reduce, reference.masked_reduce, case, dtype)
 
 
+SCALED = [(x, x) for x in (torch.float64, torch.float32, *HALF_TYPES)]
+
+
+@pytest.mark.parametrize("device", ["emulated", "cpu"])
+@pytest.mark.parametrize("types", [*SCALED, *((torch.float32, x) for x in HALF_TYPES)], ids=str)
+def test_a_gradient_times_a_number(
+    types: tuple[torch.dtype, torch.dtype], device: str, configure: Configure
+) -> None:
+    """Rounded once, of any length and alignment, in place and apart; with 1 nothing is written."""
+    configure(multiprocessors=1)
+    ops = torch.ops.masked_loss if device == "cpu" else getattr(torch.ops, NAMESPACE)
+    of_gradient, of_scaled = types
+    wide = torch.promote_types(of_gradient, torch.float32)
+    for count, skipped in ((0, 0), (7, 0), (20_011, 0), (20_011, 1), (20_011, 3)):
+        gradient = torch.randn(count + skipped).to(of_gradient)[skipped:]
+        for number in (0.3, 1.0, -(2.0**-10)):
+            factor = torch.tensor(number, dtype=wide)
+            expected = (gradient.to(wide) * factor).to(of_scaled)
+            scaled = torch.full((count + skipped,), 9.0, dtype=of_scaled)[skipped:]
+            ops.scale(scaled, gradient, factor)
+            assert torch.equal(scaled, expected)
+            if of_gradient == of_scaled:
+                ops.scale(in_place := gradient.clone(), in_place, factor)
+                assert torch.equal(in_place, expected)
+
+
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 def test_half_types_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
     exact, rounded = (numbers[::331] for numbers in hard_numbers(dtype))

@@ -47,6 +47,9 @@ TENSORS = {
     "teacher_bias": torch.randn(5),
     "weights": torch.ones(6),
     "bounds": torch.tensor([0, 5]),
+    "scaled": torch.zeros(3, 4, dtype=torch.bfloat16),
+    "gradient": torch.randn(3, 4),
+    "factor": torch.tensor(2.0),
 }
 NUMBERS = {
     "reduction": "mean",

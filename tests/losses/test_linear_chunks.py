@@ -23,6 +23,7 @@ from linear_samples import (
     problem,
     specification,
 )
+from opchecks import opchecks
 from samples import REDUCTIONS
 from threads import threads
 from torch import Tensor
@@ -397,4 +398,14 @@ def test_a_gradient_is_scaled_by_one_launch() -> None:
         gradient = torch.empty(128256, 4096, device="meta")
         factor = torch.empty((), device="meta")
         linear_chunks.scaled_by(gradient, factor, torch.bfloat16, reuse=True)
-    assert device.launches == ["mul.out"]
+        linear_chunks.scaled_by(gradient, factor, torch.float32, reuse=True)
+    assert device.launches == ["masked_loss::scale"] * 2
+
+
+@opchecks("scale")
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_of_scaling(half: torch.dtype) -> None:
+    gradient, factor = torch.randn(3, 5), torch.tensor(0.3)
+    torch.library.opcheck(
+        torch.ops.masked_loss.scale.default, (gradient.to(half), gradient, factor)
+    )

@@ -57,6 +57,7 @@ void load_values(const ValuesArgs& args, const Threads& threads);
 void reduce(const ReduceArgs& args, const Threads& threads);
 void mask_grad(const MaskGradArgs& args, const Threads& threads);
 void values_grad(const ValuesArgs& args, const Threads& threads);
+void scale(const ScaleArgs& args, const Threads& threads);
 
 // All of these; the queue is a const Threads.
 extern const Backend kBackend;

@@ -140,4 +140,38 @@ void values_grad(const ValuesArgs& args, const Threads& threads) {
   });
 }
 
+namespace {
+
+template <class From, class To, class A>
+void scale_numbers(const ScaleArgs& args, A factor, const Threads& threads) {
+  share(args.count, 1, threads, [&](int64_t begin, int64_t end) {
+    const From* const gradient = static_cast<const From*>(args.gradient);
+    To* const scaled = static_cast<To*>(args.scaled);
+    for (int64_t i = begin; i < end; ++i) narrow(widen(gradient[i]) * factor, &scaled[i]);
+  });
+}
+
+}  // namespace
+
+void scale(const ScaleArgs& args, const Threads& threads) {
+  if (args.dtype == DType::kFloat64) {
+    return scale_numbers<double, double>(args, *static_cast<const double*>(args.factor), threads);
+  }
+  const float factor = *static_cast<const float*>(args.factor);
+  if (args.dtype == DType::kBFloat16) {
+    return scale_numbers<BFloat16, BFloat16>(args, factor, threads);
+  }
+  if (args.dtype == DType::kFloat16) {
+    return scale_numbers<Float16, Float16>(args, factor, threads);
+  }
+  switch (args.scaled_type) {
+    case DType::kBFloat16:
+      return scale_numbers<float, BFloat16>(args, factor, threads);
+    case DType::kFloat16:
+      return scale_numbers<float, Float16>(args, factor, threads);
+    default:
+      return scale_numbers<float, float>(args, factor, threads);
+  }
+}
+
 }  // namespace masked_loss::cpu

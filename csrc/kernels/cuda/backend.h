@@ -28,6 +28,7 @@ void load_values(const ValuesArgs& args, Stream stream);
 void reduce(const ReduceArgs& args, Stream stream);
 void mask_grad(const MaskGradArgs& args, Stream stream);
 void values_grad(const ValuesArgs& args, Stream stream);
+void scale(const ScaleArgs& args, Stream stream);
 
 // All of these.
 extern const Backend kBackend;

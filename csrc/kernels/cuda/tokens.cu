@@ -405,8 +405,8 @@ void mask_grad(const MaskGradArgs& args, Stream stream) {
   launch_tokens(args.wide ? mask_grad_kernel<double> : mask_grad_kernel<float>, args, stream);
 }
 
-const Backend kBackend = {weigh,         cross_entropy, merge,     rescale,     divergence,
-                          load_values,   reduce,        mask_grad, values_grad, scratch_bytes,
-                          scratch_bytes, scratch_bytes, 32 << 20};  // most of an L2
+const Backend kBackend = {weigh,         cross_entropy, merge,         rescale,     divergence,
+                          load_values,   reduce,        mask_grad,     values_grad, scale,
+                          scratch_bytes, scratch_bytes, scratch_bytes, 32 << 20};  // most of an L2
 
 }  // namespace masked_loss::cuda
