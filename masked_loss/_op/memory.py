@@ -67,7 +67,7 @@ class Pool:
 
     def empty_like(self, values: Tensor) -> Tensor:
         """An uninitialised, contiguous tensor like ``values``."""
-        if values.numel() * values.element_size() < self._at_least:  # the same, sooner
+        if values.nbytes < self._at_least:  # the same, sooner
             return torch.empty_like(values, memory_format=torch.contiguous_format)
         return self.empty(values.shape, values)
 
