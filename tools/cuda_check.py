@@ -28,6 +28,7 @@ from sass import Instruction, Kernel
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 
 REGISTERS = 65536  # of a multiprocessor
+TOKEN_KERNELS = ("weigh", "count_groups", "write_", "reduce_")
 
 # Rows whose instructions are counted: every team of warps, forward and fused.
 ROWS = [
@@ -52,7 +53,7 @@ def is_plain(kernel: Kernel) -> bool:
 
 
 def allowed_registers(kernel: Kernel) -> int:
-    if kernel.name.startswith(("divergence_kernel", "shard_kernel")):
+    if kernel.name.startswith(("divergence_kernel", "shard_kernel", *TOKEN_KERNELS)):
         return REGISTERS // 512  # one block of 512 threads
     if not is_row_kernel(kernel):
         return 64
@@ -85,6 +86,8 @@ def complaints(kernel: Kernel) -> list[str]:
     found = []
     if kernel.registers > (most := allowed_registers(kernel)):
         found.append(f"uses {kernel.registers} registers, expected <= {most}")
+    if kernel.name.startswith(TOKEN_KERNELS) and kernel.spilled:
+        found.append(f"spills {kernel.spilled} bytes of registers")
     if is_row_kernel(kernel):
         if not wide(kernel.code, "LDG"):
             found.append("has no 16-byte load")

@@ -11,30 +11,45 @@ ML_FN const T* as(const void* p) {
 }
 
 // Number types are told apart at run time: next to the logits these arrays are small.
-ML_FN double number_at(const void* p, DType type, int64_t i) {
+struct Truth {
+  uint8_t byte;
+};
+template <class F>
+ML_FN auto with_numbers(const void* p, DType type, const F& f) {
   switch (type) {
     case DType::kFloat64:
-      return as<double>(p)[i];
+      return f(as<double>(p));
     case DType::kFloat32:
-      return as<float>(p)[i];
+      return f(as<float>(p));
     case DType::kBFloat16:
-      return widen(as<BFloat16>(p)[i]);
+      return f(as<BFloat16>(p));
     case DType::kFloat16:
-      return widen(as<Float16>(p)[i]);
+      return f(as<Float16>(p));
     case DType::kInt64:
-      return static_cast<double>(as<int64_t>(p)[i]);
+      return f(as<int64_t>(p));
     case DType::kInt32:
-      return as<int32_t>(p)[i];
+      return f(as<int32_t>(p));
     case DType::kInt16:
-      return as<int16_t>(p)[i];
+      return f(as<int16_t>(p));
     case DType::kInt8:
-      return as<int8_t>(p)[i];
+      return f(as<int8_t>(p));
     case DType::kUInt8:
-      return as<uint8_t>(p)[i];
+      return f(as<uint8_t>(p));
     case DType::kBool:
       break;
   }
-  return as<uint8_t>(p)[i] != 0;
+  return f(as<Truth>(p));
+}
+template <class T>
+ML_FN double number(T x) {
+  return static_cast<double>(x);
+}
+ML_FN double number(BFloat16 x) { return widen(x); }
+ML_FN double number(Float16 x) { return widen(x); }
+ML_FN double number(Truth x) { return x.byte != 0; }
+
+ML_FN double number_at(const void* p, DType type, int64_t i) {
+  return with_numbers(p, type, [&](const auto* numbers) { return number(numbers[i]); });
 }
 ML_FN void store_number(double x, void* p, DType type, int64_t i) {
   switch (type) {
@@ -120,74 +135,126 @@ inline Pieces pieces_of(const Groups& groups, int64_t size) {
 // Weights
 
 struct WeightField {
-  enum : int { kWeights, kClassWeights, kActive, kCount };
+  // kClassWeights: filled only where classes have weights
+  enum : int { kWeights, kActive, kClassWeights, kCount };
 };
 using WeightSums = Sums<WeightField::kCount>;
 
-struct TokenWeight {
-  double weight, class_weight;
-  int64_t bad;  // where in args.target an index is out of range, or -1
+// Whether nothing predicts the token. `sequence`: that of the token, in args.sequences.
+ML_FN bool is_left_out(const WeighArgs& args, int64_t i, int64_t sequence) {
+  if (args.sequences.count && sequence == args.sequences.count - 1) return true;
+  if (!args.skip_first) return false;
+  if (i == quotient(i, args.steps) * args.steps) return true;
+  return args.sequences.count && i == group_begin(args.sequences, sequence);
+}
+
+// The token's factor in the mask. A weight that underflows in A is none, as the rows' kernels see
+// it.
+template <class A>
+ML_FN A mask_at(const WeighArgs& args, int64_t i) {
+  return args.mask ? static_cast<A>(number_at(args.mask, args.mask_type, i)) : A(1);
+}
+
+ML_FN bool in_range(const WeighArgs& args, int64_t id) {
+  return static_cast<uint64_t>(id) < static_cast<uint64_t>(args.classes);
+}
+
+// An index of the token, and where args.target has it: of several the last that is not ignored, or
+// the first that is out of range.
+struct Target {
+  int64_t id, at;
 };
+ML_FN Target target_of(const WeighArgs& args, int64_t i) {
+  Target target{args.ignore_index, i};
+  for (int64_t at = i * args.ids; at < (i + 1) * args.ids; ++at) {
+    const int64_t id = index_at(args.target, args.target_type, at);
+    if (id == args.ignore_index) continue;
+    target = {id, at};
+    if (!in_range(args, id)) break;
+  }
+  return target;
+}
 
 // weight = mask * [target != ignore_index]; a masked token's target is not looked at either.
-// `sequence`: that of the token, in args.sequences.
 template <class A>
-ML_FN TokenWeight token_weight(const WeighArgs& args, int64_t i, int64_t sequence) {
-  const TokenWeight masked{0, 1, -1};
-  if (args.sequences.count && sequence == args.sequences.count - 1) return masked;
-  if (args.skip_first) {
-    if (i == quotient(i, args.steps) * args.steps) return masked;
-    if (args.sequences.count && i == group_begin(args.sequences, sequence)) return masked;
-  }
-  // As the rows' kernels see it: a weight that underflows there is none here either.
-  const double w = args.mask ? static_cast<A>(number_at(args.mask, args.mask_type, i)) : A(1);
-  if (!args.target || w == 0) return {w, 1, -1};
-  int64_t target = args.ignore_index;
-  for (int64_t k = i * args.ids; k < (i + 1) * args.ids; ++k) {
-    const int64_t id = index_at(args.target, args.target_type, k);
-    if (id == args.ignore_index) continue;
-    if (id < 0 || id >= args.classes) return {0, 1, k};
-    target = id;
-  }
-  if (target == args.ignore_index) return args.keep_ignored ? TokenWeight{w, 1, -1} : masked;
-  return {w, args.class_weight ? as<A>(args.class_weight)[target] : A(1), -1};
+struct TokenWeight {
+  A weight;
+  bool bad;  // the target is out of range
+};
+template <class A>
+ML_FN TokenWeight<A> token_weight(const WeighArgs& args, A mask, int64_t id) {
+  const bool ignored = id == args.ignore_index;
+  const bool bad = mask != 0 && !ignored && !in_range(args, id);
+  return {bad || (ignored && !args.keep_ignored) ? A(0) : mask, bad};
+}
+// Of a token that has a weight.
+template <class A>
+ML_FN A class_weight(const WeighArgs& args, int64_t id) {
+  return id == args.ignore_index ? A(1) : as<A>(args.class_weight)[id];
 }
 
 template <class A>
-ML_FN void add_weight(const WeighArgs& args, int64_t i, const TokenWeight& t, WeightSums* sums) {
-  static_cast<A*>(args.weight)[i] = static_cast<A>(t.weight);
-  if (t.weight == 0) return;
-  sums->v[WeightField::kWeights] += t.weight;
-  sums->v[WeightField::kClassWeights] += t.weight * t.class_weight;
-  sums->v[WeightField::kActive] += 1;
+ML_FN void add_weight(A weight, WeightSums* sums) {
+  sums->v[WeightField::kWeights] += weight;
+  sums->v[WeightField::kActive] += weight != 0 ? 1 : 0;
+}
+template <class A>
+ML_FN void add_class_weight(A weight, A of_class, WeightSums* sums) {
+  sums->v[WeightField::kClassWeights] += double(weight) * of_class;
 }
 
-// What the group's sums are multiplied by:
+// All of a token, whose weight is `mask` but for its target. Returns where that is out of range, or
+// -1.
+template <class A>
+ML_FN int64_t weigh_token(const WeighArgs& args, int64_t i, A mask, WeightSums* sums) {
+  int64_t bad = -1;
+  TokenWeight<A> t{mask, false};
+  if (args.target && mask != 0) {
+    const Target target = target_of(args, i);
+    t = token_weight(args, mask, target.id);
+    if (t.bad) bad = target.at;
+    if (args.class_weight && t.weight != 0) {
+      add_class_weight(t.weight, class_weight<A>(args, target.id), sums);
+    }
+  }
+  static_cast<A*>(args.weight)[i] = t.weight;
+  add_weight(t.weight, sums);
+  return bad;
+}
+
+// One of the factors that the group's sums are multiplied by:
 // mean: 1 / sum w c (z: 1 / sum w); sequence_mean: that over the number of active sequences; with a
 // normalizer 1 / normalizer, and for sequence_mean the mean over it; none and sum: 1.
 // A group without an active token gets 0.
-ML_FN void write_group(const WeighArgs& args, const WeightSums& sums, double active_groups,
-                       int64_t group) {
+ML_FN double group_factor(const WeighArgs& args, const WeightSums& sums, double active_groups,
+                          int64_t field) {
   const bool sequences = args.reduction == Reduction::kSequenceMean;
   const bool mean = sequences || (args.reduction == Reduction::kMean && !args.normalizer);
+  const bool scale = field == GroupField::kScaleLoss || field == GroupField::kScaleZ;
+  if (sums.v[WeightField::kActive] == 0 || (!scale && !mean)) return 0;
+  const bool classes =
+      args.class_weight && (field == GroupField::kScaleLoss || field == GroupField::kInverseLoss);
   const double given = args.normalizer ? *args.normalizer : 1;
   const double share = !sequences ? 1 : args.normalizer ? given : active_groups;
-  const double loss = mean ? sums.v[WeightField::kClassWeights] : given;
-  const double z = mean ? sums.v[WeightField::kWeights] : given;
-  const bool active = sums.v[WeightField::kActive] > 0;
-  double* const out = group_at(args.groups, group);
-  out[GroupField::kScaleLoss] = active ? 1 / (loss * share) : 0;
-  out[GroupField::kScaleZ] = active ? 1 / (z * share) : 0;
-  out[GroupField::kInverseLoss] = active && mean ? 1 / loss : 0;
-  out[GroupField::kInverseZ] = active && mean ? 1 / z : 0;
-  out[GroupField::kMeanLoss] = out[GroupField::kMeanZ] = 0;
-  if (args.groups.bounds) out[Groups::kBound] = args.groups.bounds[group];
+  const double weights =
+      classes ? sums.v[WeightField::kClassWeights] : sums.v[WeightField::kWeights];
+  return 1 / ((mean ? weights : given) * (scale ? share : 1));
+}
+
+// A number of the group's row of the table.
+ML_FN void write_group(const WeighArgs& args, const WeightSums& sums, double active_groups,
+                       int64_t group, int64_t field) {
+  group_at(args.groups, group)[field] = field == Groups::kBound ? args.groups.bounds[group]
+                                        : field >= GroupField::kMeanLoss
+                                            ? 0
+                                            : group_factor(args, sums, active_groups, field);
 }
 
 // Reductions
 
 struct LossField {
-  enum : int { kLoss, kZ, kActive, kStats, kCount = kStats + StatField::kCount };
+  // from kTokens on: filled only where statistics are wanted
+  enum : int { kLoss, kZ, kTokens, kCorrect, kEntropy, kCount };
 };
 using LossSums = Sums<LossField::kCount>;
 
@@ -197,54 +264,70 @@ ML_FN double z_of(const Table<A>& table, double z_loss, int64_t token) {
   return z_term<double>(table(TokenField::kTop, token), table(TokenField::kSum, token), z_loss);
 }
 
+// What a token adds; of a masked one all of it is 0.
 template <class A>
-ML_FN void add_loss(const ReduceArgs& args, int64_t i, LossSums* sums) {
+ML_FN double add_loss(A weight, A loss, LossSums* sums) {
+  const double weighted = double(weight) * loss;
+  sums->v[LossField::kLoss] += weighted;
+  return weighted;
+}
+template <class A>
+ML_FN void add_statistics(A weight, A correct, A entropy, LossSums* sums) {
+  const double w = weight;
+  sums->v[LossField::kTokens] += w;
+  sums->v[LossField::kCorrect] += w * correct;
+  sums->v[LossField::kEntropy] += w * entropy;
+}
+template <class A>
+ML_FN void write_token_loss(const ReduceArgs& args, int64_t i, double loss) {
+  if (args.reduction == Reduction::kNone) static_cast<A*>(args.loss)[i] = static_cast<A>(loss);
+}
+
+// All of a token; where it is masked, nothing but its weight is read.
+template <class A>
+ML_FN void reduce_token(const ReduceArgs& args, int64_t i, LossSums* sums) {
   const Table<A> table{as<A>(args.table), args.groups.tokens};
-  const double w = table(TokenField::kWeight, i);
+  const A weight = table(TokenField::kWeight, i);
   double loss = 0, z = 0;
-  if (w != 0) {
-    loss = w * table(TokenField::kLoss, i);
-    z = w * z_of(table, args.z_loss, i);
-    sums->v[LossField::kLoss] += loss;
+  if (weight != 0) {
+    loss = add_loss<A>(weight, table(TokenField::kLoss, i), sums);
+    z = weight * z_of(table, args.z_loss, i);
     sums->v[LossField::kZ] += z;
-    sums->v[LossField::kActive] += 1;
     if (args.stats) {
-      double* const stats = sums->v + LossField::kStats;
-      stats[StatField::kTokens] += w;
-      stats[StatField::kCorrect] += w * table(TokenField::kCorrect, i);
-      stats[StatField::kEntropy] += w * table(TokenField::kEntropy, i);
-      stats[StatField::kZLoss] += z;
+      add_statistics<A>(weight, table(TokenField::kCorrect, i), table(TokenField::kEntropy, i),
+                        sums);
     }
   }
-  if (args.reduction == Reduction::kNone) {
-    static_cast<A*>(args.loss)[i] = static_cast<A>(loss + z);
-  }
+  write_token_loss<A>(args, i, loss + z);
 }
 
 // A group's share in the loss; its means go to the group table, and its loss where each has one.
+// Without an active token all of its factors are 0.
 template <class A>
 ML_FN double group_loss(const ReduceArgs& args, const LossSums& sums, int64_t index) {
-  double share = 0;
-  if (sums.v[LossField::kActive] > 0) {
-    double* const group = group_at(args.groups, index);
-    const double loss = sums.v[LossField::kLoss], z = sums.v[LossField::kZ];
-    group[GroupField::kMeanLoss] = group[GroupField::kInverseLoss] * loss;
-    group[GroupField::kMeanZ] = group[GroupField::kInverseZ] * z;
-    share = loss * group[GroupField::kScaleLoss];
-    if (args.z_loss != 0) share += z * group[GroupField::kScaleZ];
-  }
+  double* const group = group_at(args.groups, index);
+  const double loss = sums.v[LossField::kLoss], z = sums.v[LossField::kZ];
+  double share = loss * group[GroupField::kScaleLoss];
+  if (args.z_loss != 0) share += z * group[GroupField::kScaleZ];
+  const double mean_loss = loss * group[GroupField::kInverseLoss];
+  const double mean_z = z * group[GroupField::kInverseZ];
+  group[GroupField::kMeanLoss] = mean_loss;
+  group[GroupField::kMeanZ] = mean_z;
   const bool behind = args.groups.bounds && index == args.groups.count - 1;
   if (args.per_group && !behind) static_cast<A*>(args.loss)[index] = static_cast<A>(share);
   return share;
 }
 
+// total: over all groups, but for kLoss, the sum of their shares.
 template <class A>
-ML_FN void write_loss(const ReduceArgs& args, double loss, const double* stats) {
+ML_FN void write_loss(const ReduceArgs& args, const LossSums& total) {
   const bool one = args.reduction != Reduction::kNone && !args.per_group;
-  if (one) *static_cast<A*>(args.loss) = static_cast<A>(loss);
-  for (int i = 0; args.stats && i < StatField::kCount; ++i) {
-    args.stats[i] = stats[i];
-  }
+  if (one) *static_cast<A*>(args.loss) = static_cast<A>(total.v[LossField::kLoss]);
+  if (!args.stats) return;
+  args.stats[StatField::kTokens] = total.v[LossField::kTokens];
+  args.stats[StatField::kCorrect] = total.v[LossField::kCorrect];
+  args.stats[StatField::kEntropy] = total.v[LossField::kEntropy];
+  args.stats[StatField::kZLoss] = total.v[LossField::kZ];
 }
 
 // Gradients, of masked tokens 0: they take no part.

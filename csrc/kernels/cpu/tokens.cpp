@@ -67,6 +67,7 @@ int64_t weigh(const WeighArgs& args, const Threads& threads) {
   std::vector<WeightSums> parts(pieces);
   std::vector<int64_t> bad(pieces, -1);  // the first bad target of each piece
   with_accumulation(args.wide, [&](auto a) {
+    using A = decltype(a);
     for_each_piece(args.groups, threads, [&](int64_t p, const Piece& piece) {
       const WeighArgs copy = args;
       const Groups sequences = args.sequences;
@@ -76,9 +77,9 @@ int64_t weigh(const WeighArgs& args, const Threads& threads) {
       WeightSums sums;
       for (int64_t i = piece.begin; i < piece.end; ++i) {
         while (sequences.count && next <= i) next = group_end(sequences, ++sequence);
-        const TokenWeight t = token_weight<decltype(a)>(copy, i, sequence);
-        if (bad[p] < 0) bad[p] = t.bad;
-        add_weight<decltype(a)>(copy, i, t, &sums);
+        const A mask = is_left_out(copy, i, sequence) ? A(0) : mask_at<A>(copy, i);
+        const int64_t bad_here = weigh_token<A>(copy, i, mask, &sums);
+        if (bad[p] < 0) bad[p] = bad_here;
       }
       parts[p] = sums;
     });
@@ -86,7 +87,11 @@ int64_t weigh(const WeighArgs& args, const Threads& threads) {
   const std::vector<WeightSums> sums = sum_groups(args.groups, parts);
   double active_groups = 0;
   for (const WeightSums& sum : sums) active_groups += sum.v[WeightField::kActive] > 0;
-  for (int64_t g = 0; g < args.groups.count; ++g) write_group(args, sums[g], active_groups, g);
+  for (int64_t g = 0; g < args.groups.count; ++g) {
+    for (int64_t field = 0; field < args.groups.columns; ++field) {
+      write_group(args, sums[g], active_groups, g, field);
+    }
+  }
   const auto first = std::find_if(bad.begin(), bad.end(), [](int64_t i) { return i >= 0; });
   return first == bad.end() ? -1 : *first;
 }
@@ -106,17 +111,18 @@ void reduce(const ReduceArgs& args, const Threads& threads) {
     for_each_piece(args.groups, threads, [&](int64_t p, const Piece& piece) {
       const ReduceArgs copy = args;
       LossSums sums;
-      for (int64_t i = piece.begin; i < piece.end; ++i) add_loss<A>(copy, i, &sums);
+      for (int64_t i = piece.begin; i < piece.end; ++i) reduce_token<A>(copy, i, &sums);
       parts[p] = sums;
     });
     const std::vector<LossSums> sums = sum_groups(args.groups, parts);
     double loss = 0;
-    LossSums all;
+    LossSums total;
     for (int64_t g = 0; g < args.groups.count; ++g) {
-      all.add(sums[g]);
+      total.add(sums[g]);
       loss += group_loss<A>(args, sums[g], g);
     }
-    write_loss<A>(args, loss, all.v + LossField::kStats);
+    total.v[LossField::kLoss] = loss;
+    write_loss<A>(args, total);
   });
 }
 
