@@ -67,11 +67,13 @@ def tokens_alone(device: str) -> None:
         masked_reduce(values, reduction="sequence_mean").backward()
 
 
-def linear(device: str) -> None:
-    hidden = torch.randn(64, 32, device=device, requires_grad=True)
-    weight = torch.randn(5000, 32, device=device, requires_grad=True)
-    target = torch.randint(5000, (64,), device=device)
-    linear_cross_entropy(hidden, weight, target, chunk_tokens=24).backward()
+def linear(device: str, dtype: torch.dtype) -> None:
+    for classes in (4999, 5000):
+        hidden = torch.randn(65, 33, device=device, dtype=dtype, requires_grad=True)
+        weight = torch.randn(classes, 33, device=device, dtype=dtype, requires_grad=True)
+        target = torch.randint(classes, (65,), device=device)
+        for factor in (1, 3):  # the gradients are there already: they are scaled
+            (factor * linear_cross_entropy(hidden, weight, target, chunk_tokens=24)).backward()
 
 
 def main(device: str = "cuda") -> None:
@@ -81,7 +83,8 @@ def main(device: str = "cuda") -> None:
     for dtype, classes in itertools.product(DTYPES, CLASSES):
         other_losses(device, dtype, classes)
     tokens_alone(device)
-    linear(device)
+    for dtype in DTYPES:
+        linear(device, dtype)
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")
