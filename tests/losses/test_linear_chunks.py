@@ -62,7 +62,7 @@ def test_half_types_over_many_chunks(dtype: torch.dtype) -> None:
         return tensors
 
     # A product of 8 rows rounds some float16 logits otherwise than one of 512: the mask's gradient.
-    assert_accurate(make, chunk_tokens=8, roundings=3 if dtype == torch.float16 else 1)
+    assert_accurate(make, chunk_tokens=8, roundings=3 if dtype == torch.float16 else None)
 
 
 def test_accumulation_dtype() -> None:
