@@ -59,6 +59,7 @@ TARGETS = {
     "csrc/kernels/cpu/fetch.inl.h": ROWS,
     "csrc/kernels/cpu/scalar.inl.h": ROWS,
     "csrc/kernels/cpu/vec_math.inl.h": ROWS,
+    "csrc/kernels/tanh.inl.h": ROWS,
     "csrc/kernels/cpu/vec_avx2.inl.h": ROWS,
     "csrc/kernels/cpu/vec_portable.inl.h": ROWS,
     "masked_loss/_op/cross_entropy.py": OPERATOR,

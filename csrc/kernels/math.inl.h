@@ -146,11 +146,14 @@ struct TargetSums : EntropySums<A> {
   ML_FN void push(const A (&y)[N], bool with_entropy) {
     const A peak = peak_of(this->top, y);
     if (peak > this->top) raise(peak);
-    for (int i = 0; i < N; ++i) {
-      const A e = exp(y[i] - this->top);
-      this->sum = this->sum + e;
-      if (with_entropy) this->entropy_sum = this->entropy_sum + entropy_term(e, y[i], this->top);
+    A e[N];
+    for (int i = 0; i < N; ++i) e[i] = exp(y[i] - this->top);
+    if (with_entropy) {
+      A terms[N];
+      for (int i = 0; i < N; ++i) terms[i] = entropy_term(e[i], y[i], this->top);
+      this->entropy_sum = this->entropy_sum + tree_sum(terms);
     }
+    this->sum = this->sum + tree_sum(e);
   }
   // After push() of the same y, so that top is not below them. Overwrites q.
   template <int N>
@@ -159,6 +162,15 @@ struct TargetSums : EntropySums<A> {
     for (int i = 0; i < N; ++i) terms[i] = q[i] * (this->top - y[i]);
     soft_loss = soft_loss + tree_sum(terms);
     soft_mass = soft_mass + tree_sum(q);
+  }
+
+  // The same where every q is 1.
+  template <int N>
+  ML_FN void push_uniform(const A (&y)[N]) {
+    A terms[N];
+    for (int i = 0; i < N; ++i) terms[i] = this->top - y[i];
+    soft_loss = soft_loss + tree_sum(terms);
+    soft_mass = soft_mass + A(N);
   }
 
   ML_FN void add(const TargetSums& other) {
@@ -182,11 +194,33 @@ constexpr float kTiny = 1e-37f;
 
 // From a logit of the model to y.
 
+// 1 / temperature = high + low, low > 0. x high + x low is x / temperature to one rounding, and an
+// infinite x stays infinite; a product with a rounded inverse would be off by up to three.
+template <class A>
+struct InverseTemperature {
+  A high, low;
+
+  ML_FN explicit InverseTemperature(double temperature) {
+    const double inverse = 1 / temperature;
+    high = static_cast<A>(inverse * (1 - Limits<A>::epsilon()));
+    low = static_cast<A>(inverse - static_cast<double>(high));
+  }
+};
+template <class V, class A>
+ML_FN V cooled(V x, const InverseTemperature<A>& inverse) {
+  return fma(x, V(inverse.high), x * V(inverse.low));
+}
+
 // y = cap tanh(x / cap). A quotient: where y is large, a rounded inverse would be many roundings of
 // exp(y).
 template <class V>
 ML_FN V softcap(V x, V cap) {
   return cap * tanh(x / cap);
+}
+// The same, where a division takes long: by the inverse of cap, in two parts.
+template <class V, class A>
+ML_FN V softcap(V x, V cap, const InverseTemperature<A>& inverse) {
+  return cap * tanh(cooled(x, inverse));
 }
 // rest = 1 - |tanh(u)|, u = x / cap, and dy/dx = 1 - tanh(u)^2 from it. Where tanh is almost 1 no
 // digits of it are left to subtract.
@@ -203,23 +237,6 @@ ML_FN V tanh_slope(V rest) {
 template <class V>
 ML_FN V softcap_slope(V x, V cap) {
   return tanh_slope(tanh_rest(x / cap));
-}
-
-// 1 / temperature = high + low, low > 0. x high + x low is x / temperature to one rounding, and an
-// infinite x stays infinite; a product with a rounded inverse would be off by up to three.
-template <class A>
-struct InverseTemperature {
-  A high, low;
-
-  ML_FN explicit InverseTemperature(double temperature) {
-    const double inverse = 1 / temperature;
-    high = static_cast<A>(inverse * (1 - Limits<A>::epsilon()));
-    low = static_cast<A>(inverse - static_cast<double>(high));
-  }
-};
-template <class V, class A>
-ML_FN V cooled(V x, const InverseTemperature<A>& inverse) {
-  return fma(x, V(inverse.high), x * V(inverse.low));
 }
 
 // Cross entropy

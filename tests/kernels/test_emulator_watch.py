@@ -61,6 +61,12 @@ def calls():
                 rows(tokens, classes, dtype, first, "mean", False)
                 rows(tokens, classes, dtype, first, "none", first == 1)
         rows(tokens, classes, torch.bfloat16, 1, "mean", True, softcap=5.0, label_smoothing=0.1)
+    settings.shared_per_block = 8 << 10  # which a row does not fit into: a cluster shares it
+    module.configure(settings)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows(9, 6001, dtype, 1, "mean", dtype == torch.bfloat16)
+    settings.shared_per_block = 227 << 10
+    module.configure(settings)
     hidden, weight = torch.randn(6, 16, requires_grad=True), torch.randn(3000, 16)
     linear_cross_entropy(hidden, weight.requires_grad_(), torch.arange(6)).backward()
 
@@ -84,6 +90,7 @@ with emulated():
 FAULTS = [
     ("address", "beyond", "heap-buffer-overflow"),
     ("accesses", "race", "wrote, and no barrier of both lies between"),
+    ("accesses", "cluster race", "no barrier of both lies between"),
     ("accesses", "order", "wrote, and no barrier of both lies between"),
 ]
 
@@ -94,7 +101,7 @@ def barriers() -> list[str]:
         f"{path.name}:{number}"
         for path in sorted((ROOT / "csrc" / "kernels" / "cuda").iterdir())
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if re.search(r"__sync(threads|warp)\(\)", line)
+        if re.search(r"__(syncthreads|syncwarp|cluster_barrier_wait)\(\)", line)
     ]
 
 

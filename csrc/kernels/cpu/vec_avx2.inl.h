@@ -139,7 +139,7 @@ ML_FN Vec exp(Vec x) {
   return _mm256_andnot_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(-87.0f), _CMP_LT_OQ), y);
 }
 
-ML_FN Vec tanh(Vec x) { return tanh_wide(x); }
+ML_FN Vec tanh(Vec x) { return tanh_wide<float>(x); }
 
 // For the vectors of doubles in vec_portable.inl.h.
 ML_FN Lanes<double, 32> multiply_add(Lanes<double, 32> a, Lanes<double, 32> b,

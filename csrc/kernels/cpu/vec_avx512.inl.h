@@ -149,7 +149,7 @@ ML_FN Vec exp(Vec x) {
   return _mm512_maskz_scalef_ps(normal, _mm512_fmadd_ps(_mm512_mul_ps(power, f), slope, power), n);
 }
 
-ML_FN Vec tanh(Vec x) { return tanh_wide(x); }
+ML_FN Vec tanh(Vec x) { return tanh_wide<float>(x); }
 
 // For the vectors of doubles in vec_portable.inl.h.
 ML_FN Lanes<double, 64> multiply_add(Lanes<double, 64> a, Lanes<double, 64> b,

@@ -262,5 +262,5 @@ ML_FN Portable<double, kBytes> exp(Portable<double, kBytes> x) {
 
 template <class A, int kBytes>
 ML_FN Portable<A, kBytes> tanh(Portable<A, kBytes> x) {
-  return tanh_wide(x);
+  return tanh_wide<A>(x);
 }

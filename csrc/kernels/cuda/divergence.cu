@@ -13,10 +13,11 @@ namespace {
 
 #include "kernels/cuda/functions.inl.cuh"
 ML_FN float exp(float x) { return ::expf(x); }
+ML_FN float exp2(float x) { return ::exp2f(x); }
+#include "kernels/cuda/tanh.inl.cuh"
 #include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 
-ML_FN float if_less(float a, float b, float yes, float no) { return a < b ? yes : no; }
 ML_FN double if_less(double a, double b, double yes, double no) { return a < b ? yes : no; }
 ML_FN double expm1_less(double x) { return ::expm1(x) - x; }
 ML_FN float min(float a, float b) { return ::fminf(a, b); }

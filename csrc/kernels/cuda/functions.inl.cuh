@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The elementary functions that math.inl.h asks for, but exp(float): each file says which it needs.
+// The elementary functions that math.inl.h asks for, but those that each file chooses: exp(float),
+// and tanh(float), which is made of it (tanh.inl.cuh).
 // Included, like math.inl.h, inside a file's own namespace.
 
 ML_FN double exp(double x) { return ::exp(x); }
 ML_FN float log(float x) { return ::logf(x); }
 ML_FN double log(double x) { return ::log(x); }
-ML_FN float tanh(float x) { return ::tanhf(x); }
 ML_FN double tanh(double x) { return ::tanh(x); }
 ML_FN float abs(float x) { return ::fabsf(x); }
 ML_FN double abs(double x) { return ::fabs(x); }

@@ -13,29 +13,37 @@ int64_t element_size(DType dtype) {
 }
 
 // Teams by the 16-byte words of a row: the first entry whose rows are long enough serves it.
-// blocks: how many of them are meant to be on a multiprocessor at a time; half of that in general.
+// blocks: how many of them are meant to be on a multiprocessor at a time.
 struct Team {
   int64_t up_to;
   int warps, teams, blocks;
 };
 // What a row takes of a warp beside its loops, it takes of each warp of its team: teams are small.
-constexpr Team kLosses[] = {{2048, 1, 4, 8}, {INT64_MAX, 4, 1, 8}};
+constexpr Team kLosses[] = {{512, 1, 4, 8}, {4096, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
 // With its gradient a row is kept in shared memory meanwhile, which bounds the rows, not the warps.
 constexpr Team kFused[] = {
-    {512, 1, 4, 8}, {1024, 2, 1, 16}, {2048, 4, 1, 8}, {4096, 8, 1, 4}, {INT64_MAX, 16, 1, 2}};
-constexpr Team kGeneral[] = {{128, 1, 4, 8}, {2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
+    {300, 1, 4, 8}, {900, 2, 1, 16}, {1800, 4, 1, 8}, {4096, 8, 1, 4}, {INT64_MAX, 16, 1, 2}};
+constexpr Team kGeneral[] = {{INT64_MAX, 1, 4, 4}};
+constexpr Team kGeneralFused[] = {{1800, 1, 4, 4}, {6400, 4, 1, 4}, {INT64_MAX, 16, 1, 1}};
 // However many rows there are, a log-probability, or what a shard tells, has the same bits.
-constexpr Team kWholeRows[] = {{2048, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
+constexpr Team kWholeRows[] = {{2048, 1, 4, 8}, {INT64_MAX, 4, 1, 8}};
 constexpr Team kDouble[] = {{INT64_MAX, 4, 1, 8}};
 // Where rows are few, more warps for each: as many threads as a multiprocessor holds are wanted.
-constexpr int64_t kWarpsWanted = 32;
+constexpr int64_t kWarpsWanted = 32, kWarpsWantedInGeneral = 16;
 constexpr Team kFewRows[] = {{INT64_MAX, 4, 1, 8}, {INT64_MAX, 16, 1, 2}};
+constexpr Team kFewRowsInGeneral[] = {{INT64_MAX, 4, 1, 4}, {INT64_MAX, 16, 1, 1}};
 
 // A row is split between blocks where it is long enough to be worth another launch. A part
 // gives each thread of a block something to load, and an index into it is an int.
 constexpr int64_t kSplitWords = 4096;
 constexpr int64_t kPartWords = 512;
 constexpr int64_t kMaxWidth = 1 << 29;
+
+// A fused row that takes a multiprocessor's shared memory for itself is first read and then written
+// there, and nothing is done meanwhile; what of it does not fit overflows the L2. A cluster of up
+// to eight blocks shares it, and a multiprocessor has blocks of several rows.
+constexpr Team kCluster = {INT64_MAX, 8, 1, 4};
+constexpr int64_t kMaxCluster = 8;
 
 // Shared memory that the kernels and the system want for themselves.
 constexpr int64_t kReservedShared = 2 << 10;
@@ -52,6 +60,14 @@ int64_t shared_bytes(const Team& team, int64_t row_bytes) {
   return kept;
 }
 
+int64_t cluster_for(int64_t row_bytes) {
+  const int64_t most = chip().shared_of_block;
+  if (!chip().clusters || row_bytes <= most * 6 / 7) return 1;
+  int64_t blocks = 2;
+  while (blocks < kMaxCluster && row_bytes > blocks * most * 3 / 8) blocks *= 2;
+  return blocks;
+}
+
 }  // namespace
 
 Plan plan_rows(const RowArgs& args) {
@@ -62,38 +78,52 @@ Plan plan_rows(const RowArgs& args) {
                        args.temperature != 1 || args.label_smoothing != 0 || args.probs ||
                        args.stats;
   const bool whole = log_probs || args.part;
-  const bool losses =
-      !whole && !general && args.dtype != DType::kFloat64 && args.forward && !args.dlogits;
+  const bool wide = args.dtype == DType::kFloat64;
+  const bool fused = args.forward && args.dlogits && !whole;
+  const bool losses = !whole && !general && !wide && !fused && args.forward;
   const int64_t sms = chip().multiprocessors;
-  const Team* entry = args.dtype == DType::kFloat64 ? kDouble
-                      : whole                       ? kWholeRows
-                      : general                     ? kGeneral
-                      : losses                      ? kLosses
-                                                    : kFused;
+  const Team* entry = wide      ? kDouble
+                      : whole   ? kWholeRows
+                      : general ? (fused ? kGeneralFused : kGeneral)
+                      : losses  ? kLosses
+                                : kFused;
   while (words > entry->up_to) ++entry;
   Team team = *entry;
-  for (const Team& larger : kFewRows) {
-    const bool few = args.rows * team.warps < kWarpsWanted * sms;
+  const int64_t wanted = sms * (general ? kWarpsWantedInGeneral : kWarpsWanted);
+  for (const Team& larger : general ? kFewRowsInGeneral : kFewRows) {
+    const bool few = args.rows * team.warps < wanted && (losses || (general && !whole && !wide));
     // Each of its threads has something to read still.
-    if (losses && few && larger.warps > team.warps && words >= larger.warps * 128) team = larger;
+    if (few && larger.warps > team.warps && words >= larger.warps * 128) team = larger;
   }
-  if (general) team.blocks /= 2;
+  const int64_t cluster = fused && !general && !wide ? cluster_for(row_bytes) : 1;
+  if (cluster > 1) team = kCluster;
   const int64_t blocks = team.blocks * sms;
-  Plan plan{general, team.warps, team.teams, blocks, 1, args.cols, 0, false, Phase::kRows};
-  if (losses) plan.phase = Phase::kLosses;
+  Plan plan{};
+  plan.capped = args.softcap != 0;
+  plan.general = general;
+  plan.warps = team.warps;
+  plan.teams = team.teams;
+  plan.blocks = blocks;
+  plan.parts = 1;
+  plan.width = args.cols;
+  plan.phase = losses ? Phase::kLosses : Phase::kRows;
   if (whole) return plan;
   int64_t parts = ceil_div(args.cols, kMaxWidth);
   if (words >= kSplitWords) {
     parts = std::max(parts, std::min(blocks / args.rows, words / kPartWords));
   }
+  plan.together = parts == 1 && cluster > 1;
+  if (plan.together) parts = cluster;
   if (parts > 1) {
     plan.phase = Phase::kRows;
     plan.width = ceil_div(ceil_div(args.cols, parts), 64) * 64;  // all parts alike aligned
     plan.parts = ceil_div(args.cols, plan.width);
-  } else if (args.forward && args.dlogits) {
-    const int64_t teams_bytes = row_bytes * team.teams;
-    const int64_t cached = shared_bytes(team, teams_bytes) / team.teams / 16;
-    plan.cached = static_cast<int>(cached < words ? cached / 32 * 32 : cached);  // whole warps
+  }
+  if (fused && (parts == 1 || plan.together)) {
+    const int64_t part_bytes = plan.width * element_size(args.dtype);
+    const int64_t cached = shared_bytes(team, part_bytes * team.teams) / team.teams / 16;
+    const bool whole_part = cached * 16 >= part_bytes;
+    plan.cached = static_cast<int>(whole_part ? cached : cached / 32 * 32);  // else whole warps
   }
   return plan;
 }
@@ -123,7 +153,7 @@ void run(RowArgs args, Plan plan, Stream stream) {
   const auto launch_rows = args.dtype == DType::kFloat64 || args.dtype == DType::kFloat32
                                ? launch_full_rows
                                : launch_half_rows;
-  if (args.forward && plan.parts > 1) {
+  if (args.forward && plan.parts > 1 && !plan.together) {
     plan.phase = Phase::kPartial;
     launch_rows(args, plan, stream);
     plan.phase = Phase::kFinish;

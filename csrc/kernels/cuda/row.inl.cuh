@@ -32,7 +32,7 @@ struct RowReader {
   static constexpr int kPerLoad = kPerWord16<T>;
   // 16-byte loads that a thread has in flight. What hides the latency of an H200's memory at its
   // full speed is some 32 KB on a multiprocessor: 512 threads with four each.
-  static constexpr int kLoadsInFlight = general || sizeof(T) == 8 ? 2 : 4;
+  static constexpr int kLoadsInFlight = sizeof(T) == 8 ? 2 : 4;
 
   // Lanes agree on the largest top first, and then only add: each is rescaled, and rounded, once.
   struct Align {
@@ -47,10 +47,11 @@ struct RowReader {
 
   const RowArgs& args;
   const Plan& plan;
-  const bool capped = general && args.softcap != 0;
+  const bool capped = general && plan.capped;
   const bool cooling = general && (args.temperatures || args.temperature != 1);
   const bool soft = general && (args.probs || args.label_smoothing != 0);
   const A cap = static_cast<A>(args.softcap);
+  const InverseTemperature<A> uncap{capped ? args.softcap : 1.0};
   const A probs_scale = args.probs ? static_cast<A>(1 - args.label_smoothing) : A(0);
   const A uniform = static_cast<A>(args.label_smoothing / static_cast<double>(args.classes));
 
@@ -73,10 +74,26 @@ struct RowReader {
   ML_FN static int rank() { return static_cast<int>(threadIdx.x % kThreads); }
 
   ML_FN A logit(const Row& r, A x) const {
-    if (capped) x = softcap(x, cap);
-    return cooling ? cooled(x, r.cool) : x;
+    A y[1] = {x};
+    map(r, y);
+    return y[0];
+  }
+  // To what a softcap and a temperature make of them: all by the one, then all by the other, or
+  // each would wait for the one before.
+  template <int N>
+  ML_FN void map(const Row& r, A (&y)[N]) const {
+    if (capped) {
+#pragma unroll
+      for (A& x : y) x = softcap(x, cap, uncap);
+    }
+    if (cooling) {
+#pragma unroll
+      for (A& x : y) x = cooled(x, r.cool);
+    }
   }
 
+  // Whether every class has the same share of the target distribution's soft part.
+  ML_FN static bool is_uniform(const Row& r) { return !r.class_weight && !r.probs; }
   ML_FN A soft_target_at(const Row& r, int j, A share) const {
     return soft_target(r.class_weight ? r.class_weight[j] : A(1),
                        r.probs ? A(widen(r.probs[j])) : A(0), probs_scale, share);
@@ -127,14 +144,18 @@ struct RowReader {
     if constexpr (Loss::kManyTargets) {
       A y[N];
 #pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = logit(r, x[i]);
+      for (int i = 0; i < N; ++i) y[i] = x[i];
+      map(r, y);
       sums->push(y);
     } else if constexpr (general) {
       A y[N];
 #pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = logit(r, x[i]);
+      for (int i = 0; i < N; ++i) y[i] = x[i];
+      map(r, y);
       sums->push(y, args.stats);
-      if (soft) {
+      if (soft && is_uniform(r)) {
+        sums->push_uniform(y);
+      } else if (soft) {
         const A share = uniform_in_units(args.probs, uniform);
         A q[N];
 #pragma unroll
@@ -142,10 +163,11 @@ struct RowReader {
         sums->push_soft(y, q);
       }
       if (args.stats) {
+        const A peak = peak_of(A(-Limits<A>::infinity()), x);
+        sums->beaten |= peak > r.own;
+        if (peak == r.own && at < r.target) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          // Also by a NaN.
-          sums->beaten |= !(x[i] <= r.own) || (x[i] == r.own && at + i < r.target);
+          for (int i = 0; i < N; ++i) sums->beaten |= x[i] == r.own && at + i < r.target;
         }
       }
     } else {
@@ -154,10 +176,14 @@ struct RowReader {
   }
 
   ML_FN Sums look(const Row& r, uint4* cache) const {
-    if constexpr (!general && sizeof(T) < 8) {
-      Look<T, kThreads> look{r.x, r.n, rank(), cache, plan.cached};
-      const Sums sums = r.dx ? look.template run<true>() : look.template run<false>();
-      return merge_team<kWarps>(sums, Align{});
+    // Log-probabilities that are not mapped have no other sums than these.
+    if constexpr (std::is_same_v<SumsOf<A>, LogSumExp<A>> && sizeof(T) < 8) {
+      if (!general || !(capped || cooling)) {
+        Look<T, kThreads> look{r.x, r.n, rank(), cache, plan.cached};
+        const LogSumExp<float> lse =
+            !general && r.dx ? look.template run<true>() : look.template run<false>();
+        return merge_team<kWarps>(Sums(lse), Align{});
+      }
     }
     const Words16<T> span(r.x, r.n);
     const int read_again = r.dx ? plan.cached : INT_MAX;  // from here on, out of L2
@@ -167,19 +193,16 @@ struct RowReader {
 #pragma unroll
       for (int u = 0; u < kLoadsInFlight; ++u) {
         const int k = i + u * kThreads;
-        words[u] = minus_infinities<T>();
-        if (k < span.words) {
-          words[u] = k < read_again ? __ldcs(span.first + k) : span.first[k];
-        }
+        if (k < span.words) words[u] = k < read_again ? __ldcs(span.first + k) : span.first[k];
       }
-#pragma unroll
-      for (int u = 0; u < kLoadsInFlight; ++u) {
+      for_each_word<general>(words, [&](int u, const uint4& word) {
         const int k = i + u * kThreads;
-        if (k < plan.cached && k < span.words) cache[k] = words[u];
+        if (k >= span.words) return;
+        if (k < plan.cached) cache[k] = word;
         A x[kPerLoad];
-        unpack(words[u], x, T{});
-        if (!general || k < span.words) push(r, &sums, x, span.head + k * kPerLoad);
-      }
+        unpack(word, x, T{});
+        push(r, &sums, x, span.head + k * kPerLoad);
+      });
     }
     // What is left of the row is shorter than a warp's width: at most 7 and 7 elements.
     const int single = rank() < span.head ? rank() : span.tail() + rank() - span.head;

@@ -17,11 +17,13 @@ enum class Phase : int8_t {
 };
 
 struct Plan {
+  bool capped;      // by a softcap
   bool general;     // a softcap, a temperature, a soft target distribution, or statistics
   int warps;        // the warps of a team; a team works on a row
   int teams;        // teams in a block
   int64_t blocks;   // meant to be on the chip at a time
   int64_t parts;    // a row is shared by so many teams
+  bool together;    // which are a cluster of blocks, and work on it at the same time
   int64_t width;    // columns of a part
   int cached;       // 16-byte words of a row that a team keeps in shared memory
   bool unless_one;  // do nothing where dloss is 1

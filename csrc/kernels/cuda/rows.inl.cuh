@@ -11,8 +11,8 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
   using Reader = RowReader<T, Loss, kWarps>;
   using Reader::args, Reader::plan, Reader::capped, Reader::cooling, Reader::soft, Reader::cap;
   using Reader::find_target, Reader::look, Reader::finish, Reader::mass_of, Reader::logit;
+  using Reader::general, Reader::is_uniform, Reader::map, Reader::uncap, Reader::uniform;
   using Reader::kThreads, Reader::kPerLoad, Reader::rank, Reader::row_at, Reader::soft_target_at;
-  using Reader::uniform;
   using typename Reader::A;
   using typename Reader::Align;
   using typename Reader::C;
@@ -27,6 +27,16 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
     A own;
   };
   static_assert(sizeof(Partial) <= kPartialBytes, "scratch memory is allocated by it");
+
+  ML_FN Partial* partials_of(int64_t row) const {
+    return static_cast<Partial*>(args.scratch) + row * plan.parts;
+  }
+  ML_FN Sums sums_of_parts(int64_t row) const {
+    const Partial* const partials = partials_of(row);
+    Sums sums;
+    for (int64_t i = rank(); i < plan.parts; i += kThreads) merge(&sums, partials[i].sums);
+    return merge_team<kWarps>(sums, Align{});
+  }
 
   // The gradient
 
@@ -49,22 +59,27 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
 
   template <int N>
   ML_FN void differentiate(const Row& r, const GradOfRow& g, int at, A (&x)[N]) const {
-    A d[N];
+    A d[N], y[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      A y = x[i];
-      if (capped) {
-        y = softcap(x[i], cap);
-        x[i] = tanh_rest(x[i] / cap);  // what the slope is made of
-      }
-      if (cooling) y = cooled(y, r.cool);
-      if constexpr (Loss::kManyTargets) {
-        d[i] = gradient_term<Loss, A>(y, g.top, g, A(0));
-      } else {
-        d[i] = soft ? gradient_term<CrossEntropy<true>, A>(y, g.top, g,
-                                                           soft_target_at(r, at + i, uniform))
-                    : gradient_term<CrossEntropy<false>, A>(y, g.top, g, A(0));
-      }
+    for (int i = 0; i < N; ++i) y[i] = x[i];
+    map(r, y);
+    if (capped) {  // what the slope is made of
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = tanh_rest(cooled(x[i], uncap));
+    }
+    const auto terms = [&](auto loss, const auto& q) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) d[i] = gradient_term<decltype(loss), A>(y[i], g.top, g, q(i));
+    };
+    const auto share = [&](int i) { return soft_target_at(r, at + i, uniform); };
+    if constexpr (Loss::kManyTargets) {
+      terms(Loss(), [](int) { return A(0); });
+    } else if (!soft) {
+      terms(CrossEntropy<false>(), [](int) { return A(0); });
+    } else if (is_uniform(r)) {
+      terms(CrossEntropy<true>(), [&](int) { return uniform; });
+    } else {
+      terms(CrossEntropy<true>(), share);
     }
     if (static_cast<unsigned>(r.target - at) < static_cast<unsigned>(N)) {
 #pragma unroll
@@ -104,16 +119,14 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
           }
         }
       }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for_each_word<general>(words, [&](int u, const uint4& word) {
         const int k = i + u * kThreads;
-        if (k < end) {
-          A x[kPerLoad];
-          unpack(words[u], x, T{});
-          differentiate(r, g, out.head + k * kPerLoad, x);
-          store(to + k, pack(x, T{}));
-        }
-      }
+        if (k >= end) return;
+        A x[kPerLoad];
+        unpack(word, x, T{});
+        differentiate(r, g, out.head + k * kPerLoad, x);
+        store(to + k, pack(x, T{}));
+      });
     }
   }
 
@@ -160,28 +173,31 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
   }
 
   // Rows of log-probabilities: whole rows, whatever their number, so that their bits do not depend
-  // on the batch. An id's thread writes its class after all other classes are written.
-  ML_FN void run_ids(int64_t row) const {
+  // on the batch.
+  ML_FN void score_ids(int64_t row) const {
     const Row r = row_at(row, 0);
     if (r.weight == A(0)) return masked(r, 0);
-    if (args.forward) {
-      const Sums sums = look(r, nullptr);
-      if (rank() == 0) Loss::finish(r.token, sums);
-      const double log_sum = log(static_cast<double>(sums.sum));
-      for_each_id(r, [&](int64_t k, int64_t column) {
-        const A y = column < 0 ? A(0) : logit(r, A(widen(r.x[column])));
-        const double log_prob = Loss::log_prob(y, sums.top, log_sum);
-        r.token.log_prob(k) = column < 0 ? A(0) : static_cast<A>(log_prob);
-      });
-      team_barrier<kWarps>();  // the next row's states go where this one's may still be read
-    }
-    if (!r.dx) return;
+    const Sums sums = look(r, nullptr);
+    if (rank() == 0) Loss::finish(r.token, sums);
+    const double log_sum = log(static_cast<double>(sums.sum));
+    for_each_id(r, [&](int64_t k, int64_t column) {
+      const A y = column < 0 ? A(0) : logit(r, A(widen(r.x[column])));
+      const double log_prob = Loss::log_prob(y, sums.top, log_sum);
+      r.token.log_prob(k) = column < 0 ? A(0) : static_cast<A>(log_prob);
+    });
+    team_barrier<kWarps>();  // the next row's states go where this one's may still be read
+  }
+
+  // An id's thread writes its class after all other classes are written.
+  ML_FN void differentiate_ids(int64_t row) const {
+    const Row r = row_at(row, 0);
+    if (r.weight == A(0)) return masked(r, 0);
     const RowGrad<double> g = Loss::grad(r.token);
     const A top = r.token.column(LogProbField::kTop);
     A* const derivatives = static_cast<A*>(args.scratch) + r.token.index * args.ids;
     for_each_id(r, [&](int64_t k, int64_t column) {
       if (column < 0) return;
-      const A x = A(widen(r.x[column])), rest = capped ? tanh_rest(x / cap) : A(1);
+      const A x = A(widen(r.x[column])), rest = capped ? tanh_rest(cooled(x, uncap)) : A(1);
       const double own = total_of(r, k) / r.token.temperature();
       const double d = Loss::target_grad(logit(r, x), top, g, own);
       derivatives[k] = static_cast<A>(tanh_slope(rest) * d);
@@ -217,7 +233,7 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
   // One part of one row, or all of it.
   ML_FN void run(int64_t row, int64_t part, uint4* cache) const {
     if constexpr (Loss::kManyTargets) {
-      run_ids(row);
+      differentiate_ids(row);
     } else {
       run_target(row, part, cache);
     }
@@ -238,22 +254,22 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
     Sums sums;
     A own;
     if (plan.phase == Phase::kFinish) {
-      const Partial* const partials = static_cast<Partial*>(args.scratch) + row * plan.parts;
-      for (int64_t i = rank(); i < plan.parts; i += kThreads) {
-        merge(&sums, partials[i].sums);
-      }
-      sums = merge_team<kWarps>(sums, Align{});
-      own = partials[0].own;
+      sums = sums_of_parts(row);
+      own = partials_of(row)[0].own;
     } else {
       find_target(&r, part, true);  // its logit before anything is written: dx may be x
       own = r.own;
       sums = look(r, cache);
+      if (plan.together) {
+        if (rank() == 0) partials_of(row)[part].sums = sums;
+        cluster_barrier();  // all parts of the row are read
+        sums = sums_of_parts(row);
+      }
     }
     // What was known of the row is found again, rather than kept in registers meanwhile.
     row = opaque(row);
     if (plan.phase == Phase::kPartial) {
-      Partial* const partials = static_cast<Partial*>(args.scratch) + row * plan.parts;
-      if (rank() == 0) partials[part] = {sums, own};
+      if (rank() == 0) partials_of(row)[part] = {sums, own};
     } else {
       Row again = row_at(row, part);
       find_target(&again, part, false);
@@ -302,6 +318,18 @@ __global__ void __launch_bounds__(threads_of(kWarps), blocks_of<T>(is_general<Lo
   }
 }
 
+// The forward pass of log-probabilities: a kernel of its own, without the gradient's registers.
+template <class T, class Loss, int kWarps>
+__global__ void __launch_bounds__(threads_of(kWarps), blocks_of<T>(false, kWarps))
+    log_probs_kernel(const RowArgs args, const Plan plan) {
+  const RowKernel<T, Loss, kWarps> rows{{args, plan}};
+  const int teams = static_cast<int>(blockDim.x) / (kWarps * kWarp);
+  for (int64_t row = int64_t{blockIdx.x} * teams + team_of_block<kWarps>(); row < args.rows;
+       row += int64_t{gridDim.x} * teams) {
+    rows.score_ids(row);
+  }
+}
+
 template <class T, class Loss>
 void launch_team(const RowArgs& args, const Plan& plan, Stream stream) {
   const int64_t items = args.rows * plan.parts;
@@ -310,17 +338,24 @@ void launch_team(const RowArgs& args, const Plan& plan, Stream stream) {
   const int threads = plan.warps * plan.teams * kWarp;
   const int64_t shared = int64_t{plan.cached} * plan.teams * 16;
   auto kernel = rows_kernel<T, Loss, 4>;
+  if constexpr (Loss::kManyTargets) {
+    if (args.forward) kernel = log_probs_kernel<T, Loss, 4>;
+  }
   if constexpr (sizeof(T) < 8) {
-    if constexpr (!Loss::kManyTargets) {
-      if (plan.warps == 1) kernel = rows_kernel<T, Loss, 1>;
+    if (plan.warps == 1) kernel = rows_kernel<T, Loss, 1>;
+    if constexpr (Loss::kManyTargets) {
+      if (plan.warps == 1 && args.forward) kernel = log_probs_kernel<T, Loss, 1>;
     }
-    if (plan.warps == 16) kernel = rows_kernel<T, Loss, 16>;
+    if constexpr (!Loss::kManyTargets) {
+      if (plan.warps == 16) kernel = rows_kernel<T, Loss, 16>;
+    }
   }
   if constexpr (sizeof(T) < 8 && !is_general<Loss>) {
     if (plan.warps == 2) kernel = rows_kernel<T, Loss, 2>;
     if (plan.warps == 8) kernel = rows_kernel<T, Loss, 8>;
   }
-  launch(kernel, blocks, threads, shared, stream, args, plan);
+  const int cluster = plan.together ? static_cast<int>(plan.parts) : 1;
+  launch(kernel, Grid{blocks, threads, shared, cluster}, stream, args, plan);
 }
 
 template <class T>

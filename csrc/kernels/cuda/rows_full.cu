@@ -18,6 +18,7 @@ ML_FN float exp(float x) { return ::expf(x); }
 ML_FN float exp2(float x) { return ::exp2f(x); }
 
 // clang-format off
+#include "kernels/cuda/tanh.inl.cuh"
 #include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/losses.inl.h"

@@ -29,6 +29,7 @@ ML_FN float exp2(float x) {
 ML_FN float exp(float x) { return exp2(x * 1.4426950408889634f); }
 
 // clang-format off
+#include "kernels/cuda/tanh.inl.cuh"
 #include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
 #include "kernels/losses.inl.h"

@@ -50,19 +50,18 @@ struct ShardReader : RowReader<T, Loss, kWarps> {
   };
 };
 
-template <class T, class Loss, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarp) shard_kernel(const RowArgs args, const Plan plan) {
-  const ShardReader<T, Loss, kWarps> reader{args, plan};
+constexpr int kShardWarps = 4;
+
+template <class T, class Loss>
+__global__ void __launch_bounds__(kShardWarps* kWarp)
+    shard_kernel(const RowArgs args, const Plan plan) {
+  const ShardReader<T, Loss, kShardWarps> reader{args, plan};
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) reader.run(row);
 }
 
 template <class T, class Loss>
 void launch_shard_of(const RowArgs& args, const Plan& plan, Stream stream) {
-  auto kernel = shard_kernel<T, Loss, 4>;
-  if constexpr (sizeof(T) < 8) {
-    if (plan.warps == 16) kernel = shard_kernel<T, Loss, 16>;
-  }
-  launch(kernel, args.rows, plan.warps * kWarp, 0, stream, args, plan);
+  launch(shard_kernel<T, Loss>, args.rows, kShardWarps * kWarp, 0, stream, args, plan);
 }
 template <class T>
 void launch_shard(const RowArgs& args, const Plan& plan, Stream stream) {

@@ -87,4 +87,13 @@ ML_FN void team_barrier() {
   }
 }
 
+// Of all threads of a cluster's blocks: what they wrote before, all of them see behind it. Kernels
+// of older architectures are never launched in clusters.
+ML_FN void cluster_barrier() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+#endif
+}
+
 }  // namespace masked_loss::cuda

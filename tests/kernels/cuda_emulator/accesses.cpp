@@ -7,7 +7,6 @@
 // find them in a sanitizer that knows of threads, not of blocks; here they find ours. What is
 // private to a thread, its stack, is left out.
 #include <cuda_runtime.h>
-#include <link.h>
 
 #include <cstddef>
 #include <string>
@@ -21,6 +20,8 @@ constexpr int kNone = -1, kSeveral = -2, kWarp = 32;
 struct Access {
   int block = kNone, warp = kNone, thread = kNone;
   int64_t block_barriers = 0, warp_barriers = 0;  // that lie behind it
+  int cluster = kNone;
+  int64_t cluster_barriers = 0;
 };
 // The latest ones of a byte.
 struct Byte {
@@ -29,35 +30,10 @@ struct Byte {
 std::unordered_map<uintptr_t, Byte> touched;
 int64_t of_launch = 0;
 
-struct Range {
-  uintptr_t begin = 0, end = 0;
-};
-
-// This file's thread-local memory, which stands for shared memory.
-Range shared_range() {
-  Range found;
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* result) {
-        const auto self = reinterpret_cast<uintptr_t>(&shared_range);
-        bool ours = false;
-        size_t size = 0;
-        for (int i = 0; i < info->dlpi_phnum; ++i) {
-          const auto& header = info->dlpi_phdr[i];
-          const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
-          if (header.p_type == PT_LOAD) ours |= begin <= self && self < begin + header.p_memsz;
-          if (header.p_type == PT_TLS) size = header.p_memsz;
-        }
-        if (!ours || !info->dlpi_tls_data) return 0;
-        const auto begin = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
-        *static_cast<Range*>(result) = {begin, begin + size};
-        return 1;
-      },
-      &found);
-  return found;
-}
-
-// A barrier of the warp orders what its own lanes do, one of the block what all threads do.
+// A barrier of the warp orders what its own lanes do, one of the block what all threads do, one of
+// the cluster what all of its blocks do.
 bool is_before(const Access& then, const Access& now) {
+  if (then.cluster == now.cluster && then.cluster_barriers < now.cluster_barriers) return true;
   if (then.block != now.block) return false;
   if (then.block_barriers < now.block_barriers) return true;
   return then.warp == now.warp && then.warp_barriers < now.warp_barriers;
@@ -70,6 +46,7 @@ bool is_race(const Access& then, const Access& now) {
 
 Access both(const Access& then, Access now) {
   if (then.block == kNone || is_before(then, now)) return now;
+  if (then.cluster != now.cluster) now.cluster = kSeveral;
   if (then.block != now.block) now.block = kSeveral;
   if (then.warp != now.warp) now.warp = kSeveral;
   if (then.thread != now.thread) now.thread = kSeveral;
@@ -92,7 +69,13 @@ void note(uintptr_t address, bool write, bool shared) {
   const int thread = static_cast<int>(threadIdx.x);
   // Shared memory is every block's own; between one block and the next lies a barrier, here.
   const int block = shared ? 0 : static_cast<int>(blockIdx.x);
-  const Access now{block, thread / kWarp, thread, barriers_of_block(), barriers_of_warp()};
+  const Access now{block,
+                   thread / kWarp,
+                   thread,
+                   barriers_of_block(),
+                   barriers_of_warp(),
+                   cluster_of_block(),
+                   barriers_of_cluster()};
   Byte& byte = touched[address];
   if (is_race(byte.write, now)) complain(byte.write, now, true, write, shared);
   if (write && is_race(byte.read, now)) complain(byte.read, now, false, write, shared);

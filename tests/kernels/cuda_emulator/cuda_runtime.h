@@ -6,6 +6,9 @@
 // drawn from a seed whenever one waits, and so is the order of the blocks. A kernel whose result
 // depends on a barrier that is not there gives different results for different seeds.
 //
+// The blocks of a cluster run by turns, each up to where it waits for the others, with a shared
+// memory of its own.
+//
 // Built with kernels that report each access of memory (accesses.cpp), it refuses a launch in which
 // two threads touch the same byte, one of them writing it, with no barrier of both between.
 //
@@ -50,8 +53,9 @@ struct Settings {
   int shared_per_block = 227 << 10;  // bytes, at most
   int l2_bytes = 50 << 20;
   int64_t max_blocks = 1 << 30;  // a larger grid is cut: kernels must loop over the rest
+  bool clusters = true;          // whether the device has any
   bool record = false;           // launches are noted, not run
-  bool math_errors = false;      // expf, logf and tanhf are off as the device's may be
+  bool math_errors = false;      // expf and logf are off as the device's may be
   std::string missing_barrier;   // "file:line" of one that does nothing
 };
 extern Settings settings;
@@ -74,6 +78,14 @@ extern std::string conflict;   // what it found, if anything
 // is none: a device promises nothing of the order of memory around it.
 int64_t barriers_of_block();
 int64_t barriers_of_warp();
+int64_t barriers_of_cluster();
+int cluster_of_block();
+
+// This file's thread-local memory, which stands for shared memory.
+struct Range {
+  uintptr_t begin = 0, end = 0;
+};
+Range shared_range();
 
 template <class T>
 void append_parameter(std::string* bytes, const T& value) {
@@ -93,9 +105,10 @@ constexpr int kStaticShared = 512;
 void allow_shared(const void* kernel, int bytes);
 int least_shared_allowed();  // to any kernel, on this device
 
-void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster,
          const std::function<void()>& body);
 void block_barrier();
+void cluster_barrier();
 bool is_missing(const char* file, int line);
 void make_fault(const char* what, float* numbers, int64_t n);  // faults.cu
 
@@ -119,6 +132,13 @@ inline void __syncwarp(unsigned mask = ~0u, const char* file = __builtin_FILE(),
                        int line = __builtin_LINE()) {
   if (::emulator::is_missing(file, line)) return;
   ::emulator::meet(::emulator::WarpCall::kBarrier, mask);
+}
+
+// Arriving and waiting are one here.
+inline void __cluster_barrier_arrive() {}
+inline void __cluster_barrier_wait(const char* file = __builtin_FILE(),
+                                   int line = __builtin_LINE()) {
+  if (!::emulator::is_missing(file, line)) ::emulator::cluster_barrier();
 }
 
 inline uint32_t __shfl_sync(unsigned mask, uint32_t word, int source) {
@@ -173,17 +193,12 @@ inline float log_float(float x) {
   const float y = logf(x);
   return settings.math_errors ? off_by(y, x, 1) : y;
 }
-inline float tanh_float(float x) {
-  const float y = tanhf(x);
-  if (!settings.math_errors) return y;
-  const float z = off_by(y, x, 2);
-  return z > 1 ? 1 : z < -1 ? -1 : z;
-}
 }  // namespace emulator
 #define exp2f emulator::exp2_approx
 #define expf emulator::exp_float
 #define logf emulator::log_float
-#define tanhf emulator::tanh_float
+// rcp.approx.ftz, for which the kernels' host code has this.
+inline float __frcp_rn(float x) { return emulator::off_by(1 / x, x, 1); }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, unsigned bits) {
   return static_cast<uint32_t>(((uint64_t{high} << 32) | low) >> (bits & 31));
 }
@@ -198,17 +213,30 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-  cudaDevAttrL2CacheSize
+  cudaDevAttrL2CacheSize,
+  cudaDevAttrClusterLaunch
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
+  int ptxVersion;
 };
 using cudaStream_t = void*;
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -218,10 +246,10 @@ inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
 }
 // Another amount of anything is another device.
 inline cudaError_t cudaGetDevice(int* device) {
-  static std::vector<std::array<int, 3>> devices;
+  static std::vector<std::array<int, 4>> devices;
   const auto& settings = ::emulator::settings;
-  const std::array<int, 3> now = {settings.multiprocessors, settings.shared_per_block,
-                                  settings.l2_bytes};
+  const std::array<int, 4> now = {settings.multiprocessors, settings.shared_per_block,
+                                  settings.l2_bytes, settings.clusters};
   const auto known = std::find(devices.begin(), devices.end(), now);
   *device = static_cast<int>(known - devices.begin());
   if (known == devices.end()) devices.push_back(now);
@@ -231,11 +259,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
   const auto& settings = ::emulator::settings;
   *value = name == cudaDevAttrMultiProcessorCount ? settings.multiprocessors
            : name == cudaDevAttrL2CacheSize       ? settings.l2_bytes
+           : name == cudaDevAttrClusterLaunch     ? settings.clusters
                                                   : settings.shared_per_block;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->sharedSizeBytes = ::emulator::kStaticShared;
+  attributes->ptxVersion = 90;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
@@ -254,7 +284,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                     ::emulator::parameter_bytes<Params...>(args...)});
     return cudaSuccess;
   }
+  const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
   ::emulator::run(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
-                  config->dynamicSmemBytes, [&] { kernel(args...); });
+                  config->dynamicSmemBytes, cluster, [&] { kernel(args...); });
   return cudaSuccess;
 }

@@ -56,6 +56,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
       .def_readwrite("shared_per_block", &Settings::shared_per_block)
       .def_readwrite("l2_bytes", &Settings::l2_bytes)
       .def_readwrite("max_blocks", &Settings::max_blocks)
+      .def_readwrite("clusters", &Settings::clusters)
       .def_readwrite("record", &Settings::record)
       .def_readwrite("math_errors", &Settings::math_errors)
       .def_readwrite("missing_barrier", &Settings::missing_barrier);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The scheduler: a block's threads as fibers, one at a time, the next one drawn from a seed.
 #include <cuda_runtime.h>
+#include <link.h>
 #include <sys/mman.h>
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -127,6 +128,21 @@ std::mt19937_64 random;
 std::map<std::pair<const void*, int>, int> allowed_shared;  // by kernel and device
 std::vector<uint64_t> priority;  // of the block's warps, where some run ahead of others
 
+// A block of a cluster, while another one runs: all of the above that is its own.
+struct Parked {
+  unsigned index;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<int> ready, at_barrier;
+  std::vector<std::vector<int>> at_warp;
+  std::vector<uint64_t> priority;
+  int alive = 0;
+  std::vector<char> shared;
+};
+std::vector<int> at_cluster;  // threads of the running block that wait for its cluster
+unsigned cluster_size = 1;
+int64_t cluster_barriers = 0;  // of all clusters
+
 char* make_stack() {
   void* p = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
@@ -211,14 +227,14 @@ size_t next_to_run() {
   return pick;
 }
 
-void run_block(int threads, size_t shared_bytes) {
-  // What nobody wrote must not look like anything, and what a block did not ask for stays
-  // unwritten.
-  char* const shared = reinterpret_cast<char*>(masked_loss::cuda::shared_memory);
-  memset(shared, kUnwritten, shared_bytes + kBeyond);
+char* dynamic_shared() { return reinterpret_cast<char*>(masked_loss::cuda::shared_memory); }
+
+// What nobody wrote must not look like anything, and what a block did not ask for stays unwritten.
+void start_block(int threads, size_t shared_bytes) {
+  memset(dynamic_shared(), kUnwritten, shared_bytes + kBeyond);
+  fibers.resize(std::max<size_t>(fibers.size(), threads));
   ready.resize(threads);
   at_barrier.clear();
-  ++block_barriers;  // what the block before did lies behind
   warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   at_warp.assign(warps.size(), {});
   alive = threads;
@@ -234,6 +250,11 @@ void run_block(int threads, size_t shared_bytes) {
   if (settings.seed % 2) {
     for (uint64_t& p : priority) p = random();
   }
+}
+
+// As far as its threads get.
+void continue_block() {
+  ++block_barriers;  // what was before it, of this block or another, lies behind
   while (!ready.empty() && !error) {
     const size_t pick = next_to_run();
     current = ready[pick];
@@ -243,11 +264,66 @@ void run_block(int threads, size_t shared_bytes) {
     resume(&fibers[current]);
   }
   current = -1;
-  if (error) return;
-  if (!conflict.empty()) fail(std::exchange(conflict, {}).c_str());
+  if (!error && !conflict.empty()) fail(std::exchange(conflict, {}).c_str());
+}
+
+void end_block(size_t shared_bytes) {
   if (alive) fail("deadlock: some threads wait at a barrier or shuffle that others never reach");
   for (size_t i = 0; i < kBeyond; ++i) {
-    if (shared[shared_bytes + i] != kUnwritten) fail("a block wrote beyond its shared memory");
+    if (dynamic_shared()[shared_bytes + i] != kUnwritten) {
+      fail("a block wrote beyond its shared memory");
+    }
+  }
+}
+
+// Puts the running block aside for a parked one, or the other way round.
+void exchange_with(Parked* block) {
+  const Range range = shared_range();
+  char* const shared = reinterpret_cast<char*>(range.begin);
+  block->shared.resize(range.end - range.begin);
+  std::swap_ranges(block->shared.begin(), block->shared.end(), shared);
+  std::swap(block->fibers, fibers);
+  std::swap(block->warps, warps);
+  std::swap(block->ready, ready);
+  std::swap(block->at_barrier, at_barrier);
+  std::swap(block->at_warp, at_warp);
+  std::swap(block->priority, priority);
+  std::swap(block->alive, alive);
+}
+
+// A parked block runs, until an exception or the end of the scope. What else is thread-local here
+// must be back in its place by then.
+struct Unparked {
+  Parked* block;
+  explicit Unparked(Parked* block) : block(block) { exchange_with(block); }
+  ~Unparked() { exchange_with(block); }
+};
+
+void run_cluster(unsigned first, int threads, size_t shared_bytes) {
+  static std::vector<Parked> blocks;  // whose fibers keep their stacks
+  blocks.resize(std::max<size_t>(blocks.size(), cluster_size));
+  std::vector<unsigned> order(cluster_size);
+  for (unsigned i = 0; i < cluster_size; ++i) order[i] = i;
+  bool started = false;
+  for (bool waiting = true; waiting && !error;) {
+    waiting = false;
+    bool all = true;
+    std::shuffle(order.begin(), order.end(), random);
+    for (const unsigned i : order) {
+      blockIdx = dim3(first + i, 0, 0);
+      const Unparked unparked(&blocks[i]);
+      if (!started) start_block(threads, shared_bytes);
+      at_cluster.clear();
+      continue_block();
+      waiting |= !at_cluster.empty();
+      all &= !at_cluster.empty() && static_cast<int>(at_cluster.size()) == alive;
+      if (at_cluster.empty() && !error) end_block(shared_bytes);
+      ready = at_cluster;
+      if (error) return;
+    }
+    started = true;
+    ++cluster_barriers;
+    if (waiting && !all) fail("deadlock: some blocks wait for others of their cluster");
   }
 }
 
@@ -276,28 +352,36 @@ int least_shared_allowed() {
   return least;
 }
 
-void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster,
          const std::function<void()>& body) {
   ++launches;
   if (block.x == 0 || block.x > 1024 || grid.x == 0) fail("a launch of no or too many threads");
+  if (grid.x % cluster || (cluster > 1 && !settings.clusters)) fail("a launch of broken clusters");
   const auto allowed = allowed_shared.find({kernel, device()});
   const int most = allowed == allowed_shared.end() ? unasked() : allowed->second;
   if (static_cast<int64_t>(shared_bytes) > std::max(0, most)) {
     fail("a launch with more shared memory than the kernel was allowed to take");
   }
   grid.x = static_cast<unsigned>(std::min<int64_t>(grid.x, settings.max_blocks));
+  grid.x = std::max(grid.x / cluster, 1u) * cluster;
   gridDim = grid;
   blockDim = block;
-  fibers.resize(std::max<size_t>(fibers.size(), block.x));
+  cluster_size = cluster;
   running = &body;
   error = nullptr;
   random.seed(settings.seed);
-  std::vector<unsigned> order(grid.x);
-  for (unsigned i = 0; i < grid.x; ++i) order[i] = i;
+  std::vector<unsigned> order(grid.x / cluster);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i * cluster;
   std::shuffle(order.begin(), order.end(), random);
   for (const unsigned i : order) {
     blockIdx = dim3(i, 0, 0);
-    run_block(static_cast<int>(block.x), shared_bytes);
+    if (cluster > 1) {
+      run_cluster(i, static_cast<int>(block.x), shared_bytes);
+    } else {
+      start_block(static_cast<int>(block.x), shared_bytes);
+      continue_block();
+      if (!error) end_block(shared_bytes);
+    }
     if (error) std::rethrow_exception(error);
   }
 }
@@ -308,7 +392,38 @@ void block_barrier() {
   yield();
 }
 
+void cluster_barrier() {
+  if (cluster_size == 1) fail("a block waits for a cluster, and is in none");
+  at_cluster.push_back(current);
+  yield();
+}
+
 int64_t barriers_of_block() { return block_barriers; }
+int64_t barriers_of_cluster() { return cluster_barriers; }
+int cluster_of_block() { return static_cast<int>(blockIdx.x / cluster_size); }
+
+Range shared_range() {
+  Range found;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* result) {
+        const auto self = reinterpret_cast<uintptr_t>(&shared_range);
+        bool ours = false;
+        size_t size = 0;
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          const auto& header = info->dlpi_phdr[i];
+          const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
+          if (header.p_type == PT_LOAD) ours |= begin <= self && self < begin + header.p_memsz;
+          if (header.p_type == PT_TLS) size = header.p_memsz;
+        }
+        if (!ours || !info->dlpi_tls_data) return 0;
+        const auto begin = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
+        *static_cast<Range*>(result) = {begin, begin + size};
+        return 1;
+      },
+      &found);
+  return found;
+}
+
 int64_t barriers_of_warp() { return warps[current / kWarp].barriers; }
 
 bool is_missing(const char* file, int line) {

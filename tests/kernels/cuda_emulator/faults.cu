@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/team.cuh"
 
 namespace emulator {
 namespace {
@@ -26,6 +27,10 @@ __global__ void never_reaches_the_barrier() {
   if (threadIdx.x >= 40) __shfl_sync(~0u, threadIdx.x, 0);
 }
 
+__global__ void leaves_others_of_its_cluster_waiting() {
+  if (blockIdx.x > 0) masked_loss::cuda::cluster_barrier();
+}
+
 __global__ void does_nothing() {}
 
 __global__ void reads_beyond(const float* numbers, int64_t n, float* sum) {
@@ -34,6 +39,13 @@ __global__ void reads_beyond(const float* numbers, int64_t n, float* sum) {
 
 __global__ void writes_what_another_block_writes(float* number) {
   if (threadIdx.x == 0) *number = static_cast<float>(blockIdx.x);
+}
+
+// Of a cluster, with its barrier behind, not between.
+__global__ void reads_what_another_block_writes(float* numbers) {
+  if (threadIdx.x == 0 && blockIdx.x == 0) numbers[0] = 1;
+  if (threadIdx.x == 0 && blockIdx.x == 1) numbers[1] = numbers[0];
+  masked_loss::cuda::cluster_barrier();
 }
 
 __global__ void reads_what_no_barrier_orders(float* number) {
@@ -47,6 +59,7 @@ __global__ void reads_what_no_barrier_orders(float* number) {
 
 // `numbers` [n] is torch's memory.
 void make_fault(const char* what, float* numbers, int64_t n) {
+  using masked_loss::cuda::Grid;
   using masked_loss::cuda::launch;
   const std::string fault = what;
   float sum = 0;
@@ -56,12 +69,18 @@ void make_fault(const char* what, float* numbers, int64_t n) {
     launch(waits_at_different_calls, 1, 32, 0, nullptr);
   } else if (fault == "barrier") {
     launch(never_reaches_the_barrier, 1, 64, 0, nullptr);
+  } else if (fault == "cluster") {
+    launch(leaves_others_of_its_cluster_waiting, Grid{2, 32, 0, 2}, nullptr);
+  } else if (fault == "no cluster") {
+    launch(leaves_others_of_its_cluster_waiting, 2, 32, 0, nullptr);
   } else if (fault == "launch") {
-    run(reinterpret_cast<const void*>(does_nothing), dim3(1), dim3(32), 48 << 10, [] {});
+    run(reinterpret_cast<const void*>(does_nothing), dim3(1), dim3(32), 48 << 10, 1, [] {});
   } else if (fault == "beyond") {
     launch(reads_beyond, 1, 1, 0, nullptr, numbers, n, &sum);
   } else if (fault == "race") {
     launch(writes_what_another_block_writes, 2, 32, 0, nullptr, numbers);
+  } else if (fault == "cluster race") {
+    launch(reads_what_another_block_writes, Grid{2, 32, 0, 2}, nullptr, numbers);
   } else if (fault == "order") {
     launch(reads_what_no_barrier_orders, 1, 32, 512, nullptr, numbers);
   } else {
