@@ -78,6 +78,8 @@ def same_bits(a: Results, b: Results, what: str) -> None:
 
 
 def check(case: Case, dtype: torch.dtype, **more: Any) -> None:
+    if "softcap" in case.options:  # of which ex2.approx, here always off, makes tanh
+        more.setdefault("roundings", 2)
     assert_as_accurate_as_eager(
         masked_cross_entropy, reference.masked_cross_entropy, case, dtype, **more
     )
