@@ -53,7 +53,7 @@ def is_plain(kernel: Kernel) -> bool:
 
 
 def allowed_registers(kernel: Kernel) -> int:
-    if kernel.name.startswith(("divergence_kernel", "shard_kernel", *TOKEN_KERNELS)):
+    if kernel.name.startswith(("shard_kernel", *TOKEN_KERNELS)):
         return REGISTERS // 512  # one block of 512 threads
     if not is_row_kernel(kernel):
         return 64

@@ -596,8 +596,61 @@ def test_divergences(kind: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours, truth, rtol=coarse, atol=1e-6 if coarse > 1e-9 else 1e-12)
 
 
-def test_a_token_has_the_same_divergence_in_every_batch() -> None:
-    student, teacher = torch.randn(2, 9, 700)
-    alone = masked_divergence(student[4], teacher[4], kind="jsd", reduction="none")
-    together = masked_divergence(student, teacher, kind="jsd", reduction="none")
-    assert torch.equal(alone, together[4])
+# The columns before each row, of the student and of the teacher.
+@pytest.mark.parametrize("before", [(0, 0), (0, 1), (3, 0), (5, 2)])
+@pytest.mark.parametrize("kept", [227, 64], ids=["", "half in shared memory"])
+@pytest.mark.parametrize(
+    ("dtype", "teacher_dtype"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+    ],
+    ids=str,
+)
+def test_a_token_has_the_same_divergence_anywhere(
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    kept: int,
+    before: tuple[int, int],
+    configure: Configure,
+) -> None:
+    """However the rows are aligned, and whatever else is in the batch: value, gradient, both bits.
+
+    A part of a row of so many classes moves in pieces of 16 bytes, by all lanes of a warp.
+    """
+    configure(shared_per_block=kept << 10)
+    cols = 1101
+
+    def rows(first: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(4, cols + 6).to(dtype)[:, first : first + cols]
+
+    def results(y: Tensor, z: Tensor, kind: str) -> list[Tensor]:
+        y = y.detach().requires_grad_()
+        loss = masked_divergence(y, z, kind=kind, reduction="none")
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), y)]
+
+    student, teacher = rows(before[0], dtype), rows(before[1], teacher_dtype)
+    for kind in ("forward_kl", "jsd"):
+        together = results(student, teacher, kind)
+        for i in range(len(student)):
+            alone = results(student[i].clone(), teacher[i].clone(), kind)
+            for one, of_all in zip(alone, together, strict=True):
+                assert torch.equal(one, of_all[i])
+        truth = results(student.double(), teacher.double(), kind)
+        for ours, true in zip(together, truth, strict=True):
+            eps = torch.finfo(ours.dtype).eps
+            torch.testing.assert_close(ours.double(), true, rtol=16 * eps, atol=16 * eps)
+        written, overwritten = student * 1, student * 1
+        loss = masked_divergence(
+            overwritten.requires_grad_(), teacher, kind=kind, reduction="none",
+            inplace_backward=True,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss.sum(), overwritten)
+        assert gradient.data_ptr() == overwritten.data_ptr()
+        assert torch.equal(gradient, results(written, teacher, kind)[1])

@@ -44,11 +44,31 @@ def rows(tokens, classes, dtype, first, reduction, inplace, **options):
         reduction=reduction, inplace_backward=inplace, **options)
     (3 * loss.sum()).backward()
 
+def pairs(dtype, teacher_dtype, first, inplace, kind):
+    # As above. Few are kept in shared memory, so that the others are read from where they are.
+    settings.shared_per_block = 64 << 10
+    module.configure(settings)
+    student, teacher = (
+        torch.randn(4 * 1101 + first).to(of)[first:].view(4, 1101) for of in (dtype, teacher_dtype))
+    student.requires_grad_()
+    loss = masked_divergence(
+        student * 1 if inplace else student, teacher, torch.tensor([1.0, 0, 1, 1]),
+        kind=kind, inplace_backward=inplace)
+    (3 * loss).backward()
+    settings.shared_per_block = 227 << 10
+    module.configure(settings)
+
 def calls():
     for shape in ((5000,), (3, 3049), (300, 2)):
         masked_reduce(torch.randn(shape, requires_grad=True), reduction="sequence_mean").backward()
     student, teacher = torch.randn(9, 700, requires_grad=True), torch.randn(9, 700)
     masked_divergence(student, teacher, kind="jsd", return_stats=True)[0].backward()
+    for kind in ("forward_kl", "jsd"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for first in (0, 1):
+                pairs(dtype, dtype, first, False, kind)
+                pairs(dtype, dtype, first, True, kind)
+            pairs(dtype, torch.float16, 1, False, kind)
     token_log_probs(student, torch.arange(27).view(9, 3)).sum().backward()
     shard = {"vocab_group": "", "bounds": [0, 3001]}
     for name in ("sharded_cross_entropy_stats", "sharded_token_log_probs_entropy"):

@@ -27,8 +27,12 @@ ML_FN S from_lane_xor(const S& s, int mask) {
   return shuffle_words(s, [mask](uint32_t w) { return __shfl_xor_sync(~0u, w, mask); });
 }
 template <class S>
+ML_FN S from_lane(const S& s, int lane) {
+  return shuffle_words(s, [lane](uint32_t w) { return __shfl_sync(~0u, w, lane); });
+}
+template <class S>
 ML_FN S from_first_lane(const S& s) {
-  return shuffle_words(s, [](uint32_t w) { return __shfl_sync(~0u, w, 0); });
+  return from_lane(s, 0);
 }
 
 // Which of its block's teams a thread is in. The first lane says so: what depends on it, a row and
