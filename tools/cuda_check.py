@@ -52,16 +52,25 @@ def is_plain(kernel: Kernel) -> bool:
     return is_row_kernel(kernel) and plain and "double" not in kernel.name
 
 
+def planned_threads(kernel: Kernel) -> int:
+    """On a multiprocessor, as csrc/kernels/cuda/rows.inl.cuh has it."""
+    of_log_probs = kernel.name.startswith("log_probs_kernel")
+    if "double" in kernel.name or not (is_plain(kernel) or of_log_probs):
+        return 512
+    return 896 if kernel.arch == "sm_120" else 1024
+
+
 def allowed_registers(kernel: Kernel) -> int:
     if kernel.name.startswith(("shard_kernel", *TOKEN_KERNELS)):
         return REGISTERS // 512  # one block of 512 threads
+    if kernel.name.startswith("log_probs_kernel"):
+        return REGISTERS // planned_threads(kernel) // 8 * 8
     if not is_row_kernel(kernel):
         return 64
     if not writes_gradients(kernel) and not kernel.name.endswith(" 16>"):
         most = 1024 if kernel.arch == "sm_75" else 1280  # more than 1024 Turing does not hold
         return REGISTERS // most // 8 * 8
-    # As csrc/kernels/cuda/rows.inl.cuh plans: whole blocks of at most so many threads.
-    most = 512 if not is_plain(kernel) else 896 if kernel.arch == "sm_120" else 1024
+    most = planned_threads(kernel)  # in whole blocks
     warps = int(kernel.name.removesuffix(">").rsplit(" ", 1)[1])
     block = 32 * (4 if warps == 1 else warps)
     return REGISTERS // (most // block * block) // 8 * 8
