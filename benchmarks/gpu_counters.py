@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """From Nsight Compute's counters to a table: ``python benchmarks/gpu_counters.py ncu.csv``.
 
-    ncu --set full --csv --page raw --log-file ncu.csv -k "regex:(rows|forward)_kernel" \
+    ncu --set full --csv --page raw --log-file ncu.csv -k "regex:kernel" \
         python benchmarks/gpu_shapes.py
 
 Each line is a launch. The stalls are the three that a warp spends most of its time in; issue is how

@@ -23,7 +23,7 @@ from masked_loss.options import Shards
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Every team of warps; rows in parts; rows that begin anywhere.
-CLASSES = (37, 1000, 3001, 20_001, 40_000)
+CLASSES = (37, 1000, 3001, 5003, 20_001, 40_000)
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 10.0},
@@ -51,6 +51,13 @@ def other_losses(device: str, dtype: torch.dtype, classes: int) -> None:
     teacher = torch.randn(tokens, classes, device=device, dtype=dtype)
     for kind in ("forward_kl", "reverse_kl", "jsd"):
         masked_divergence(logits, teacher, kind=kind).backward()
+    if classes < 5000:  # other types, options, and memory
+        mask = torch.tensor(MASK, device=device)
+        masked_divergence(logits, teacher, mask, softcap=10.0).backward()
+        masked_divergence(logits, teacher.half(), mask, kind="skew_reverse_kl").backward()
+        masked_divergence(logits * 1, teacher, return_stats=True, inplace_backward=True)[
+            0
+        ].backward()
     target = torch.randint(classes, (tokens,), device=device)
     ids = torch.randint(classes, (tokens, 3), device=device)
     log_probs, entropy = token_log_probs(logits, ids, return_entropy=True, temperature=0.7)
@@ -61,8 +68,19 @@ def other_losses(device: str, dtype: torch.dtype, classes: int) -> None:
     token_log_probs(logits, ids, vocab=one_shard).sum().backward()
 
 
+def clusters(device: str) -> None:
+    """Fused rows that several blocks share, most of them masked."""
+    target = torch.full((300,), -100, device=device)
+    target[::60] = 1
+    for dtype, classes in ((torch.float32, 60_001), (torch.bfloat16, 110_001)):
+        logits = torch.randn(300, classes, device=device, dtype=dtype, requires_grad=True)
+        masked_cross_entropy(logits, target).backward()
+        masked_cross_entropy(logits * 1, target, inplace_backward=True).backward()
+
+
 def tokens_alone(device: str) -> None:
-    for shape in ((5000,), (3, 2049), (300, 2)):  # in pieces, in groups of pieces, many groups
+    # By one block; in pieces, in groups of pieces, many groups.
+    for shape in ((5000,), (9000,), (3, 3049), (300, 2)):
         values = torch.randn(shape, device=device, requires_grad=True)
         masked_reduce(values, reduction="sequence_mean").backward()
 
@@ -83,6 +101,7 @@ def main(device: str = "cuda") -> None:
     for dtype, classes in itertools.product(DTYPES, CLASSES):
         other_losses(device, dtype, classes)
     tokens_alone(device)
+    clusters(device)
     for dtype in DTYPES:
         linear(device, dtype)
     if device == "cuda":

@@ -308,3 +308,14 @@ FEW_CASES = [
         "sequence_mean-everything-padded",
     }
 ]
+
+
+def predictions() -> Iterator[tuple[Tensor, int, int]]:
+    """Rows of few and of many logits, a target, and whether it is what they predict: the first of
+    the largest, and nothing where one is NaN."""
+    values = torch.tensor([1.0, 2.0, -torch.inf, torch.inf, torch.nan])
+    for others in (0, 37):
+        for last in torch.cartesian_prod(values, values, values):
+            row = torch.cat([torch.full((others,), -5.0), last])
+            for target in range(others, others + 3):
+                yield row, target, int(not row.isnan().any() and row.argmax() == target)

@@ -62,7 +62,7 @@ def planned_threads(kernel: Kernel) -> int:
 
 def allowed_registers(kernel: Kernel) -> int:
     if kernel.name.startswith(("shard_kernel", *TOKEN_KERNELS)):
-        return REGISTERS // 512  # one block of 512 threads
+        return REGISTERS // 512
     if kernel.name.startswith("log_probs_kernel"):
         return REGISTERS // planned_threads(kernel) // 8 * 8
     if not is_row_kernel(kernel):

@@ -84,8 +84,7 @@ struct CrossEntropy {
   template <class A>
   ML_FN static void finish_stats(const Token<A>& token, const TargetSums<double>& sums) {
     token.column(TokenField::kEntropy) = static_cast<A>(entropy(sums.sum, sums.entropy_sum));
-    const bool is_number = sums.sum == sums.sum;  // a NaN would win, as it does against argmax
-    token.column(TokenField::kCorrect) = !token.args.probs && !sums.beaten && is_number;
+    token.column(TokenField::kCorrect) = !token.args.probs && !sums.beaten;
   }
   template <class A>
   ML_FN static void finish_masked(const Token<A>& token) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// tanh where the library's own takes long: of the wide vectors, and of CUDA's float. Included after
-// math.inl.h, for a type V that has fma, arithmetic, abs, if_less and with_sign.
+// tanh where the library's own takes long: of the wide vectors, and of CUDA's float. For a type V
+// that has fma, arithmetic, abs, if_less, with_sign and a tanh_rest (math.inl.h's will do).
 
 // tanh(x) / x - 1 over x^2 for |x| <= 0.625, as a polynomial in x^2: of the Cephes library's form
 // (fp32), minimax to 1e-17 (fp64).

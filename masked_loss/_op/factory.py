@@ -149,9 +149,7 @@ class Operator:
             result = self._overload(**named, **options, **more)
             return result if isinstance(result, tuple) else (result,)
         try:
-            if is_transformed():
-                self._check_named(inputs, meaning, **more)
-            return self._call(inputs, meaning, **more)
+            return self._checked(inputs, meaning, **more)
         except RuntimeError as error:
             tensors = dict(zip(self._inputs, inputs, strict=True))
             raise typed_error(who, error, names, tensors) from None

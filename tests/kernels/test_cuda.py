@@ -126,16 +126,17 @@ def run_alone(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_capture_may_come_first():
-    """The kernels are loaded while the stream is captured, some with much shared memory."""
+    """The kernels are loaded while the stream is captured, some with much shared memory, or in
+    clusters."""
     result = run_alone("""
-        logits = torch.zeros(8, 20_000, device="cuda", requires_grad=True)
-        target = torch.zeros(8, dtype=torch.int64, device="cuda")
+        logits = torch.zeros(400, 60_000, device="cuda", requires_grad=True)
+        target = torch.zeros(400, dtype=torch.int64, device="cuda")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             loss = masked_loss.masked_cross_entropy(logits, target)
             (gradient,) = torch.autograd.grad(loss, logits)
         graph.replay()
-        torch.testing.assert_close(loss.exp().item(), 20_000.0, rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss.exp().item(), 60_000.0, rtol=1e-5, atol=0)
         assert gradient[:, 0].sum().item() < -0.99
     """)
     assert result.returncode == 0, result.stderr
@@ -156,6 +157,26 @@ def test_a_target_out_of_range_stops_the_kernel():
     assert result.returncode == 3, result.stderr
     said = result.stdout + result.stderr
     assert "target of token 3 is 12, expected 0 <= target < 10" in said or "Assertion" in said
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@pytest.mark.parametrize(
+    ("dtype", "classes"), [(torch.float32, 60_001), (torch.bfloat16, 110_001)], ids=str
+)
+def test_rows_that_a_cluster_shares(dtype: torch.dtype, classes: int, inplace: bool):
+    """Too many to be cut into parts otherwise, and too long for a block's shared memory."""
+    logits = (3 * torch.randn(300, classes, device="cuda")).to(dtype).requires_grad_()
+    target = torch.randint(classes, (300,), device="cuda")
+    mask = torch.rand(300, device="cuda") < 0.7
+    loss = masked_cross_entropy(logits * 1, target, mask, inplace_backward=inplace)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    exact = logits.detach().double().requires_grad_()
+    truth = reference.masked_cross_entropy(exact, target, mask)
+    (expected,) = torch.autograd.grad(truth, exact)
+    torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-6, atol=0)
+    eps = torch.finfo(dtype).eps
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(gradient.double(), expected, rtol=16 * eps, atol=1e-7 * largest)
 
 
 def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import REDUCTIONS
+from samples import REDUCTIONS, predictions
 from torch import Tensor
 
 import masked_loss
 from masked_loss import masked_cross_entropy, reference
+from masked_loss.options import Meaning
 
 INF, NAN = float("inf"), float("nan")
 MASK_DTYPES = [
@@ -567,6 +568,21 @@ def test_the_first_of_equal_logits_is_the_prediction(width: int) -> None:
         for column, expected in ((0, 1), (width - 1, 0)):
             _, stats = masked_cross_entropy(logits, torch.tensor([column]), return_stats=True)
             assert stats.correct == expected
+
+
+def test_predictions_of_rows_that_are_not_finite(device: str) -> None:
+    for row, target, expected in predictions():
+        found = torch.tensor([target], device=device)
+        _, stats = masked_cross_entropy(row[None].to(device), found, return_stats=True)
+        assert stats.correct == expected, (row, target)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy_forward", "cross_entropy_fused"])
+def test_operators_default_to_what_functions_leave_out(name: str) -> None:
+    schema = getattr(torch.ops.masked_loss, name).default._schema
+    defaults = {argument.name: argument.default_value for argument in schema.arguments}
+    assert defaults["stats"] is False
+    assert {key: defaults[key] for key in Meaning._fields} == Meaning()._asdict()
 
 
 def test_statistics_do_not_change_the_loss(device: str) -> None:

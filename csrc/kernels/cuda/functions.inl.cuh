@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The elementary functions that math.inl.h asks for, but those that each file chooses: exp(float),
-// and tanh(float), which is made of it (tanh.inl.cuh).
+// exp2(float), and tanh(float), which is made of that (tanh.inl.cuh).
 // Included, like math.inl.h, inside a file's own namespace.
 
 ML_FN double exp(double x) { return ::exp(x); }

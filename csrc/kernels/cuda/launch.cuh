@@ -44,7 +44,8 @@ struct Chip {
   bool clusters;  // of blocks: by the device, and by the code that it runs, which may be older
 };
 
-static __global__ void nothing() {}
+template <int>
+__global__ void nothing() {}
 
 inline const Chip& chip() {
   static std::mutex mutex;
@@ -59,7 +60,7 @@ inline const Chip& chip() {
     return int64_t{value};
   };
   const bool clusters = ask(cudaDevAttrClusterLaunch) &&
-                        loaded(reinterpret_cast<const void*>(nothing)).ptxVersion >= 90;
+                        loaded(reinterpret_cast<const void*>(nothing<0>)).ptxVersion >= 90;
   return chips[device] = {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrL2CacheSize),
                           ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                           ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), clusters};

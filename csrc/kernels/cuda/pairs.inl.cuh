@@ -526,16 +526,20 @@ void launch_kernel(const DivergenceArgs& args, const PairPlan& plan, Stream stre
          stream, args, static_cast<int>(kept));
 }
 
+// Two kernels for each kind and student: of its own type without softcaps, and of whatever else. Of
+// float16, which is hardly distilled any more, the second alone: a kernel takes seconds to compile.
 template <class Kind, class T>
 void launch_kind(const DivergenceArgs& args, const PairPlan& plan, Stream stream) {
   if constexpr (std::is_same_v<T, double>) {
-    launch_kernel<Kind, T, T, true>(args, plan, stream);
-  } else if (args.student.dtype != args.teacher.dtype) {
-    launch_kernel<Kind, T, AnyType, true>(args, plan, stream);
-  } else if (args.student.softcap != 0 || args.teacher.softcap != 0) {
-    launch_kernel<Kind, T, T, true>(args, plan, stream);
+    return launch_kernel<Kind, T, T, true>(args, plan, stream);
   } else {
-    launch_kernel<Kind, T, T, false>(args, plan, stream);
+    const bool capped = args.student.softcap != 0 || args.teacher.softcap != 0;
+    if constexpr (!std::is_same_v<T, Float16>) {
+      if (args.student.dtype == args.teacher.dtype && !capped) {
+        return launch_kernel<Kind, T, T, false>(args, plan, stream);
+      }
+    }
+    launch_kernel<Kind, T, AnyType, true>(args, plan, stream);
   }
 }
 

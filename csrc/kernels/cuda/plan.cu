@@ -25,7 +25,7 @@ constexpr Team kFused[] = {
     {300, 1, 4, 8}, {900, 2, 1, 16}, {1800, 4, 1, 8}, {4096, 8, 1, 4}, {INT64_MAX, 16, 1, 2}};
 constexpr Team kGeneral[] = {{INT64_MAX, 1, 4, 4}};
 constexpr Team kGeneralFused[] = {{1800, 1, 4, 4}, {6400, 4, 1, 4}, {INT64_MAX, 16, 1, 1}};
-// However many rows there are, a log-probability, or what a shard tells, has the same bits.
+// However many rows there are, a log-probability has the same bits.
 constexpr Team kWholeRows[] = {{2048, 1, 4, 8}, {INT64_MAX, 4, 1, 8}};
 constexpr Team kDouble[] = {{INT64_MAX, 4, 1, 8}};
 // Where rows are few, more warps for each: as many threads as a multiprocessor holds are wanted.
@@ -63,7 +63,7 @@ int64_t shared_bytes(const Team& team, int64_t row_bytes) {
 int64_t cluster_for(int64_t row_bytes) {
   const int64_t most = chip().shared_of_block;
   if (!chip().clusters || row_bytes <= most * 6 / 7) return 1;
-  int64_t blocks = 2;
+  int64_t blocks = 4;
   while (blocks < kMaxCluster && row_bytes > blocks * most * 3 / 8) blocks *= 2;
   return blocks;
 }
@@ -112,7 +112,7 @@ Plan plan_rows(const RowArgs& args) {
   if (words >= kSplitWords) {
     parts = std::max(parts, std::min(blocks / args.rows, words / kPartWords));
   }
-  plan.together = parts == 1 && cluster > 1;
+  plan.together = cluster > 1 && parts <= cluster;
   if (plan.together) parts = cluster;
   if (parts > 1) {
     plan.phase = Phase::kRows;

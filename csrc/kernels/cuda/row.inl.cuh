@@ -165,6 +165,8 @@ struct RowReader {
       if (args.stats) {
         const A peak = peak_of(A(-Limits<A>::infinity()), x);
         sums->beaten |= peak > r.own;
+#pragma unroll
+        for (int i = 0; i < N; ++i) sums->beaten |= x[i] != x[i];  // also by a NaN
         if (peak == r.own && at < r.target) {
 #pragma unroll
           for (int i = 0; i < N; ++i) sums->beaten |= x[i] == r.own && at + i < r.target;

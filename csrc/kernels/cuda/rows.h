@@ -10,7 +10,7 @@
 namespace masked_loss::cuda {
 
 enum class Phase : int8_t {
-  kRows,     // rows from beginning to end
+  kRows,     // rows from beginning to end, or by a cluster
   kPartial,  // of every part of a row: what one look at it tells, into scratch
   kLosses,   // nothing but the losses of whole rows, and plain ones (forward.inl.cuh)
   kFinish,   // from all the parts of a row to its loss, and the gradient of each part
@@ -25,7 +25,7 @@ struct Plan {
   int64_t parts;    // a row is shared by so many teams
   bool together;    // which are a cluster of blocks, and work on it at the same time
   int64_t width;    // columns of a part
-  int cached;       // 16-byte words of a row that a team keeps in shared memory
+  int cached;       // 16-byte words of a row, or of its part, that a team keeps in shared memory
   bool unless_one;  // do nothing where dloss is 1
   Phase phase;
 };

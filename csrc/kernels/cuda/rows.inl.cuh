@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Cross entropy of rows of logits, and its gradient, without ever holding a row of probabilities.
 //
-// A team (one warp, or a whole block) works on a row, or on a part of it where rows are few. It
-// reads the row once from memory; for the gradient it looks at it again, in shared memory as far as
-// that reaches, beyond that in L2. A masked row is never read; its gradient is set to zero.
+// A team (one warp, or a whole block) works on a row, or on a part of it where rows are few, or so
+// long that a cluster of blocks shares each. It reads the row once from memory; for the gradient it
+// looks at it again, in shared memory as far as that reaches, beyond that in L2. A masked row is
+// never read; its gradient is set to zero.
 // Included inside a file's own namespace, after row.inl.cuh.
 
 template <class T, class Loss, int kWarps>
 struct RowKernel : RowReader<T, Loss, kWarps> {
   using Reader = RowReader<T, Loss, kWarps>;
-  using Reader::args, Reader::plan, Reader::capped, Reader::cooling, Reader::soft, Reader::cap;
+  using Reader::args, Reader::plan, Reader::capped, Reader::cooling, Reader::soft;
   using Reader::find_target, Reader::look, Reader::finish, Reader::mass_of, Reader::logit;
   using Reader::general, Reader::is_uniform, Reader::map, Reader::uncap, Reader::uniform;
   using Reader::kThreads, Reader::kPerLoad, Reader::rank, Reader::row_at, Reader::soft_target_at;

@@ -122,7 +122,7 @@ ML_FN void for_each_word(uint4 (&words)[N], const F& f) {
   }
 }
 
-// 16 bytes from `bytes` (1 to 15) after the beginning of two neighbouring words.
+// 16 bytes from `bytes` (0 to 15) after the beginning of two neighbouring words.
 ML_FN uint4 between(const uint4& a, const uint4& b, int bytes) {
   uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
   if (bytes & 8) {

@@ -53,6 +53,7 @@ struct Settings {
   int shared_per_block = 227 << 10;  // bytes, at most
   int l2_bytes = 50 << 20;
   int64_t max_blocks = 1 << 30;  // a larger grid is cut: kernels must loop over the rest
+  int ptx_version = 90;          // that the kernels were compiled from
   bool clusters = true;          // whether the device has any
   bool record = false;           // launches are noted, not run
   bool math_errors = false;      // expf and logf are off as the device's may be
@@ -246,10 +247,10 @@ inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
 }
 // Another amount of anything is another device.
 inline cudaError_t cudaGetDevice(int* device) {
-  static std::vector<std::array<int, 4>> devices;
+  static std::vector<std::array<int, 5>> devices;
   const auto& settings = ::emulator::settings;
-  const std::array<int, 4> now = {settings.multiprocessors, settings.shared_per_block,
-                                  settings.l2_bytes, settings.clusters};
+  const std::array<int, 5> now = {settings.multiprocessors, settings.shared_per_block,
+                                  settings.l2_bytes, settings.clusters, settings.ptx_version};
   const auto known = std::find(devices.begin(), devices.end(), now);
   *device = static_cast<int>(known - devices.begin());
   if (known == devices.end()) devices.push_back(now);
@@ -265,7 +266,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->sharedSizeBytes = ::emulator::kStaticShared;
-  attributes->ptxVersion = 90;
+  attributes->ptxVersion = ::emulator::settings.ptx_version;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {

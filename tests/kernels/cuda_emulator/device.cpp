@@ -56,6 +56,7 @@ PYBIND11_MODULE(emulated_cuda, m) {
       .def_readwrite("shared_per_block", &Settings::shared_per_block)
       .def_readwrite("l2_bytes", &Settings::l2_bytes)
       .def_readwrite("max_blocks", &Settings::max_blocks)
+      .def_readwrite("ptx_version", &Settings::ptx_version)
       .def_readwrite("clusters", &Settings::clusters)
       .def_readwrite("record", &Settings::record)
       .def_readwrite("math_errors", &Settings::math_errors)
@@ -79,8 +80,10 @@ PYBIND11_MODULE(emulated_cuda, m) {
     emulator::recorded.clear();
     return found;
   });
-  m.def("parts_of_a_row", [](int64_t rows, int64_t cols) {
+  m.def("parts_of_a_row", [](int64_t rows, int64_t cols, bool fused) {
     masked_loss::RowArgs args{};
+    args.forward = fused;
+    args.dlogits = fused ? &args : nullptr;
     args.dtype = masked_loss::DType::kBFloat16;
     args.rows = rows;
     args.cols = cols;
