@@ -57,7 +57,7 @@ def planned_threads(kernel: Kernel) -> int:
     of_log_probs = kernel.name.startswith("log_probs_kernel")
     if "double" in kernel.name or not (is_plain(kernel) or of_log_probs):
         return 512
-    return 896 if kernel.arch == "sm_120" else 1024
+    return 896 if kernel.arch in ("sm_75", "sm_120") else 1024
 
 
 def allowed_registers(kernel: Kernel) -> int:

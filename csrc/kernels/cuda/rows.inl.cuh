@@ -261,7 +261,7 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
       find_target(&r, part, true);  // its logit before anything is written: dx may be x
       own = r.own;
       sums = look(r, cache);
-      if (plan.together) {
+      if (kHasClusters && plan.together) {
         if (rank() == 0) partials_of(row)[part].sums = sums;
         cluster_barrier();  // all parts of the row are read
         sums = sums_of_parts(row);
@@ -284,9 +284,9 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
   }
 };
 
-// Registers for so many threads on a multiprocessor. More of them would spill for sm_120, whose
-// memory is slow enough for less than that to keep it busy.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+// Registers for so many threads on a multiprocessor. More of them would spill for sm_75 and sm_120,
+// whose memory is slow enough for less than that to keep it busy.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
 constexpr int kThreadsPlanned = 896;
 #else
 constexpr int kThreadsPlanned = 1024;

@@ -91,8 +91,14 @@ ML_FN void team_barrier() {
   }
 }
 
-// Of all threads of a cluster's blocks: what they wrote before, all of them see behind it. Kernels
-// of older architectures are never launched in clusters.
+// Kernels of older architectures are never launched in clusters.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+#else
+constexpr bool kHasClusters = false;
+#endif
+
+// Of all threads of a cluster's blocks: what they wrote before, all of them see behind it.
 ML_FN void cluster_barrier() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
