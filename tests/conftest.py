@@ -5,22 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import masked_loss
-
-
-def has_cuda() -> bool:
-    """Whether there is a CUDA device and the library was built with CUDA kernels."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        masked_loss.masked_mean(torch.ones(1, device="cuda"), None)
-    except RuntimeError as error:
-        if "this build has no CUDA kernels" in str(error):
-            return False
-        raise
-    return True
-
+from devices import has_cuda
 
 DEVICES = ["cpu", "cuda"] if has_cuda() else ["cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -33,7 +18,7 @@ def pytest_report_header() -> str:
 
 
 # A worker of pytest-xdist takes whole files (their fixtures may be a build): the longest go first.
-LONGEST = ["test_cuda_emulator", "test_build", "test_compile", "test_emulator_watch"]
+LONGEST = ["test_cuda_teams", "test_cuda_rows", "test_build", "test_compile", "test_emulator_watch"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

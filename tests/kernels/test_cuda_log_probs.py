@@ -3,35 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import ModuleType
-
 import pytest
 import torch
-from cuda_emulator.build import build
-from cuda_emulator.operators import emulated, load
+from cuda_emulator.checks import Configure
 from log_prob_samples import OPTIONS, check, sample
 
 from masked_loss import token_log_probs
 
-
-@pytest.fixture(scope="module")
-def module() -> ModuleType:
-    return load(build())
-
-
-def configure(module: ModuleType, **settings: int) -> None:
-    new = module.Settings()
-    for name, value in settings.items():
-        setattr(new, name, value)
-    module.configure(new)
-
-
-@pytest.fixture(autouse=True)
-def emulator(module: ModuleType) -> Iterator[None]:
-    with emulated():
-        yield
-    configure(module)
+pytestmark = pytest.mark.usefixtures("emulator")
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -61,13 +40,13 @@ def test_an_id_out_of_range(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("classes", [60, 20_001])
-def test_a_row_alone_has_the_same_bits(classes: int, module: ModuleType) -> None:
+def test_a_row_alone_has_the_same_bits(classes: int, configure: Configure) -> None:
     """How a row is split depends on the number of classes alone, and not on how many rows there are
     or how large the chip is."""
     s = sample(classes, 3, "temperature", torch.bfloat16, (6,))
-    configure(module, multiprocessors=16)
+    configure(multiprocessors=16)
     together = token_log_probs(s.logits, s.target, return_entropy=True)
-    configure(module, multiprocessors=132)
+    configure(multiprocessors=132)
     for i in range(6):
         alone = token_log_probs(s.logits[i : i + 1], s.target[i : i + 1], return_entropy=True)
         for ours, expected in zip(alone, together, strict=True):
@@ -75,13 +54,13 @@ def test_a_row_alone_has_the_same_bits(classes: int, module: ModuleType) -> None
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
-def test_the_order_of_threads_does_not_matter(module: ModuleType, inplace: bool) -> None:
+def test_the_order_of_threads_does_not_matter(inplace: bool, configure: Configure) -> None:
     """The same bits whatever runs first: in place, an id's logit is read before its class is
     written, and its class written after all others."""
     for classes in (70, 3000):
         first = None
         for seed in range(6):
-            configure(module, seed=seed, max_blocks=2)
+            configure(seed=seed, max_blocks=2)
             s = sample(classes, 40, "entropy", torch.float32)
             s.options["inplace_backward"] = inplace
             results = s.call(token_log_probs, torch.float32)

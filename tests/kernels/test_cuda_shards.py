@@ -3,31 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import ModuleType
-
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from cuda_emulator.build import build
-from cuda_emulator.operators import emulated, load
 from log_prob_samples import check as check_log_probs
 from samples import CASES, FEW_CASES, OPTIONS, Case
 from shards import sharded, splits
 
 from masked_loss import masked_cross_entropy, reference, token_log_probs
 
-
-@pytest.fixture(scope="module")
-def module() -> ModuleType:
-    return load(build())
-
-
-@pytest.fixture(autouse=True)
-def emulator(module: ModuleType) -> Iterator[None]:
-    module.configure(module.Settings())
-    with emulated():
-        yield
+pytestmark = pytest.mark.usefixtures("emulator")
 
 
 def check(case: Case, dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every store of a half type rounds to nearest even, bit by bit.
 
-test_cpu_isa.py runs this file for each instruction set, test_cuda_emulator.py the same for CUDA.
+test_cpu_isa.py runs this file for each instruction set, test_cuda_rows.py the same for CUDA.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import conftest
 import pytest
 import torch
+from devices import has_cuda
 
 import masked_loss
 from masked_loss._op import library as loader
@@ -86,10 +86,10 @@ def test_tests_leave_a_device_out_only_where_kernels_are_missing(monkeypatch):
     monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
     monkeypatch.setattr(masked_loss, "masked_mean", mean)
     message = "masked_loss: this build has no CUDA kernels, and a CUDA tensor came."
-    assert not conftest.has_cuda()
+    assert not has_cuda()
     message = "CUDA error: an illegal memory access was encountered"
     with pytest.raises(RuntimeError, match="illegal"):
-        conftest.has_cuda()
+        has_cuda()
 
 
 @pytest.fixture
