@@ -12,9 +12,10 @@ profiler; and what the call costs the host.
 linear_cross_entropy stands beside the three bare products that it cannot do without. Masked tokens
 have the target -100, for the peers too.
 
-Ours is measured in every case, then the peers, as far as --minutes go. A peer whose loss is wrong,
-or that takes more than PATIENCE seconds, is reported, and not timed. A whole run is written to
-results/gpu.json, after every case, and drawn by gpu_report.py. gpu_ab.py compares two builds.
+Ours is measured in every case, then the peers, as far as --minutes go. What is timed is compared
+with float64 before, the loss and some rows of the gradient: a candidate that is wrong, or takes
+more than PATIENCE seconds, is reported, and not timed. A whole run is written to results/gpu.json,
+after every case, and drawn by gpu_report.py. gpu_ab.py compares two builds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ LINEAR = (8192, 4096, 128256)  # tokens, hidden size, classes
 DEVICE = "cuda"
 COMPILED_TOKENS = 8192  # only these cases are compiled, which takes some seconds each
 PATIENCE = 45.0
+CHECKED_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,19 @@ class Problem:
             wide = ((x.double(), t.double() if t.is_floating_point() else t) for x, t in pieces)
             return sum(self.case.reference(*pair).sum().item() for pair in wide) / self.active
 
+    @cached_property
+    def rows(self) -> slice:
+        """The rows whose gradient is looked at, here and there."""
+        return slice(None, None, -(-self.case.tokens // CHECKED_ROWS))
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """Of the losses' sum, in float64, with respect to these rows."""
+        x = self.all[0].detach()[self.rows].double().requires_grad_()
+        t = self.target[self.rows]
+        loss = self.case.reference(x, t.double() if t.is_floating_point() else t).sum()
+        return torch.autograd.grad(loss, x)[0]
+
     def bytes(self, what: str) -> dict[str, float]:
         """That a forward reads, or a step copies: masked rows are not read, but zeros written."""
         size, active = float(self.all[0].nbytes), 1 - self.case.masked
@@ -160,28 +175,40 @@ def limits(size: int = 2 << 30) -> dict[str, float]:
     return {"read": size / median(x.sum, 0.25), "copy": 2 * size / median(lambda: y.copy_(x), 0.25)}
 
 
-def passes(loss: Loss, p: Problem) -> dict[str, Callable[[], object]]:
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return loss(p.logits(), p.target)
-
-    def step() -> object:
-        logits = p.logits()
-        found = loss(logits, p.target)
-        return torch.autograd.grad(found, logits, torch.ones_like(found))
-
-    return {"forward": forward, "step": step}
-
-
-def complaint(loss: Loss, p: Problem) -> str | None:
-    """What is wrong with a candidate's loss; half types may have it rounded to them."""
+def forward(loss: Loss, p: Problem) -> Tensor:
     with torch.no_grad():
-        values = loss(p.all[0], p.target).double()
-    value = values.sum().item() / (1 if values.dim() == 0 else p.active)
-    rtol = 1e-5 if p.case.dtype == "float32" else 1e-2
-    if abs(value - p.truth) <= rtol * abs(p.truth):
-        return None
-    return f"its loss is {value:.6g}, expected {p.truth:.6g}"
+        return loss(p.logits(), p.target)
+
+
+def step(loss: Loss, p: Problem) -> tuple[Tensor, ...]:
+    logits = p.logits()
+    found = loss(logits, p.target)
+    return torch.autograd.grad(found, logits, torch.ones_like(found))
+
+
+PASSES = {"forward": forward, "step": step}
+
+
+def complaint(name: str, loss: Loss, p: Problem) -> str | None:
+    """What is wrong with a candidate's loss, or with its gradient: what is timed, run once.
+
+    A peer may round its loss to a half type, and log-probabilities before it takes the exponential.
+    """
+    truth, expected = p.truth, p.gradient
+    values = forward(loss, p).double()
+    averaged = values.dim() == 0
+    value = values.sum().item() / (1 if averaged else p.active)
+    exact = name == OURS or p.case.dtype == "float32"
+    if not abs(value - truth) <= (1e-5 if exact else 1e-2) * abs(truth):
+        return f"its loss is {value:.6g}, expected {truth:.6g}"
+    (gradient,) = step(loss, p)
+    found = gradient[p.rows].double() * (p.active if averaged else 1)
+    peers = (1e-3, 1e-5) if p.case.dtype == "float32" else (0.1, 1e-4)
+    dtype = getattr(torch, p.case.dtype)
+    worst = gpu_check.excess(
+        found, expected, *(gpu_check.allowed(dtype) if name == OURS else peers)
+    )
+    return f"its gradient is {worst:.3g} times as far off as allowed" if worst > 1 else None
 
 
 Rows = list[dict[str, Any]]
@@ -221,10 +248,10 @@ class Benchmark:
         p = Problem(case)
         for name, loss in candidates.items():
             with self.attempt(f"{name}, {case}"):
-                if (wrong := complaint(loss, p)) is not None:
+                if (wrong := complaint(name, loss, p)) is not None:
                     raise ValueError(wrong)
-                for what, call in passes(loss, p).items():
-                    self.rows.append(self.row(p, name, what, call))
+                for what, call in PASSES.items():
+                    self.rows.append(self.row(p, name, what, partial(call, loss, p)))
             if name != OURS:
                 p.renew()
 
@@ -247,13 +274,21 @@ class Benchmark:
                 logits = hidden @ weight.t()
                 logits @ weight, logits.t() @ hidden
 
-        def step(loss: Loss) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(loss(hidden, weight, target), (hidden, weight))
+        def step(loss: Loss) -> list[Tensor]:
+            value = loss(hidden, weight, target)
+            return [value.detach(), *torch.autograd.grad(value, (hidden, weight))]
 
-        calls = {name: step(loss) for name, loss in gpu_peers.linear().items()}
+        calls: dict[str, Callable[[], Any]]
+        calls = {name: partial(step, loss) for name, loss in gpu_peers.linear().items()}
         ours = {PRODUCTS: products, OURS: calls.pop(OURS)}
+        truth = cache(partial(gpu_check.linear_truth, hidden, weight, target))
         for name, call in (calls if peers else ours).items():
             with self.attempt(f"{name}, linear"):
+                if name != PRODUCTS:
+                    # A peer may leave small probabilities out.
+                    most = 5e-3 if name == OURS else 5e-2
+                    if (wrong := gpu_check.linear_complaint(call(), truth(), most)) is not None:
+                        raise ValueError(wrong)
                 row = {"tokens": tokens, "size": size, "classes": classes, "dtype": "bfloat16"}
                 row |= {"candidate": name, "peak": peak_bytes(call)}
                 row |= {"seconds": median(call, self.seconds)}

@@ -24,11 +24,19 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 30.0},
 )
 
-# What a gradient may be off, in roundings of its type: of each element, and of the largest. In
-# float64 the truth is hardly better itself: eager PyTorch's sums over the classes have up to one
-# rounding for each of them.
-ROUNDINGS = {torch.float64: (50_000, 5_000), torch.float32: (16, 2)}
-HALF_ROUNDINGS = (4, 1)
+
+def allowed(dtype: torch.dtype) -> tuple[float, float]:
+    """What a gradient may be off: of each element, and of the largest."""
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float64:
+        # The truth is hardly better itself: eager PyTorch's sums over the classes have up to one
+        # rounding for each of them.
+        return 50_000 * eps, 5_000 * eps
+    if dtype == torch.float32:
+        return 16 * eps, 2 * eps
+    # Each element is rounded, and small ones, which are nearly all, count as such.
+    return eps, 1e-5
+
 
 Loss = Callable[..., Tensor]
 
@@ -68,16 +76,38 @@ def check_case(
             found.append(f"two runs differ in the {name}")
     wide = logits.detach().double().requires_grad_()
     truth = step(reference.masked_cross_entropy, wide, target, options)
-    eps = torch.finfo(dtype).eps
-    rtol, atol = ROUNDINGS.get(dtype, HALF_ROUNDINGS)
     worst = {
         "loss": excess(first[0], truth[0], 1e-5, 1e-6),
-        "gradient": excess(first[1], truth[1], rtol * eps, atol * eps),
+        "gradient": excess(first[1], truth[1], *allowed(dtype)),
     }
     found += [
         f"{name} is {w:.3g} times as far off as allowed" for name, w in worst.items() if w > 1
     ]
     return found
+
+
+def linear_truth(hidden: Tensor, weight: Tensor, target: Tensor) -> list[Tensor]:
+    """linear_cross_entropy and its gradients, computed in float64, some rows at a time."""
+    wide = weight.detach().double()
+    loss, of_hidden, of_weight = 0.0, [], torch.zeros_like(wide)
+    for h, t in zip(hidden.detach().double().split(512), target.split(512), strict=True):
+        logits = (h @ wide.t()).requires_grad_()
+        part = reference.masked_cross_entropy(logits, t, reduction="sum") / len(target)
+        (gradient,) = torch.autograd.grad(part, logits)
+        loss += part.item()
+        of_hidden.append(gradient @ wide)
+        of_weight.addmm_(gradient.t(), h)
+    # Kept as float32, which is exact enough for half types.
+    return [torch.tensor(loss), torch.cat(of_hidden).float(), of_weight.float()]
+
+
+def linear_complaint(found: Sequence[Tensor], truth: Sequence[Tensor], most: float) -> str | None:
+    """Of the loss and the gradients of a head, each measured by its norm."""
+    for what, ours, exact in zip(("loss", "dhidden", "dweight"), found, truth, strict=True):
+        off = ((ours.float() - exact.to(ours.device)).norm() / exact.norm()).item()
+        if not off <= most:
+            return f"its {what} is {off:.2g} off, at most {most:g} is expected"
+    return None
 
 
 def check_graph(loss: Loss) -> list[str]:

@@ -110,7 +110,10 @@ def test_a_run_from_the_check_to_the_plot(
     def peers(reduction: str, compile_too: bool) -> dict[str, Any]:
         return honest(reduction, False) | {"wrong": lambda x, t: x.sum()}
 
+    linear = gpu_peers.linear()
+    shrunk = {"wrong": sloped(linear["ours"], 0.9)}
     monkeypatch.setattr(gpu_peers, "cross_entropies", peers)
+    monkeypatch.setattr(gpu_peers, "linear", lambda: linear | shrunk)
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     assert gpu.main() == 0
 
@@ -120,8 +123,10 @@ def test_a_run_from_the_check_to_the_plot(
     eager = [loss for loss in LOSSES if loss != "statistics"]
     assert {("PyTorch eager", loss, "forward") for loss in eager} < measured
     assert [row["candidate"] for row in results["linear"]][:2] == ["three products", "ours"]
+    assert "wrong" not in [row["candidate"] for row in results["linear"]]
     left_out = results["left out"]
     assert sum("its loss is" in line for line in left_out) == 5  # every mean, and none
+    assert sum("its dhidden is 0.1 off" in line for line in left_out) == 1
     for name in (
         "README.md",
         "README.zh-CN.md",
@@ -130,6 +135,42 @@ def test_a_run_from_the_check_to_the_plot(
     ):
         assert "a CPU" in (project / name).read_text(), name
     assert (timing.RESULTS / "gpu.png").stat().st_size > 1000
+
+
+def scaled(x: Tensor, slope: Tensor | float) -> Tensor:
+    """x, and its gradient times the slope."""
+    return x.detach() + (x - x.detach()) * slope
+
+
+def sloped(loss: gpu_peers.Loss, slope: Tensor | float) -> gpu_peers.Loss:
+    return lambda x, *args: loss(scaled(x, slope), *args)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_wrong_gradient_is_not_timed(loss: str, dtype: str, device: None) -> None:
+    """Of all classes, of some of one row, or of all that are improbable; the loss is right."""
+    case = gpu.Case(6, 40, dtype, loss=loss)
+    p = gpu.Problem(case)
+    one_row = torch.ones(6, 40, dtype=getattr(torch, dtype))
+    one_row[3, 10:] = 0
+    probable = (p.all[0].softmax(-1) > 0.01).to(one_row)
+    for name, candidate in case.candidates(False).items():
+        assert gpu.complaint(name, candidate, p) is None, name
+        for slope in (1.05 if name == "ours" else 1.3, one_row, probable):
+            wrong = gpu.complaint(name, sloped(candidate, slope), p)
+            assert wrong is not None, name
+            assert "its gradient is" in wrong
+
+
+def test_masked_rows_have_no_gradient(device: None) -> None:
+    p = gpu.Problem(gpu.Case(16, 40, masked=0.5))
+    leak = (p.target == -100)[:, None] * 1e-3
+    ours = gpu_peers.ours()
+    assert gpu.complaint("ours", ours, p) is None
+    wrong = gpu.complaint("ours", lambda x, t: ours(x, t) + (x - x.detach()).mul(leak).sum(), p)
+    assert wrong is not None
+    assert "its gradient is" in wrong
 
 
 def test_cases_are_chosen_and_then_not_written(
