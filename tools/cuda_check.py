@@ -57,11 +57,11 @@ def planned_threads(kernel: Kernel) -> int:
     of_log_probs = kernel.name.startswith("log_probs_kernel")
     if "double" in kernel.name or not (is_plain(kernel) or of_log_probs):
         return 512
-    return 896 if kernel.arch in ("sm_75", "sm_120") else 1024
+    return {"sm_75": 640, "sm_120": 896}.get(kernel.arch, 1024)
 
 
 def allowed_registers(kernel: Kernel) -> int:
-    if kernel.name.startswith(("shard_kernel", *TOKEN_KERNELS)):
+    if kernel.name.startswith(("shard_kernel", "merge_kernel", *TOKEN_KERNELS)):
         return REGISTERS // 512
     if kernel.name.startswith("log_probs_kernel"):
         return REGISTERS // planned_threads(kernel) // 8 * 8

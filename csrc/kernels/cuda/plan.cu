@@ -42,7 +42,7 @@ constexpr int64_t kMaxWidth = 1 << 29;
 // A fused row that takes a multiprocessor's shared memory for itself is first read and then written
 // there, and nothing is done meanwhile; what of it does not fit overflows the L2. A cluster of up
 // to eight blocks shares it, and a multiprocessor has blocks of several rows.
-constexpr Team kCluster = {INT64_MAX, 8, 1, 4};
+constexpr Team kCluster = {INT64_MAX, kClusterWarps, 1, 4};
 constexpr int64_t kMaxCluster = 8;
 
 // Shared memory that the kernels and the system want for themselves.

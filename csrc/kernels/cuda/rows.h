@@ -16,6 +16,8 @@ enum class Phase : int8_t {
   kFinish,   // from all the parts of a row to its loss, and the gradient of each part
 };
 
+constexpr int kClusterWarps = 8;  // of a block in a cluster
+
 struct Plan {
   bool capped;      // by a softcap
   bool general;     // a softcap, a temperature, a soft target distribution, or statistics

@@ -19,6 +19,8 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
   using typename Reader::C;
   using typename Reader::Row;
   using typename Reader::Sums;
+  // Elsewhere what waits for a cluster would take registers for nothing.
+  static constexpr bool kInClusters = kHasClusters && !general && kWarps == kClusterWarps;
   // 16-byte loads in flight: expf wants registers, and a shifted word takes two.
   static constexpr int kGradLoads = sizeof(T) == 4 ? 2 : Reader::kLoadsInFlight;
   static constexpr int kShiftedLoads = sizeof(T) == 2 ? 1 : 2;
@@ -261,7 +263,7 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
       find_target(&r, part, true);  // its logit before anything is written: dx may be x
       own = r.own;
       sums = look(r, cache);
-      if (kHasClusters && plan.together) {
+      if (kInClusters && plan.together) {
         if (rank() == 0) partials_of(row)[part].sums = sums;
         cluster_barrier();  // all parts of the row are read
         sums = sums_of_parts(row);
@@ -286,7 +288,9 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
 
 // Registers for so many threads on a multiprocessor. More of them would spill for sm_75 and sm_120,
 // whose memory is slow enough for less than that to keep it busy.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kThreadsPlanned = 640;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kThreadsPlanned = 896;
 #else
 constexpr int kThreadsPlanned = 1024;
