@@ -390,6 +390,19 @@ inline void parts(const char* who, const Tensor& parts, const Shape& expected) {
   if (!parts.is_contiguous()) fail("ValueError", who, ": parts must be contiguous");
 }
 
+// A gradient and what it is multiplied into: of its own type, or of a half one where it is float32.
+inline void scaled(const char* who, const Tensor& scaled, const Tensor& gradient,
+                   const Tensor& factor) {
+  const bool may_differ =
+      gradient.scalar_type() == ScalarType::Float && scaled.scalar_type() != ScalarType::Double;
+  if (!may_differ) same_dtype(who, "scaled", scaled, "gradient", gradient);
+  has_shape(who, "scaled", scaled, shape_of(gradient));
+  has_shape(who, "factor", factor, {});
+  if (!scaled.is_contiguous() || !gradient.is_contiguous()) {
+    fail("ValueError", who, ": gradient and scaled must be contiguous");
+  }
+}
+
 inline void cross_entropy(const char* who, const Tensor& logits, const Tensor& target,
                           bool probabilities, bool shift) {
   const Shape tokens = tokens_of(who, logits, shift && !probabilities);

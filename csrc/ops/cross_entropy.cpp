@@ -209,14 +209,7 @@ void scale(Tensor scaled, Tensor gradient, Tensor factor) {
   ScaleArgs args{};
   args.dtype = check::floating(who, "gradient", gradient);
   args.scaled_type = check::floating(who, "scaled", scaled);
-  if (args.dtype != DType::kFloat32 || args.scaled_type == DType::kFloat64) {
-    check::same_dtype(who, "scaled", scaled, "gradient", gradient);
-  }
-  check::has_shape(who, "scaled", scaled, shape_of(gradient));
-  check::has_shape(who, "factor", factor, {});
-  if (!scaled.is_contiguous() || !gradient.is_contiguous()) {
-    check::fail("ValueError", who, ": gradient and scaled must be contiguous");
-  }
+  check::scaled(who, scaled, gradient, factor);
   const Tensor number = as_type(factor, accumulation_type(args.dtype == DType::kFloat64));
   args.gradient = gradient.data_ptr();
   args.count = gradient.numel();

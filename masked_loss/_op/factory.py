@@ -154,13 +154,10 @@ class Operator:
             tensors = dict(zip(self._inputs, inputs, strict=True))
             raise typed_error(who, error, names, tensors) from None
 
-    def _check_named(self, inputs: Inputs, meaning: Meaning, **more: Any) -> None:
-        tensors = zip(self._inputs, inputs, strict=True)
-        self._check(SimpleNamespace(**dict(tensors), **meaning._asdict(), **more))
-
     def _checked(self, inputs: Inputs, meaning: Meaning, **more: Any) -> tuple[Tensor, ...]:
         if is_transformed():
-            self._check_named(inputs, meaning, **more)
+            tensors = zip(self._inputs, inputs, strict=True)
+            self._check(SimpleNamespace(**dict(tensors), **meaning._asdict(), **more))
         return self._call(inputs, meaning, **more)
 
     def _called(self, *args: Any, **kwargs: Any) -> Any:
