@@ -196,6 +196,7 @@ def complaint(name: str, loss: Loss, p: Problem) -> str | None:
     """
     truth, expected = p.truth, p.gradient
     values = forward(loss, p).double()
+    p.renew()
     averaged = values.dim() == 0
     value = values.sum().item() / (1 if averaged else p.active)
     exact = name == OURS or p.case.dtype == "float32"

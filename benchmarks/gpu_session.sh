@@ -72,7 +72,7 @@ found = gpu_check.check("cpu", tokens=16); print(*found, sep="\n"); sys.exit(boo
     tests/kernels/test_{cuda,determinism,large,rounding}.py)
   with_gpu || files=(tests/losses/test_semantics.py)
   sanitize &
-  tests "every test of a device" 330 --maxfail=100 -k "$device and not emulator" "${files[@]}"
+  tests "every test of a device" 330 --maxfail=100 -k "$device" "${files[@]}"
   wait
   cat "$site"/*.sanitizer 2>/dev/null
 }

@@ -163,6 +163,22 @@ def test_a_wrong_gradient_is_not_timed(loss: str, dtype: str, device: None) -> N
             assert "its gradient is" in wrong
 
 
+def test_a_peer_may_leave_anything_in_its_logits(
+    device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one set of them is large enough, and the next call gets the same."""
+    monkeypatch.setattr(gpu, "l2_bytes", lambda: 1)
+    p = gpu.Problem(gpu.Case(6, 40))
+    assert len(p.all) == 1
+
+    def peer(x: Tensor, t: Tensor) -> Tensor:
+        found = masked_cross_entropy(x * 1, t)
+        x.detach().zero_()
+        return found
+
+    assert gpu.complaint("peer", peer, p) is None
+
+
 def test_masked_rows_have_no_gradient(device: None) -> None:
     p = gpu.Problem(gpu.Case(16, 40, masked=0.5))
     leak = (p.target == -100)[:, None] * 1e-3
