@@ -5,12 +5,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import accumulation_dtype
 from cuda_emulator.checks import Configure
 from torch import Tensor
 
 from masked_loss import masked_divergence, reference
 
 pytestmark = pytest.mark.usefixtures("emulator")
+
+
+def assert_close(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """As close as what was computed in float32, of float64 in that, and then rounded."""
+    eps, rounded = torch.finfo(accumulation_dtype(dtype)).eps, torch.finfo(ours.dtype)
+    rtol = max(16 * eps, rounded.eps)
+    atol = 32 * eps * truth.abs().max().item() + rounded.eps * rounded.tiny
+    torch.testing.assert_close(ours.double(), truth, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("kind", reference.DIVERGENCES)
@@ -33,10 +42,9 @@ def test_divergences(kind: str, dtype: torch.dtype) -> None:
         y = student.to(wide).requires_grad_()
         loss, stats = function(y, teacher.to(wide), mask, **options)
         (gradient,) = torch.autograd.grad(loss, y)
-        found.append([x.double() for x in (loss.detach(), *stats, gradient)])
-    coarse = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-11}[dtype]
+        found.append((loss.detach(), *stats, gradient))
     for ours, truth in zip(*found, strict=True):
-        torch.testing.assert_close(ours, truth, rtol=coarse, atol=1e-6 if coarse > 1e-9 else 1e-12)
+        assert_close(ours, truth.double(), dtype)
 
 
 # The columns before each row, of the student and of the teacher.
@@ -87,8 +95,7 @@ def test_a_token_has_the_same_divergence_anywhere(
                 assert torch.equal(one, of_all[i])
         truth = results(student.double(), teacher.double(), kind)
         for ours, true in zip(together, truth, strict=True):
-            eps = torch.finfo(ours.dtype).eps
-            torch.testing.assert_close(ours.double(), true, rtol=16 * eps, atol=16 * eps)
+            assert_close(ours, true, dtype)
         written, overwritten = student * 1, student * 1
         loss = masked_divergence(
             overwritten.requires_grad_(), teacher, kind=kind, reduction="none",
