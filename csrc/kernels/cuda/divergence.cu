@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Which block a pair of rows gets: threads and shared memory.
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/pairs.h"
 
 namespace masked_loss::cuda {
 namespace {
-
-int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
 
 // Threads by the bytes of both rows, whatever their number: a token has the same bits in every
 // batch. The first entry whose pairs are long enough serves one.
@@ -27,7 +24,7 @@ constexpr int64_t kMaxBlocks = 32;
 constexpr int64_t kReservedShared = 4 << 10;
 
 PairPlan plan_pairs(const DivergenceArgs& args) {
-  const int64_t classes = element_size(args.student.dtype) + element_size(args.teacher.dtype);
+  const int64_t classes = size_of(args.student.dtype) + size_of(args.teacher.dtype);
   const int64_t bytes = args.cols * classes;
   const Block* entry = kBlocks;
   while (bytes > entry->up_to) ++entry;

@@ -1,37 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // One look at a row of which only the logsumexp is wanted. What a warp issues for 2 KB of a row
 // decides how much of the memory's speed it gets, so whole iterations ask for no bounds.
-// Included inside a file's own namespace, after math.inl.h.
-
-// The LogSumExp of half rows, in base 2: sum = sum_j 2^(y_j log2(e) - scaled), where scaled is
-// top log2(e), rounded. One fma and one ex2 for each logit, where exp(y - top) takes a subtraction
-// and a product more. The rounding of scaled is made up for at the end, once.
-struct ScaledSum {
-  static constexpr float kLog2E = 1.4426950408889634f;
-  static constexpr float kLowest = -2e38f;  // its product with log2(e) is finite
-  float top = kLowest, scaled = kLowest * kLog2E, sum = 0;
-
-  template <class T>
-  ML_FN void push(const uint4 (&words)[4], T) {
-    const float peak = max(largest(words, T{}), top);
-    if (peak > top) {
-      const float scaled_peak = peak * kLog2E;
-      sum = sum * exp2(scaled - scaled_peak);
-      top = peak;
-      scaled = scaled_peak;
-    }
-#pragma unroll
-    for (const uint4& word : words) {
-      float y[8];
-      unpack(word, y, T{});
-#pragma unroll
-      for (float& x : y) x = exp2(fma(x, kLog2E, -scaled));
-      sum = sum + tree_sum(y);
-    }
-  }
-
-  ML_FN LogSumExp<float> logsumexp() const { return {top, sum * exp2(-fma(top, kLog2E, -scaled))}; }
-};
+// Included inside a file's own namespace, after scaled_sum.inl.cuh.
 
 struct FloatSum {
   LogSumExp<float> lse;

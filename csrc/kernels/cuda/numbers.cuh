@@ -49,7 +49,7 @@ ML_FN int64_t quotient(int64_t a, int64_t b) {
   return a / b;
 }
 
-ML_FN int64_t size_of(DType type) {
+__host__ ML_FN int64_t size_of(DType type) {
   switch (type) {
     case DType::kFloat64:
     case DType::kInt64:

@@ -6,256 +6,33 @@
 // the others' takes a third look. These find what the first one has kept in shared memory, and
 // beyond that what L2 still has: the second look begins with what was read last. How a row is split
 // among its threads depends on nothing but its length and type, so that a token's result has the
-// same bits in every batch, however its rows are aligned. Included inside a file's own namespace,
-// after side.inl.cuh.
-
-ML_FN double if_less(double a, double b, double yes, double no) { return a < b ? yes : no; }
-ML_FN double expm1_less(double x) { return ::expm1(x) - x; }
-ML_FN float min(float a, float b) { return ::fminf(a, b); }
-ML_FN double min(double a, double b) { return ::fmin(a, b); }
-// To one rounding, without the cases of a division that are none here.
-ML_FN float quotient(float a, float b) {
-  const float inverse = reciprocal(b), q = a * inverse;
-  return fma(fma(-q, b, a), inverse, q);
-}
-ML_FN float log_quotient(float, float larger, float less) {
-  return ::log1pf(-quotient(less, ::fmaxf(larger, kTiny)));
-}
-ML_FN double log_quotient(double, double larger, double less) {
-  return ::log1p(-less / ::fmax(larger, double{kTiny}));
-}
-
-#include "kernels/divergence.inl.h"
-
-// What threads add up
-
-// Both log-sum-exps. What threads have summed up is merged in double: a sum of which one class is
-// almost all would show every rounding in the gradient of that class.
-template <class A>
-struct PairSums {
-  A top = Limits<A>::lowest(), teacher_top = Limits<A>::lowest();
-  double sum = 0, teacher_sum = 0;
-
-  ML_FN PairSums() {}
-  ML_FN PairSums(const LogSumExp<A>& student, const LogSumExp<A>& teacher)
-      : top(student.top), teacher_top(teacher.top), sum(student.sum), teacher_sum(teacher.sum) {}
-  // Of the same tops.
-  ML_FN void add(const PairSums& other) { sum += other.sum, teacher_sum += other.teacher_sum; }
-};
-
-// Lanes agree on the largest tops first: each is rescaled, and rounded, once.
-struct AlignPair {
-  template <int kLanes, class A>
-  ML_FN void lanes(PairSums<A>* sums) const {
-    A top = sums->top, teacher_top = sums->teacher_top;
-#pragma unroll
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-      top = max(top, from_lane_xor(top, mask));
-      teacher_top = max(teacher_top, from_lane_xor(teacher_top, mask));
-    }
-    sums->sum *= exp(sums->top - top);
-    sums->teacher_sum *= exp(sums->teacher_top - teacher_top);
-    sums->top = top, sums->teacher_top = teacher_top;
-  }
-};
-
-struct ValueSums {
-  double value = 0, mean = 0;
-  ML_FN void add(const ValueSums& other) { value += other.value, mean += other.mean; }
-};
-
-// The first of the largest numbers; a NaN is larger than any.
-template <class A>
-struct Largest {
-  A value = -Limits<A>::infinity();
-  int64_t index = INT64_MAX;
-  ML_FN void add(const Largest& other) {
-    const bool nan = value != value, other_nan = other.value != other.value;
-    const bool equal = nan == other_nan && (nan || value == other.value);
-    const bool wins = equal ? other.index < index : !nan && (other_nan || other.value > value);
-    if (wins) *this = other;
-  }
-};
-template <class A>
-struct StatSums {
-  double entropy = 0, teacher_entropy = 0;
-  Largest<A> largest, teacher_largest;
-  ML_FN void add(const StatSums& other) {
-    entropy += other.entropy, teacher_entropy += other.teacher_entropy;
-    largest.add(other.largest);
-    teacher_largest.add(other.teacher_largest);
-  }
-};
+// same bits in every batch, however its rows are aligned.
+// Included inside a file's own namespace, after pair_rows.inl.cuh and pair_softmax.inl.cuh.
 
 constexpr int kMaxThreads = 1024;
 
-template <class Kind, class T, class U, bool kCapped>
-struct PairKernel {
-  using A = typename Accumulation<T>::Type;
-  using Field = DivergenceField;
-  // Classes of a chunk, which is always the same thread's. Aligned ones are moved 16 bytes at a
-  // time.
-  static constexpr int N = std::is_same_v<U, AnyType> ? 8 : kPerWord16<T>;
-  using Student = Side<T, A, N, kCapped>;
-  using Teacher = Side<U, A, N, kCapped>;
+template <class Kind, class T, class U>
+struct PairKernel : PairRows<T, U> {
+  using Rows = PairRows<T, U>;
+  using Rows::args, Rows::kept, Rows::whole, Rows::chunks, Rows::count_of, Rows::column;
+  using Rows::for_each_again, Rows::for_each_backwards, Rows::kept_scores, Rows::store;
+  using Rows::kCapped, Rows::kScoreWords, Rows::N, Rows::pair_at, Rows::rank, Rows::threads;
+  using Rows::keep, Rows::keep_scores, Rows::load, Rows::load_again, Rows::load_whole;
+  using typename Rows::A;
+  using typename Rows::Chunk;
+  using typename Rows::Field;
+  using typename Rows::Pair;
+  using typename Rows::Student;
+  using typename Rows::Teacher;
+  using typename Rows::Whole;
+  using Softmax = PairSoftmax<A>;
   // A mixture's scores are dear: they are kept where their chunk of the teacher was.
   static constexpr bool kKeepsScores = Kind::kMixed;
-  static constexpr int kScoreWords = N * static_cast<int>(sizeof(A)) / 16;
   static constexpr int kBehindStudent =
       kKeepsScores && kScoreWords > Teacher::kWords ? kScoreWords : Teacher::kWords;
   static constexpr int kKeptBytes = 16 * (Student::kWords + kBehindStudent);  // of a chunk
 
-  struct Chunk {
-    typename Student::Chunk student;
-    typename Teacher::Chunk teacher;
-  };
-
-  struct Pair {
-    int64_t token;
-    Student student;
-    Teacher teacher;
-    T* dx;
-    bool aligned;
-    bool in_place;  // then only a chunk's own thread reads its bytes, which it overwrites
-  };
-
-  // Of a pair, from both log-sum-exps.
-  struct Softmax {
-    Exponential<A> student, teacher;
-    bool from_tops;  // differences of logits are counted from the largest ones
-    SoftmaxPair<A> of;
-
-    // Of sums as the table holds them, since another pass begins with these.
-    ML_FN explicit Softmax(const PairSums<A>& sums) : student(sums.top), teacher(sums.teacher_top) {
-      Origins<A> from = origins_of(student.top, teacher.top);
-      from_tops = from.student != A(0) || from.teacher != A(0);
-      if (!student.fits() || !teacher.fits()) {
-        from_tops = true;
-        from = {student.top, teacher.top};
-      }
-      const A sum = static_cast<A>(sums.sum), teacher_sum = static_cast<A>(sums.teacher_sum);
-      const double tops = double(student.top - from.student) - double(teacher.top - from.teacher);
-      of.shift = static_cast<A>(log(double(sum) / double(teacher_sum)) + tops);
-      of.q = (from_tops ? A(1) : student.unit()) / sum;
-      of.p = (from_tops ? A(1) : teacher.unit()) / teacher_sum;
-    }
-    // From the logits of a chunk to their differences and exponentials, in their place.
-    ML_FN void exponentials(A (&y)[N], A (&z)[N], A (&apart)[N]) const {
-      if (from_tops) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          y[i] = y[i] - student.top, z[i] = z[i] - teacher.top;
-          apart[i] = z[i] - y[i];
-          y[i] = exp(y[i]), z[i] = exp(z[i]);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          apart[i] = z[i] - y[i];
-          y[i] = student(y[i]), z[i] = teacher(z[i]);
-        }
-      }
-    }
-    // The student's probability alone.
-    ML_FN A q(A y) const { return (from_tops ? exp(y - student.top) : student(y)) * of.q; }
-    ML_FN A p(A z) const { return (from_tops ? exp(z - teacher.top) : teacher(z)) * of.p; }
-  };
-
-  const DivergenceArgs& args;
-  const int kept;  // the first chunks of a pair, in shared memory
   const A beta = static_cast<A>(args.beta);
-  const int whole = static_cast<int>(args.cols / N), rest = static_cast<int>(args.cols % N);
-  const int chunks = whole + (rest != 0);
-
-  ML_FN static int rank() { return static_cast<int>(threadIdx.x); }
-  ML_FN static int threads() { return static_cast<int>(blockDim.x); }
-
-  ML_FN A& column(int64_t which, int64_t token) const {
-    return static_cast<A*>(args.table)[which * args.rows + token];
-  }
-
-  // Chunks
-
-  ML_FN int count_of(int k) const { return k < whole ? N : rest; }
-  struct Whole {  // such a count, of an aligned row
-    ML_FN operator int() const { return N; }
-  };
-  template <class Count>
-  static constexpr bool is_whole = std::is_same_v<Count, Whole>;
-
-  ML_FN static Chunk load_whole(const Pair& r, int k) {
-    return {r.student.template whole<false>(k), r.teacher.template whole<false>(k)};
-  }
-  ML_FN Chunk load(const Pair& r, int k) const {
-    if (r.aligned && k < whole) return load_whole(r, k);
-    // Words that reach beyond the chunk lie within the row.
-    if (!r.in_place && 0 < k && k < whole - 1) {
-      return {r.student.template whole<true>(k), r.teacher.template whole<true>(k)};
-    }
-    const int count = count_of(k);
-    return {r.student.part(k, count), r.teacher.part(k, count)};
-  }
-
-  // Word w of what is kept of chunk k.
-  ML_FN uint4& kept_word(int w, int k) const { return shared_memory[w * kept + k]; }
-
-  ML_FN void keep(int k, const Chunk& chunk) const {
-    if (k >= kept) return;
-#pragma unroll
-    for (int w = 0; w < Student::kWords; ++w) kept_word(w, k) = chunk.student.words[w];
-#pragma unroll
-    for (int w = 0; w < Teacher::kWords; ++w) {
-      kept_word(Student::kWords + w, k) = chunk.teacher.words[w];
-    }
-  }
-  ML_FN Chunk load_again(const Pair& r, int k) const {
-    return k < kept ? kept_chunk(k) : load(r, k);
-  }
-  ML_FN Chunk kept_chunk(int k) const {
-    Chunk chunk;
-#pragma unroll
-    for (int w = 0; w < Student::kWords; ++w) chunk.student.words[w] = kept_word(w, k);
-#pragma unroll
-    for (int w = 0; w < Teacher::kWords; ++w) {
-      chunk.teacher.words[w] = kept_word(Student::kWords + w, k);
-    }
-    return chunk;
-  }
-
-  ML_FN void keep_scores(int k, const A (&scores)[N]) const {
-    if (k >= kept) return;
-    uint4 words[kScoreWords];
-    memcpy(words, scores, sizeof words);
-#pragma unroll
-    for (int w = 0; w < kScoreWords; ++w) kept_word(Student::kWords + w, k) = words[w];
-  }
-  ML_FN void kept_scores(int k, A (&scores)[N]) const {
-    uint4 words[kScoreWords];
-#pragma unroll
-    for (int w = 0; w < kScoreWords; ++w) words[w] = kept_word(Student::kWords + w, k);
-    memcpy(scores, words, sizeof words);
-  }
-
-  // f(k, count, chunk) for this thread's chunks. Nothing is asked about most of them: a loop of
-  // their own has the whole ones of aligned rows.
-  template <class F>
-  ML_FN void for_each_again(const Pair& r, const F& f) const {
-    int k = rank();
-    for (; !kCapped && r.aligned && k < whole; k += threads()) {
-      f(k, Whole{}, k < kept ? kept_chunk(k) : load_whole(r, k));
-    }
-    for (; k < chunks; k += threads()) f(k, count_of(k), load_again(r, k));
-  }
-  template <class F>
-  ML_FN void for_each_backwards(const Pair& r, const F& f) const {
-    int k = rank() < chunks ? rank() + (chunks - 1 - rank()) / threads() * threads() : -1;
-    for (; k >= (!kCapped && r.aligned ? whole : 0); k -= threads()) {
-      f(k, count_of(k), load_again(r, k));
-    }
-    for (; !kCapped && k >= 0; k -= threads()) {
-      f(k, Whole{}, k < kept ? kept_chunk(k) : load_whole(r, k));
-    }
-  }
 
   // Looks
 
@@ -390,50 +167,6 @@ struct PairKernel {
     store(r, k, count, d);
   }
 
-  template <class Count>
-  ML_FN void store(const Pair& r, int k, Count count, const A (&d)[N]) const {
-    T* const to = r.dx + int64_t{k} * N;
-    const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(to) % 16);
-    const int lane = rank() % kWarp;
-    const bool all_lanes = k - lane + kWarp <= whole;  // have a chunk
-    int begin = 0, end = count;                        // what is stored class by class
-    if (is_whole<Count> || (misaligned == 0 && k < whole)) {
-      begin = end;
-#pragma unroll
-      for (int w = 0; w < Student::kWords; ++w) {
-        store_word(reinterpret_cast<uint4*>(to) + w, pack(d + w * kPerWord16<T>, T{}));
-      }
-    } else if (!r.in_place && all_lanes) {
-      // A lane's last word ends in the next lane's chunk.
-      uint4 words[Student::kWords + 1];
-#pragma unroll
-      for (int w = 0; w < Student::kWords; ++w) words[w] = pack(d + w * kPerWord16<T>, T{});
-      words[Student::kWords] = from_lane(words[0], (lane + 1) % kWarp);
-      const int head = (16 - misaligned) / static_cast<int>(sizeof(T));
-#pragma unroll
-      for (int w = 0; w < Student::kWords; ++w) {
-        if (w == Student::kWords - 1 && lane == kWarp - 1) continue;
-        store_word(reinterpret_cast<uint4*>(to + head) + w,
-                   between(words[w], words[w + 1], 16 - misaligned));
-      }
-      if (lane == kWarp - 1) begin = N - kPerWord16<T> + head;
-      if (lane == 0) end = head;
-      if (0 < lane && lane < kWarp - 1) end = 0;
-    }
-    if (begin == end) return;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (begin <= i && i < end) narrow(d[i], to + i);
-    }
-  }
-  ML_FN void store_word(uint4* at, const uint4& word) const {
-    if (args.stream) {
-      __stcs(at, word);
-    } else {
-      *at = word;
-    }
-  }
-
   // A pair
 
   ML_FN void masked(const Pair& r) const {
@@ -455,20 +188,6 @@ struct PairKernel {
     const double factor = Kind::factor(args.beta);
     return static_cast<A>(double(g) * column(Field::kWeight, r.token) * scale * factor /
                           r.student.temperature);
-  }
-
-  ML_FN Pair pair_at(int64_t row) const {
-    const int64_t batch = quotient(row, args.steps), step = row - batch * args.steps;
-    const int64_t token = token_of(args, row, step);
-    Pair r{token, {args.student, batch, step, token}, {args.teacher, batch, step, token}, nullptr,
-           false, args.dlogits == args.student.logits};
-    if (args.dlogits) {
-      r.dx = static_cast<T*>(args.dlogits) + batch * args.grad_batch_stride +
-             step * args.grad_step_stride;
-    }
-    r.aligned = r.student.is_aligned() && r.teacher.is_aligned() &&
-                reinterpret_cast<uintptr_t>(r.dx) % 16 == 0;
-    return r;
   }
 
   ML_FN void run(int64_t row) const {
@@ -505,25 +224,25 @@ struct PairKernel {
   }
 };
 
-template <class Kind, class T, class U, bool kCapped>
+template <class Kind, class T, class U>
 __global__ void __launch_bounds__(kMaxThreads)
     divergence_kernel(const DivergenceArgs args, const int kept) {
   using A = typename Accumulation<T>::Type;
   if (args.unless_one && *static_cast<const A*>(args.dloss) == A(1)) return;
-  const PairKernel<Kind, T, U, kCapped> pairs{args, kept};
+  const PairKernel<Kind, T, U> pairs{{args, kept}};
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) pairs.run(row);
 }
 
-template <class Kind, class T, class U, bool kCapped>
+template <class Kind, class T, class U>
 void launch_kernel(const DivergenceArgs& args, const PairPlan& plan, Stream stream) {
-  using Kernel = PairKernel<Kind, T, U, kCapped>;
+  using Kernel = PairKernel<Kind, T, U>;
   const int64_t chunks = (args.cols + Kernel::N - 1) / Kernel::N;
   // Whole warps of them, or all.
   const int64_t kept = std::min(plan.shared / Kernel::kKeptBytes / kWarp * kWarp, chunks);
   int64_t blocks = args.rows;
   if (args.unless_one) blocks = std::min(blocks, plan.blocks);  // there is hardly ever work
-  launch(divergence_kernel<Kind, T, U, kCapped>, blocks, plan.threads, kept * Kernel::kKeptBytes,
-         stream, args, static_cast<int>(kept));
+  launch(divergence_kernel<Kind, T, U>, blocks, plan.threads, kept * Kernel::kKeptBytes, stream,
+         args, static_cast<int>(kept));
 }
 
 // Two kernels for each kind and student: of its own type without softcaps, and of whatever else. Of
@@ -531,15 +250,15 @@ void launch_kernel(const DivergenceArgs& args, const PairPlan& plan, Stream stre
 template <class Kind, class T>
 void launch_kind(const DivergenceArgs& args, const PairPlan& plan, Stream stream) {
   if constexpr (std::is_same_v<T, double>) {
-    return launch_kernel<Kind, T, T, true>(args, plan, stream);
+    return launch_kernel<Kind, T, T>(args, plan, stream);
   } else {
     const bool capped = args.student.softcap != 0 || args.teacher.softcap != 0;
     if constexpr (!std::is_same_v<T, Float16>) {
       if (args.student.dtype == args.teacher.dtype && !capped) {
-        return launch_kernel<Kind, T, T, false>(args, plan, stream);
+        return launch_kernel<Kind, T, T>(args, plan, stream);
       }
     }
-    launch_kernel<Kind, T, AnyType, true>(args, plan, stream);
+    launch_kernel<Kind, T, AnyType>(args, plan, stream);
   }
 }
 

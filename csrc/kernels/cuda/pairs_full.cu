@@ -39,7 +39,10 @@ struct Exponential {
 };
 
 // clang-format off
+#include "kernels/cuda/pair_sums.inl.cuh"
+#include "kernels/cuda/pair_softmax.inl.cuh"
 #include "kernels/cuda/side.inl.cuh"
+#include "kernels/cuda/pair_rows.inl.cuh"
 #include "kernels/cuda/pairs.inl.cuh"
 // clang-format on
 

@@ -1,16 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Which kernel a problem gets: warps for a row, parts of a row, shared memory.
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/rows.h"
 
 namespace masked_loss::cuda {
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
 
 // Teams by the 16-byte words of a row: the first entry whose rows are long enough serves it.
 // blocks: how many of them are meant to be on a multiprocessor at a time.
@@ -71,7 +68,7 @@ int64_t cluster_for(int64_t row_bytes) {
 }  // namespace
 
 Plan plan_rows(const RowArgs& args) {
-  const int64_t row_bytes = args.cols * element_size(args.dtype);
+  const int64_t row_bytes = args.cols * size_of(args.dtype);
   const int64_t words = ceil_div(row_bytes, 16);
   const bool log_probs = args.loss == RowLoss::kLogProbs;
   const bool general = log_probs || args.softcap != 0 || args.temperatures ||
@@ -120,7 +117,7 @@ Plan plan_rows(const RowArgs& args) {
     plan.parts = ceil_div(args.cols, plan.width);
   }
   if (fused && (parts == 1 || plan.together)) {
-    const int64_t part_bytes = plan.width * element_size(args.dtype);
+    const int64_t part_bytes = plan.width * size_of(args.dtype);
     const int64_t cached = shared_bytes(team, part_bytes * team.teams) / team.teams / 16;
     const bool whole_part = cached * 16 >= part_bytes;
     plan.cached = static_cast<int>(whole_part ? cached : cached / 32 * 32);  // else whole warps

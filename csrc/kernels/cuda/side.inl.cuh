@@ -2,8 +2,8 @@
 // One row of a pair, N classes of it at a time: a chunk. Included inside a file's own namespace,
 // after math.inl.h.
 
-// The type of a teacher that differs from its student's: what it is its rows tell. Its numbers are
-// widened when they are read.
+// The type of a teacher of any type but double: which one, its rows tell. Its numbers are widened
+// when they are read.
 struct AnyType {};
 
 template <class T>
@@ -15,7 +15,8 @@ struct KeptAs<AnyType> {
   using Type = float;
 };
 
-// kCapped: with a softcap. A kernel of its own, since it takes so many registers that others spill.
+// kCapped: there may be a softcap, which takes so many registers that kernels without one would
+// spill.
 template <class T, class A, int N, bool kCapped>
 struct Side {
   using Kept = typename KeptAs<T>::Type;
