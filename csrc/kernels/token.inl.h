@@ -69,9 +69,7 @@ template <class A>
 struct Table {
   const A* base;
   int64_t tokens;
-  ML_FN double operator()(int64_t field, int64_t token) const {
-    return base[field * tokens + token];
-  }
+  ML_FN A operator()(int64_t field, int64_t token) const { return base[field * tokens + token]; }
 };
 
 // Sums over the tokens of a piece or of a group, in double precision.

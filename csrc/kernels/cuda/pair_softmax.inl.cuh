@@ -7,13 +7,14 @@ ML_FN double if_less(double a, double b, double yes, double no) { return a < b ?
 ML_FN double expm1_less(double x) { return ::expm1(x) - x; }
 ML_FN float min(float a, float b) { return ::fminf(a, b); }
 ML_FN double min(double a, double b) { return ::fmin(a, b); }
-// To one rounding, without the cases of a division that are none here.
-ML_FN float quotient(float a, float b) {
+// To one rounding, without the cases of a division that are none here. Not named quotient: that of
+// integers would be hidden, and a row's number rounded to float.
+ML_FN float ratio(float a, float b) {
   const float inverse = reciprocal(b), q = a * inverse;
   return fma(fma(-q, b, a), inverse, q);
 }
 ML_FN float log_quotient(float, float larger, float less) {
-  return ::log1pf(-quotient(less, ::fmaxf(larger, kTiny)));
+  return ::log1pf(-ratio(less, ::fmaxf(larger, kTiny)));
 }
 ML_FN double log_quotient(double, double larger, double less) {
   return ::log1p(-less / ::fmax(larger, double{kTiny}));

@@ -53,6 +53,8 @@ EMULATOR = ("emulator.cpp", "accesses.cpp")
 def _compile(source: Path, csrc: Path, watch: str | None) -> Path:
     """The object of one source; the sources with tensors see torch, the kernels do not."""
     flags = [*FLAGS, f"-I{HERE}", f"-I{csrc}"]
+    if source.suffix == ".cu":  # a row's number once went through an overload for float
+        flags.append("-Werror=float-conversion")
     if watch and (source.suffix == ".cu" or (watch == "address" and source.name in EMULATOR)):
         flags += WATCHED[watch]
     if source.suffix == ".cpp" and source.name not in EMULATOR:
