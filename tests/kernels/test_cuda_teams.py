@@ -47,7 +47,7 @@ def test_rows_that_shared_memory_cannot_hold(
     """All of a row's second look comes from memory, or all but the beginning; or several blocks
     share it."""
     for l2_bytes in (1 << 10, 50 << 20):
-        configure(shared_per_block=shared, l2_bytes=l2_bytes, clusters=clusters)
+        configure(shared_per_block=shared, l2_bytes=l2_bytes, clusters=clusters, multiprocessors=16)
         for classes in (700, 3001):
             check(Case(f"shared-{classes}", (9,), classes, layout), dtype)
 
@@ -97,6 +97,13 @@ def test_clusters_share_what_a_block_cannot_keep(
     for older in ({"clusters": False}, {"ptx_version": 80}):
         configure(multiprocessors=132, **older)
         assert module.parts_of_a_row(rows, classes, True) == (1 if rows > 132 else parts)
+
+
+def test_a_partition_too_small_for_a_cluster(module: ModuleType, configure: Configure) -> None:
+    """Any device can launch clusters of 8 blocks, but for one with fewer multiprocessors."""
+    for multiprocessors, parts in ((8, 4), (7, 1)):
+        configure(multiprocessors=multiprocessors)
+        assert module.parts_of_a_row(1000, 151_936, True) == parts
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])

@@ -59,7 +59,9 @@ int64_t shared_bytes(const Team& team, int64_t row_bytes) {
 
 int64_t cluster_for(int64_t row_bytes) {
   const int64_t most = chip().shared_of_block;
-  if (!chip().clusters || row_bytes <= most * 6 / 7) return 1;
+  // A partition of a device may have fewer multiprocessors than a cluster may want of any device.
+  const bool large_enough = chip().multiprocessors >= kMaxCluster;
+  if (!chip().clusters || !large_enough || row_bytes <= most * 6 / 7) return 1;
   int64_t blocks = 4;
   while (blocks < kMaxCluster && row_bytes > blocks * most * 3 / 8) blocks *= 2;
   return blocks;
