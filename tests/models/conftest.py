@@ -5,11 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_models import (
-    B,
-    T,
-    V,
-)
+from fused_models import B, T, V
 from torch import Tensor
 
 from masked_loss.fuse import LazyLogits

@@ -21,7 +21,7 @@ from fused_models import (
     flat,
     grads,
     shifted,
-)
+)  # fmt: skip
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

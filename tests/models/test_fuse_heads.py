@@ -12,18 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_models import (
-    B,
-    D,
-    Model,
-    T,
-    V,
-    assert_same_gradients,
-    both,
-    capped,
-    flat,
-    shifted,
-)
+from fused_models import B, D, Model, T, V, assert_same_gradients, both, capped, flat, shifted
 from torch import Tensor, nn
 
 import masked_loss

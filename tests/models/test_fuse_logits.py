@@ -11,18 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_models import (
-    B,
-    D,
-    Model,
-    T,
-    V,
-    assert_same_gradients,
-    both,
-    capped,
-    flat,
-    shifted,
-)
+from fused_models import B, D, Model, T, V, assert_same_gradients, both, capped, flat, shifted
 from torch import Tensor
 
 import masked_loss
