@@ -7,7 +7,7 @@
 For each shape the host code itself says what it would launch (the emulator records it), the machine
 code of that kernel says what each warp issues (cuda_trace.py), and cuda_model.cpp replays that on a
 few multiprocessors that share their part of the memory. One launch of the row kernel is looked at,
-not the call around it. Beside it stands what a GPU took, where benchmarks/results/gpu.json has it.
+not the call around it. Beside it stands what a GPU took, where benchmarks/results/gpu*.json have it.
 """
 
 from __future__ import annotations
@@ -256,43 +256,49 @@ def predict(problem: Problem, launch: Launch, logits: range) -> Prediction:
 # Beside what was measured
 
 
+Results = dict[str, Any]  # of one run of benchmarks/gpu.py
+
+
 @functools.cache
-def results() -> dict[str, Any]:
-    path = ROOT / "benchmarks" / "results" / "gpu.json"
-    return json.loads(path.read_text()) if path.exists() else {}  # type: ignore[no-any-return]
+def results() -> list[Results]:
+    folder = ROOT / "benchmarks" / "results"
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("gpu*.json"))]
 
 
-def measured(problem: Problem) -> float | None:
+def of_gpu(gpu: Gpu) -> Results | None:
+    return next((run for run in results() if gpu.name in run["environment"]["gpu"]), None)
+
+
+def measured(run: Results, problem: Problem) -> float | None:
     """Seconds of the row kernel alone; None where they are not known."""
     what = "step" if problem.fused else "forward"
     wanted = problem.rows, problem.classes, problem.dtype, what, "mean", 0.0, "ours"
     keys = ("tokens", "classes", "dtype", "pass", "loss", "masked", "candidate")
-    rows = [row for row in results().get("rows", []) if tuple(row[k] for k in keys) == wanted]
+    rows = [row for row in run["rows"] if tuple(row[k] for k in keys) == wanted]
     return gpu_report.row_kernel(rows[0]) if rows else None
 
 
 def table(found: dict[Problem, Prediction]) -> str:
-    here = results().get("environment", {})
-    ran_on = next((gpu for gpu in GPUS if gpu.name in here.get("gpu", "")), None)
+    runs = {gpu: run for gpu in GPUS if (run := of_gpu(gpu))}
     lines = []
     for problem, prediction in found.items():
         rates = {gpu: problem.bytes / prediction.seconds[gpu.name] for gpu in GPUS}
         line = [f"{problem.rows} x {problem.classes} {problem.dtype}"]
         line += ["fused" if problem.fused else "forward"]
         line += [f"{rate / 1e12:.2f} ({rate / gpu.peak:.0%})" for gpu, rate in rates.items()]
-        seconds = measured(problem)
-        if ran_on and seconds:
-            rate = problem.bytes / seconds
-            line += [f"{rate / 1e12:.2f} ({rate / ran_on.peak:.0%})"]
-            line += [f"{rates[ran_on] / rate - 1:+.0%}"]
-        elif ran_on:
-            line += ["-", "-"]
+        for gpu, run in runs.items():
+            seconds = measured(run, problem)
+            rate = problem.bytes / seconds if seconds else 0
+            line += [f"{rate / 1e12:.2f} ({rate / gpu.peak:.0%})"] if rate else ["-"]
+            line += [f"{rates[gpu] / rate - 1:+.0%}"] if rate else ["-"]
         lines.append(line)
     header = ["logits", "row kernel", *(f"{gpu.name}, predicted" for gpu in GPUS)]
-    header += [f"{ran_on.name}, measured", "prediction off by"] if ran_on else []
+    for gpu in runs:
+        header += [f"{gpu.name}, measured", "prediction off by"]
     text = "TB/s of the row kernel, and the share of the peak"
-    if ran_on:
-        text += f"; measured on an {here['gpu']} on {here['date']}, `{here['command']}`"
+    ran = [run["environment"] for run in runs.values()]
+    said = [f"an {e['gpu']} on {e['date']}, `{e['command']}`" for e in ran]
+    text += f"; measured on {', and on '.join(said)}" if said else ""
     return f"{text}:\n\n{gpu_report.markdown(header, lines)}\n"
 
 

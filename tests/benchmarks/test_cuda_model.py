@@ -29,12 +29,12 @@ def test_the_l2_lets_go_what_is_beyond_its_size_and_at_last_everything() -> None
     assert 0.99 < shares[-1] < 1
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, gpu: str, **changes: Any) -> str:
+def measured(monkeypatch: pytest.MonkeyPatch, *gpus: str, **changes: Any) -> str:
     row = {"tokens": 8192, "classes": 32000, "dtype": "bfloat16", "pass": "step", "loss": "mean"}
     row |= {"masked": 0.0, "candidate": "ours", "kernels": {"rows_kernel": 4e-4, "zero": 9.0}}
-    environment = {"gpu": gpu, "date": "2026-11-26", "command": "gpu.py"}
-    results = {"environment": environment, "rows": [row | changes]} if gpu else {}
-    monkeypatch.setattr(cuda_model, "results", lambda: results)
+    environment = {"date": "2026-11-26", "command": "gpu.py"}
+    runs = [{"environment": environment | {"gpu": gpu}, "rows": [row | changes]} for gpu in gpus]
+    monkeypatch.setattr(cuda_model, "results", lambda: runs)
     return cuda_model.table(FOUND)
 
 
@@ -46,9 +46,16 @@ def test_predictions_stand_beside_what_the_same_gpu_took(monkeypatch: pytest.Mon
     assert "on 2026-11-26, `gpu.py`" in text
 
 
-@pytest.mark.parametrize("gpu", ["", "NVIDIA A100"])
-def test_predictions_stand_alone(monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
-    text = measured(monkeypatch, gpu)
+def test_each_gpu_has_columns_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = measured(monkeypatch, "NVIDIA H200", "NVIDIA H100 80GB HBM3")
+    assert "H100, measured | prediction off by | H200, measured | prediction off by |" in text
+    assert "| 2.62 (78%) | +100% | 2.62 (55%) | +300% |" in text
+    assert "on an NVIDIA H100 80GB HBM3 on 2026-11-26, `gpu.py`, and on an NVIDIA H200" in text
+
+
+@pytest.mark.parametrize("gpus", [[], ["NVIDIA A100"]], ids=["none", "other"])
+def test_predictions_stand_alone(monkeypatch: pytest.MonkeyPatch, gpus: list[str]) -> None:
+    text = measured(monkeypatch, *gpus)
     assert "measured" not in text
     assert "| 8192 x 32000 bfloat16 | forward | 2.62 (78%) | 5.24 (109%) |\n" in text
 
