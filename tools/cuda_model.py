@@ -7,7 +7,7 @@
 For each shape the host code itself says what it would launch (the emulator records it), the machine
 code of that kernel says what each warp issues (cuda_trace.py), and cuda_model.cpp replays that on a
 few multiprocessors that share their part of the memory. One launch of the row kernel is looked at,
-not the call around it. Beside it stands what a GPU took, where benchmarks/results/gpu*.json have it.
+not the call around it. Beside it stands what GPUs took, if benchmarks/results/gpu*.json say it.
 """
 
 from __future__ import annotations
