@@ -29,7 +29,7 @@ from losses_formulas import (
     cross_entropy,
     make,
     verify,
-)  # fmt: skip
+)
 from losses_linear import LINEAR, QUICK_LINEAR, measure_linear
 from losses_report import plot, report
 from timing import in_process, interleave

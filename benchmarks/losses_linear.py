@@ -18,7 +18,7 @@ from losses_formulas import (
     assert_no_worse,
     divergence,
     one_id,
-)  # fmt: skip
+)
 from timing import interleave
 from torch import Tensor
 
