@@ -426,9 +426,15 @@ def test_checkpointing() -> None:
         torch.zeros(5, 7).t(),
         torch.zeros(3, 2, 4, 5).transpose(0, 1),
         torch.randn(3, 4)[:, ::2],
+        torch.randn(10)[::2],
+        torch.zeros(5).expand(2, 5),
+        torch.zeros(13).as_strided((3, 5), (4, 1)),
     ],
-    ids=["overlapping", "expanded", "classes apart", "irregular rows", "two classes apart"],
-)
+    ids=[
+        "overlapping", "expanded", "classes apart", "irregular rows", "two classes apart",
+        "of one row", "two rows in one place", "rows that share one class",
+    ],
+)  # fmt: skip
 def test_gradient_in_place_needs_a_place(logits: Tensor) -> None:
     """Said in forward: in backward nobody knows any more who asked for it."""
     target = torch.zeros(logits.shape[:-1], dtype=torch.int64)
@@ -436,3 +442,17 @@ def test_gradient_in_place_needs_a_place(logits: Tensor) -> None:
         masked_cross_entropy(logits.requires_grad_(), target, inplace_backward=True)
     with pytest.raises(RuntimeError, match="inplace_backward needs logits"):
         torch.ops.masked_loss.cross_entropy(logits, target, inplace_backward=True)
+
+
+@pytest.mark.parametrize(
+    "logits", [torch.randn(20).as_strided((4, 1, 5), (5, 0, 1)), torch.randn(1, 3).t()]
+)
+def test_gradient_in_place_along_dimensions_of_one(logits: Tensor) -> None:
+    """Which may have any stride."""
+    target = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+    found = []
+    for inplace in (False, True):
+        leaf = logits.detach().requires_grad_()
+        loss = masked_cross_entropy(leaf, target, inplace_backward=inplace)
+        found.append(torch.autograd.grad(loss, leaf)[0].clone())
+    assert torch.equal(*found)

@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from accuracy import Results, run
+from accuracy import Results, accumulation_dtype, run
 from samples import CASES, REDUCE_CASES, REDUCTIONS, Case, Sample
 from threads import threads
 from torch import Tensor
 
-from masked_loss import cross_entropy, masked_cross_entropy, masked_reduce
+from masked_loss import cross_entropy, masked_cross_entropy, masked_reduce, token_log_probs
 
 OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.01}
 
@@ -121,6 +121,43 @@ def test_where_the_rows_lie_does_not_matter(shape: tuple[int, int]) -> None:
         result = run(masked_cross_entropy, sample, return_stats=True)
         first = first or result
         assert_same_bits(first, result, f"offset {offset}")
+
+
+@pytest.mark.parametrize("cols", [2003, 2048])
+@pytest.mark.parametrize("function", [masked_cross_entropy, token_log_probs])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["plain", "softcap"])
+def test_how_many_rows_there_are_does_not_matter(
+    options: dict[str, Any], function: Callable[..., Tensor], cols: int, dtype: torch.dtype
+) -> None:
+    """A gradient of more than 4 MiB is written around the caches, by lines of 64 bytes."""
+    rows = (5 << 20) // (cols * dtype.itemsize)
+    logits, target, mask = problem((rows, cols), dtype, "cpu")
+    mask = mask.detach() != 0
+    upstream = torch.randn(rows).to(accumulation_dtype(dtype))
+    more = {"reduction": "none"} if function is masked_cross_entropy else {}
+
+    def gradient(part: slice, inplace: bool) -> Tensor:
+        leaf = logits.detach()[part].clone().requires_grad_()
+        how = {"inplace_backward": inplace, **options, **more}
+        loss = function(leaf * 1, target[part], mask[part], **how)
+        return torch.autograd.grad(loss, leaf, upstream[part])[0]
+
+    few = torch.cat([gradient(slice(i, i + 100), False) for i in range(0, rows, 100)])
+    for inplace in (False, True):
+        assert torch.equal(gradient(slice(None), inplace), few)
+
+
+@pytest.mark.parametrize("function", [masked_cross_entropy, token_log_probs])
+def test_in_place_around_segments(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """The derivative at a target is computed before the segment with it is overwritten."""
+    logits = torch.randn(6, 40_000).to(dtype)
+    target = torch.tensor([0, 16_383, 16_384, 16_385, 32_768, 39_999])
+    found = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        loss = function(leaf * 1, target, inplace_backward=inplace).sum()
+        found.append(torch.autograd.grad(loss, leaf, torch.tensor(0.3).to(loss))[0])
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("case", [*CASES, *REDUCE_CASES], ids=str)

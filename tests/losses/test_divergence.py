@@ -154,6 +154,64 @@ def test_softcap_of_several_blocks(kind: str, device: str) -> None:
     torch.testing.assert_close(ours.double(), expected, rtol=16 * eps, atol=slack)
 
 
+@pytest.mark.parametrize("side", ["softcap", "teacher_softcap"])
+def test_a_softcap_of_one_is_not_none(side: str, device: str) -> None:
+    student, teacher, _, _ = problem(torch.float64)
+    found = []
+    for function in (masked_divergence, reference.masked_divergence):
+        loss = function(student.to(device), teacher.to(device), **{side: 1.0})
+        found.append((loss, *torch.autograd.grad(loss, student)))
+    torch.testing.assert_close(*found)
+
+
+def test_the_largest_logit_may_stand_anywhere(dtype: torch.dtype, device: str) -> None:
+    """No vector of a row is left out where the largest is looked for: exp(2000) is infinite."""
+    at = torch.arange(160)
+    student = torch.randn(160, 1300, dtype=torch.float64).to(device, dtype)
+    student[at[:80], at[:80]] = student[at[80:], 944 + at[80:]] = 2000
+    student.requires_grad_()
+    teacher = student.detach().roll(1, 0)
+    loss = masked_divergence(student, teacher, kind="reverse_kl", reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    wide = student.detach().double()
+    truth = reference.masked_divergence(wide, teacher.double(), kind="reverse_kl", reduction="none")
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("cols", [2003, 2048])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_a_gradient_larger_than_the_caches(
+    kind: str, cols: int, dtype: torch.dtype, device: str
+) -> None:
+    """More than 4 MiB are written around them, by lines of 64 bytes: the same bits."""
+    rows = (5 << 20) // (cols * dtype.itemsize)
+    student, teacher = (3 * torch.randn(rows, cols).to(device, dtype) for _ in range(2))
+    mask = torch.rand(rows, device=device) < 0.8
+
+    def gradient(part: slice) -> Tensor:
+        leaf = student[part].requires_grad_()
+        loss = masked_divergence(leaf, teacher[part], mask[part], kind=kind, reduction="sum")
+        return torch.autograd.grad(loss, leaf)[0]
+
+    few = torch.cat([gradient(slice(i, i + 100)) for i in range(0, rows, 100)])
+    assert torch.equal(gradient(slice(None)), few)
+
+
+def test_agreement_of_ties_and_of_rows_that_grow(dtype: torch.dtype, device: str) -> None:
+    """Both rows' first largest logits, or first NaN, whatever is behind the row."""
+    student = torch.randn(6, 5, dtype=torch.float64) + 100 * torch.arange(6)[:, None]
+    teacher = torch.randn(6, 5, dtype=torch.float64)
+    student[1], student[1, [2, 4]], teacher[1, 2] = 0, 1, 9
+    student[2], teacher[2, 0] = -INF, 9
+    student[3, 4], teacher[3, 4] = NAN, 9
+    pair = student.to(device, dtype), teacher.to(device, dtype)
+    _, stats = masked_divergence(*pair, reduction="none", return_stats=True)
+    agree = pair[0].argmax(-1) == pair[1].argmax(-1)
+    assert agree[1:4].all()
+    assert stats.agreement == agree.sum()
+
+
 @pytest.mark.parametrize("below", [20.0, 60.0, 1000.0, INF])
 @pytest.mark.parametrize("cols", [301, 1301], ids=["", "after a block"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -410,6 +468,8 @@ def test_retained_graphs_and_second_calls() -> None:
     first = torch.autograd.grad(loss, student, retain_graph=True)[0].clone()
     again = torch.autograd.grad(loss * 2, student)[0]
     torch.testing.assert_close(again, 2 * first)
+    loss = masked_divergence(student, teacher, mask.detach())
+    torch.testing.assert_close(torch.autograd.grad(2 * loss, student)[0], again)
 
 
 def test_threads_do_not_matter() -> None:

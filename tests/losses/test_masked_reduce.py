@@ -32,6 +32,18 @@ def test_without_a_mask(reduction: str) -> None:
     torch.testing.assert_close(masked_reduce(values, reduction=reduction), expected)
 
 
+@pytest.mark.parametrize("steps", [8191, 8192, 8193, 16_385])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_around_what_a_thread_takes_at_a_time(reduction: str, steps: int) -> None:
+    values, mask = torch.randn(2, steps).double(), torch.rand(2, steps).double()
+    leaves = values.requires_grad_(), mask.requires_grad_()
+    found = []
+    for function in (masked_reduce, reference.masked_reduce):
+        loss = function(*leaves, reduction=reduction)
+        found.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
 def test_masked_values_are_never_read(bad: float, reduction: str) -> None:

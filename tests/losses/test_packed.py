@@ -178,7 +178,7 @@ def test_everything_masked_or_empty() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sequence_mean"])
 def test_the_same_bits_for_any_number_of_threads(reduction: str) -> None:
     """Sequences longer and shorter than what a thread takes at a time."""
-    lengths = [1, 30_000, 0, 3, 8192, 8193, *[7] * 3000]
+    lengths = [1, 30_000, 0, 3, 8191, 8192, 8193, 16_384, *[7] * 3000]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     values, mask = torch.randn(int(bounds[-1]) + 10), torch.rand(int(bounds[-1]) + 10)
     found = []
@@ -191,6 +191,8 @@ def test_the_same_bits_for_any_number_of_threads(reduction: str) -> None:
         values.double(), mask.double(), reduction=reduction, cu_seqlens=bounds
     )
     torch.testing.assert_close(found[0][0].double(), truth)
+    truth = reference.masked_reduce(values.double(), mask.double(), dim=-1, cu_seqlens=bounds)
+    torch.testing.assert_close(found[0][1].double(), truth, rtol=1e-6, atol=1e-6)
     for loss, each in found[1:]:
         assert torch.equal(loss, found[0][0])
         assert torch.equal(each, found[0][1])

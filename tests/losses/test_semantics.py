@@ -132,6 +132,25 @@ def test_z_loss_carries_no_class_weight() -> None:
         torch.testing.assert_close(with_z - without, expected)
 
 
+@pytest.mark.parametrize("options", [
+    {"z_loss": 1.0},
+    {"label_smoothing": 1.0},
+    {"label_smoothing": 1.0, "z_loss": 1.0, "class_weight": torch.rand(5).double()},
+    {"softcap": 1.0},
+    {"temperature": 2.0},
+], ids="-".join)  # fmt: skip
+def test_one_value_of_an_option_leaves_it_out(options: dict[str, Any]) -> None:
+    """A z-loss of 0 is none, and 1 is not; a temperature of 1 is none, and 2 is not."""
+    logits, target = problem(3, 4)
+    mask = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+    for reduction in REDUCTIONS:
+        found = []
+        for loss_of in (masked_cross_entropy, reference.masked_cross_entropy):
+            loss = loss_of(logits, target, mask, reduction=reduction, **options)
+            found.append((loss, *torch.autograd.grad(loss.sum(), (logits, mask))))
+        torch.testing.assert_close(*found)
+
+
 def test_class_weights_of_zero_follow_arithmetic() -> None:
     """0 / 0 where tokens take part is NaN, as in PyTorch; it is not the case of no token."""
     logits, target = problem(3)

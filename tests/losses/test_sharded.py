@@ -32,6 +32,10 @@ def test_every_option(case: Case) -> None:
     check(case, torch.float32, return_stats=True)
 
 
+def test_a_smoothing_of_one_is_not_none() -> None:
+    check(Case("ones", options={"label_smoothing": 1.0, "z_loss": 1.0}), torch.float32)
+
+
 @pytest.mark.parametrize("case", FEW_CASES[::2], ids=str)
 def test_every_dtype(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
@@ -165,7 +169,8 @@ def test_opcheck_of_cross_entropy() -> None:
     saved = (target, tokens, groups, torch.rand(9), None)
     local, place = torch.randn(2, 3, 4), {"first": 2, "classes": 9}
     tell = OPS.cross_entropy_partial.default  # of ids in other shards nothing
-    torch.library.opcheck(tell, (local, *saved), place | how, test_utils=TESTS)
+    for more in (how, {}):
+        torch.library.opcheck(tell, (local, *saved), place | more, test_utils=TESTS)
     parts, bounds = torch.rand(2, 7, 6), torch.tensor([0, 2, 9])
     merge = OPS.cross_entropy_merge.default
     torch.library.opcheck(merge, (parts, *saved, bounds), how, test_utils=TESTS)
