@@ -17,7 +17,7 @@
   template <int number, class A, class B>                                                    \
   inline __attribute__((always_inline)) auto operator OP(Name##Of<number, A> left, B b) {    \
     using Result = decltype(left.a OP b);                                                    \
-    return ::masked_loss_mutant == number ? Result(left.a OTHER b) : Result(left.a OP b);    \
+    return ::masked_loss_mutants[number] ? Result(left.a OTHER b) : Result(left.a OP b);     \
   }
 ML_MUTATION(Plus, +, -)
 ML_MUTATION(Minus, -, +)
@@ -33,5 +33,5 @@ ML_MUTATION(Unequal, !=, ==)
 
 template <int number>
 inline __attribute__((always_inline)) int one() {
-  return ::masked_loss_mutant == number;
+  return ::masked_loss_mutants[number];
 }
