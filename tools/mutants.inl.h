@@ -32,6 +32,6 @@ ML_MUTATION(Unequal, !=, ==)
 #undef ML_MUTATION
 
 template <int number>
-inline __attribute__((always_inline)) int one() {
+inline __attribute__((always_inline)) int added() {
   return ::masked_loss_mutants[number];
 }

@@ -22,11 +22,19 @@ ROWS = ["tests/losses/test_semantics.py", "tests/losses/test_token_log_probs.py"
         "tests/losses/test_layouts.py", "tests/kernels/test_memory.py",
         "tests/kernels/test_rounding.py"]  # fmt: skip
 VECTORS = ["tests/kernels/test_rounding.py", *ROWS[:-1]]
-OPERATOR = [*ROWS, "tests/autograd/test_gradients.py", "tests/autograd/test_differences.py"]
+AUTOGRAD = [f"tests/autograd/test_{story}.py" for story in ("gradients", "differences", "vmap")]
+ERRORS = ["tests/losses/test_errors.py"]
+OPERATOR = [*ROWS, *AUTOGRAD, *ERRORS]
 DIVERGENCE = ["tests/losses/test_divergence.py"]
 SHARDS = ["tests/losses/test_sharded.py"]
-LINEAR = ["tests/losses/test_semantics.py", "tests/losses/test_linear.py"]
-LINEAR += [f"tests/losses/test_linear_{story}.py" for story in ("autograd", "chunks")]
+LINEAR = [
+    "tests/losses/test_semantics.py",
+    *(f"tests/losses/test_{story}.py" for story in (
+        "linear", "linear_autograd", "linear_chunks", "linear_log_probs", "linear_divergence",
+        "sharded_linear",
+    )),
+    "tests/autograd/test_differences.py", *ERRORS,
+]  # fmt: skip
 # What is changed, and the tests that must notice it.
 TARGETS = {
     "csrc/kernels/math.inl.h": ROWS + DIVERGENCE,
@@ -48,7 +56,7 @@ TARGETS = {
     "masked_loss/_op/cross_entropy.py": OPERATOR,
     "masked_loss/_op/log_probs.py": OPERATOR,
     "masked_loss/_op/reduce.py": OPERATOR,
-    "masked_loss/_op/divergence.py": DIVERGENCE,
+    "masked_loss/_op/divergence.py": DIVERGENCE + AUTOGRAD + ERRORS,
     "masked_loss/_op/linear.py": LINEAR,
     "masked_loss/_op/linear_chunks.py": LINEAR,
 }
@@ -94,7 +102,7 @@ class Mutant(NamedTuple):
         both = (
             f"{self.old}{self.template}<{n}>(){self.old}"
             if self.template
-            else f"({self.old} + one<{n}>())"
+            else f"({self.old} + added<{n}>())"
         )
         return text[: self.column] + both + text[self.column + len(self.old) :]
 

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -75,14 +76,7 @@ class Tests:
                 code = 0
             finally:
                 os._exit(code)
-        for _ in range(50 * 300):  # not by the clock: this process may be stopped for a while
-            pid, status, usage = os.wait4(child, os.WNOHANG)
-            if pid:
-                break
-            time.sleep(0.02)
-        else:  # it waits for what does not come
-            os.kill(child, signal.SIGKILL)
-            _, status, usage = os.wait4(child, 0)
+        status, used = wait_for(child)
         test = int.from_bytes(at[:], "little")
         code = os.waitstatus_to_exitcode(status)
         verdict = {0: "", 1: "noticed", -signal.SIGXCPU: TIME_OUT, -signal.SIGKILL: TIME_OUT}
@@ -90,7 +84,7 @@ class Tests:
         return Run(
             passed if code == 0 else verdict.get(code, f"exit code {code}"),
             tests[test].nodeid,
-            usage.ru_utime + usage.ru_stime,
+            used,
         )
 
     def _run_here(
@@ -112,6 +106,22 @@ class Tests:
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=next_one)
             if self.session.testsfailed:
                 raise AssertionError
+
+
+def wait_for(child: int) -> tuple[int, float]:
+    """Its status, and the processor time it took. Ends it where it waits for what does not come."""
+    before, idle = [""], 0
+    while idle < 60 / 0.02:  # not by the clock: both may be stopped, or come last
+        pid, status, usage = os.wait4(child, os.WNOHANG)
+        if pid:
+            return status, usage.ru_utime + usage.ru_stime
+        taken = Path(f"/proc/{child}/stat").read_text().rsplit(")")[1].split()[11:13]
+        idle = idle + 1 if taken == before else 0
+        before = taken
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    _, status, usage = os.wait4(child, 0)
+    return status, usage.ru_utime + usage.ru_stime
 
 
 # The campaign
