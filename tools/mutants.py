@@ -22,18 +22,18 @@ ROWS = ["tests/losses/test_semantics.py", "tests/losses/test_token_log_probs.py"
         "tests/losses/test_layouts.py", "tests/kernels/test_memory.py",
         "tests/kernels/test_rounding.py"]  # fmt: skip
 VECTORS = ["tests/kernels/test_rounding.py", *ROWS[:-1]]
+SHARDS = ["tests/losses/test_sharded.py"]
 AUTOGRAD = [f"tests/autograd/test_{story}.py" for story in ("gradients", "differences", "vmap")]
 ERRORS = ["tests/losses/test_errors.py"]
-OPERATOR = [*ROWS, *AUTOGRAD, *ERRORS]
+OPERATOR = [*SHARDS, *AUTOGRAD, *ERRORS, *(file for file in ROWS if file not in SHARDS)]
 DIVERGENCE = ["tests/losses/test_divergence.py"]
-SHARDS = ["tests/losses/test_sharded.py"]
 LINEAR = [
     "tests/losses/test_semantics.py",
     *(f"tests/losses/test_{story}.py" for story in (
         "linear", "linear_autograd", "linear_chunks", "linear_log_probs", "linear_divergence",
         "sharded_linear",
     )),
-    "tests/autograd/test_differences.py", *ERRORS,
+    "tests/autograd/test_differences.py", "tests/kernels/test_memory.py", *ERRORS,
 ]  # fmt: skip
 # What is changed, and the tests that must notice it.
 TARGETS = {

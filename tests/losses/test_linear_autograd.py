@@ -95,6 +95,20 @@ def test_retain_graph(reduction: str, dtype: torch.dtype, device: str) -> None:
         torch.autograd.grad(loss, leaves)
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0, 0.3])
+def test_upstream_gradient(factor: float, dtype: torch.dtype) -> None:
+    """Backward scales what forward computed; 2 is no 1."""
+    tensors = problem(*SHAPE, dtype=dtype)
+    leaves = [tensors[name] for name in LEAVES]
+    args = tensors["hidden"], tensors["weight"], tensors["target"], tensors["mask"]
+    loss, scaled = (linear_cross_entropy(*args, bias=tensors["bias"]) for _ in range(2))
+    expected = torch.autograd.grad(loss, leaves, torch.tensor(factor).to(loss))
+    gradients = torch.autograd.grad(scaled, leaves)
+    eps = torch.finfo(dtype).eps
+    for ours, one in zip(expected, gradients, strict=True):
+        torch.testing.assert_close(ours, factor * one, rtol=2 * eps, atol=1e-7)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_func_grad_and_vmap(reduction: str) -> None:
     tensors = problem(4, *SHAPE)
