@@ -25,7 +25,7 @@ VECTORS = ["tests/kernels/test_rounding.py", *ROWS[:-1]]
 SHARDS = ["tests/losses/test_sharded.py"]
 AUTOGRAD = [f"tests/autograd/test_{story}.py" for story in ("gradients", "differences", "vmap")]
 ERRORS = ["tests/losses/test_errors.py"]
-OPERATOR = [*SHARDS, *AUTOGRAD, *ERRORS, *(file for file in ROWS if file not in SHARDS)]
+OPERATOR = [*AUTOGRAD, *SHARDS, *ERRORS, *(file for file in ROWS if file not in SHARDS)]
 DIVERGENCE = ["tests/losses/test_divergence.py"]
 LINEAR = [
     "tests/losses/test_semantics.py",
