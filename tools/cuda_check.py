@@ -54,8 +54,12 @@ def is_plain(kernel: Kernel) -> bool:
 
 def planned_threads(kernel: Kernel) -> int:
     """On a multiprocessor, as csrc/kernels/cuda/rows.inl.cuh has it."""
-    of_log_probs = kernel.name.startswith("log_probs_kernel")
-    if "double" in kernel.name or not (is_plain(kernel) or of_log_probs):
+    values = kernel.name.startswith("values_kernel")
+    if "double" in kernel.name:
+        return 512
+    if values and "LogProbs" not in kernel.name:
+        return 768
+    if not values and not is_plain(kernel):
         return 512
     return {"sm_75": 640, "sm_120": 896}.get(kernel.arch, 1024)
 
@@ -63,11 +67,10 @@ def planned_threads(kernel: Kernel) -> int:
 def allowed_registers(kernel: Kernel) -> int:
     if kernel.name.startswith(("shard_kernel", "merge_kernel", *TOKEN_KERNELS)):
         return REGISTERS // 512
-    if kernel.name.startswith("log_probs_kernel"):
-        return REGISTERS // planned_threads(kernel) // 8 * 8
-    if not is_row_kernel(kernel):
+    values = kernel.name.startswith("values_kernel")
+    if not is_row_kernel(kernel) and not values:
         return 64
-    if not writes_gradients(kernel) and not kernel.name.endswith(" 16>"):
+    if kernel.name.startswith("forward_kernel") and not kernel.name.endswith(" 16>"):
         most = 1024 if kernel.arch == "sm_75" else 1280  # more than 1024 Turing does not hold
         return REGISTERS // most // 8 * 8
     most = planned_threads(kernel)  # in whole blocks

@@ -61,7 +61,13 @@ TARGETS = {
     "masked_loss/_op/linear_chunks.py": LINEAR,
 }
 # What only CUDA's kernels call of the formulas that all share.
-OF_CUDA = ("void push(const A (", "void push_soft(", "void push_uniform(")
+OF_CUDA = (
+    "void push(const A (",
+    "void push_soft(",
+    "void push_uniform(",
+    "V tree_dot(",
+    "V tree_max(",
+)
 # Float vectors that a machine with wider ones uses for doubles only.
 CAPABILITY = {"csrc/kernels/cpu/vec_portable.inl.h": "default"}
 
@@ -116,7 +122,8 @@ def mutants() -> list[Mutant]:
         in_docstring = of_cuda = False
         for number, line in enumerate((ROOT / file).read_text().splitlines(), 1):
             quotes = line.count('"""')
-            of_cuda = line != "  }" and (of_cuda or any(name in line for name in OF_CUDA))
+            of_cuda |= any(name in line for name in OF_CUDA)
+            of_cuda &= line not in ("  }", "}")
             skip = in_docstring or quotes or of_cuda
             in_docstring ^= quotes % 2 == 1
             if not skip:

@@ -43,6 +43,25 @@ ML_FN V tree_sum(V (&terms)[N]) {
   return terms[0];
 }
 
+// Overwrites its terms.
+template <class V, int N>
+ML_FN V tree_max(V (&terms)[N]) {
+  for (int width = N / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) terms[i] = max(terms[i], terms[i + width]);
+  }
+  return terms[0];
+}
+
+// sum_i a_i b_i, by short chains.
+template <class V, int N>
+ML_FN V tree_dot(const V (&a)[N], const V (&b)[N]) {
+  constexpr int kChains = N > 4 ? N / 4 : 1;
+  V sums[kChains];
+  for (int i = 0; i < kChains; ++i) sums[i] = a[i] * b[i];
+  for (int i = kChains; i < N; ++i) sums[i % kChains] = fma(a[i], b[i], sums[i % kChains]);
+  return tree_sum(sums);
+}
+
 // log sum_j exp(y_j) in one pass. Invariant: sum = sum_j exp(y_j - top) over all y pushed so far.
 // top starts at the lowest finite number: with -inf, a first value of -inf would give
 // exp(-inf - -inf) = NaN.
@@ -144,14 +163,15 @@ struct TargetSums : EntropySums<A> {
 
   template <int N>
   ML_FN void push(const A (&y)[N], bool with_entropy) {
-    const A peak = peak_of(this->top, y);
-    if (peak > this->top) raise(peak);
     A e[N];
+    for (int i = 0; i < N; ++i) e[i] = y[i];
+    const A peak = tree_max(e);
+    if (peak > this->top) raise(peak);
     for (int i = 0; i < N; ++i) e[i] = exp(y[i] - this->top);
     if (with_entropy) {
-      A terms[N];
-      for (int i = 0; i < N; ++i) terms[i] = entropy_term(e[i], y[i], this->top);
-      this->entropy_sum = this->entropy_sum + tree_sum(terms);
+      A below[N];
+      for (int i = 0; i < N; ++i) below[i] = below_top(y[i], this->top);
+      this->entropy_sum = this->entropy_sum - tree_dot(e, below);
     }
     this->sum = this->sum + tree_sum(e);
   }

@@ -130,6 +130,18 @@ def test_predictions_of_rows_that_are_not_finite() -> None:
         assert stats.correct == expected, (row, target)
 
 
+@pytest.mark.parametrize("classes", [7, 260, 3001])
+def test_predictions_of_ties(classes: int, dtype: torch.dtype) -> None:
+    """The first of equal logits wins, wherever in a row the target lies."""
+    logits = torch.randint(3, (200, classes)).to(dtype)
+    logits[torch.arange(200), torch.randint(classes, (200,))] = 3
+    first = logits.argmax(-1)
+    for target in (first, torch.randint(classes, (200,)), (first + 1) % classes):
+        logits[torch.arange(200), target] = 3
+        _, stats = masked_cross_entropy(logits, target, return_stats=True)
+        assert stats.correct == (logits.argmax(-1) == target).sum()
+
+
 def test_upstream_gradient_other_than_one() -> None:
     """The operator itself asks whether dloss is 1: on the device, in a grid that fits there."""
     ops = getattr(torch.ops, NAMESPACE)

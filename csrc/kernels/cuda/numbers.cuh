@@ -75,7 +75,8 @@ ML_FN void prefetch_line([[maybe_unused]] const void* p) {
 
 // An optimization barrier: what is computed from the result is computed again, rather than kept in
 // registers.
-ML_FN int64_t opaque(int64_t x) {
+template <class X>
+ML_FN X opaque(X x) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(x));
 #endif

@@ -21,6 +21,7 @@ constexpr Team kLosses[] = {{512, 1, 4, 8}, {4096, 4, 1, 8}, {INT64_MAX, 16, 1, 
 constexpr Team kFused[] = {
     {300, 1, 4, 8}, {900, 2, 1, 16}, {1800, 4, 1, 8}, {4096, 8, 1, 4}, {INT64_MAX, 16, 1, 2}};
 constexpr Team kGeneral[] = {{INT64_MAX, 1, 4, 4}};
+constexpr Team kValues[] = {{4096, 1, 4, 6}, {INT64_MAX, 4, 1, 6}};
 constexpr Team kGeneralFused[] = {{1800, 1, 4, 4}, {6400, 4, 1, 4}, {INT64_MAX, 16, 1, 1}};
 // However many rows there are, a log-probability has the same bits.
 constexpr Team kWholeRows[] = {{2048, 1, 4, 8}, {INT64_MAX, 4, 1, 8}};
@@ -80,15 +81,17 @@ Plan plan_rows(const RowArgs& args) {
   const bool wide = args.dtype == DType::kFloat64;
   const bool fused = args.forward && args.dlogits && !whole;
   const bool losses = !whole && !general && !wide && !fused && args.forward;
+  const bool values = general && args.forward && !args.dlogits && !args.part;
   const int64_t sms = chip().multiprocessors;
   const Team* entry = wide      ? kDouble
                       : whole   ? kWholeRows
+                      : values  ? kValues
                       : general ? (fused ? kGeneralFused : kGeneral)
                       : losses  ? kLosses
                                 : kFused;
   while (words > entry->up_to) ++entry;
   Team team = *entry;
-  const int64_t wanted = sms * (general ? kWarpsWantedInGeneral : kWarpsWanted);
+  const int64_t wanted = sms * (general && !values ? kWarpsWantedInGeneral : kWarpsWanted);
   for (const Team& larger : general ? kFewRowsInGeneral : kFewRows) {
     const bool few = args.rows * team.warps < wanted && (losses || (general && !whole && !wide));
     // Each of its threads has something to read still.
@@ -105,7 +108,7 @@ Plan plan_rows(const RowArgs& args) {
   plan.blocks = blocks;
   plan.parts = 1;
   plan.width = args.cols;
-  plan.phase = losses ? Phase::kLosses : Phase::kRows;
+  plan.phase = losses ? Phase::kLosses : values ? Phase::kValues : Phase::kRows;
   if (whole) return plan;
   int64_t parts = ceil_div(args.cols, kMaxWidth);
   if (words >= kSplitWords) {

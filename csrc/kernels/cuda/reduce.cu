@@ -14,22 +14,25 @@ namespace {
 #include "kernels/cuda/sums.inl.cuh"
 // clang-format on
 
+// Registers have no index: the first of some numbers is used, and the others move up.
+template <class A, int kSize>
+ML_FN void move_up(A (&numbers)[kSize]) {
+#pragma unroll
+  for (int i = 0; i + 1 < kSize; ++i) numbers[i] = numbers[i + 1];
+}
+
 template <class A, int kSize>
 ML_FN void reduce_batch(const ReduceArgs& args, const Batch<kSize>& batch, LossSums* sums) {
-  if (args.z_loss != 0) {  // a logarithm of each token: too long for steps
-    batch.for_each_in_turn([&](int, int64_t i) { reduce_token<A>(args, i, sums); });
-    return;
-  }
   const A* const table = as<A>(args.table) + batch.first;
   A weights[kSize];
   batch.for_each_place([&](int k) {
     weights[k] = 0;
     if (batch.has(k)) weights[k] = table[TokenField::kWeight * args.groups.tokens + k * kWarp];
   });
-  // 0 of a masked token: nobody wrote what the table has there.
-  const auto read = [&](int64_t field, A(&numbers)[kSize]) {
+  // Of a masked token `instead`: nobody wrote what the table has there.
+  const auto read = [&](int64_t field, A(&numbers)[kSize], A instead = 0) {
     batch.for_each_place([&](int k) {
-      numbers[k] = 0;
+      numbers[k] = instead;
       if (weights[k] != 0) numbers[k] = table[field * args.groups.tokens + k * kWarp];
     });
   };
@@ -42,7 +45,18 @@ ML_FN void reduce_batch(const ReduceArgs& args, const Batch<kSize>& batch, LossS
     batch.for_each_place(
         [&](int k) { add_statistics(weights[k], correct[k], entropies[k], sums); });
   }
-  if (args.reduction == Reduction::kNone) {
+  if (args.z_loss != 0) {
+    A tops[kSize], totals[kSize];
+    read(TokenField::kTop, tops);
+    read(TokenField::kSum, totals, A(1));
+    // In turn: a copy of the logarithm for each would have to be fetched, for one use.
+    batch.for_each_in_turn([&](int, int64_t i) {
+      const double z = weights[0] * z_term<double>(tops[0], totals[0], args.z_loss);
+      sums->v[LossField::kZ] += z;
+      write_token_loss<A>(args, i, add_loss(weights[0], losses[0], sums) + z);
+      move_up(weights), move_up(losses), move_up(tops), move_up(totals);
+    });
+  } else if (args.reduction == Reduction::kNone) {
     batch.for_each([&](int k, int64_t i) {
       write_token_loss<A>(args, i, add_loss(weights[k], losses[k], sums));
     });

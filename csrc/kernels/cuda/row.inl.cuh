@@ -3,15 +3,14 @@
 // loss takes. The gradient's second look is in rows.inl.cuh. Included inside a file's own
 // namespace, after look.inl.cuh.
 
+// Cross entropy in general, with a softcap: kernels of its own, since a softcap wants registers,
+// and is asked for at each word.
+struct SoftcappedCrossEntropy : CrossEntropy<true> {};
+
 // What threads add up: of cross entropy in general also what its options need.
 template <class Loss, class V>
-struct ThreadSums {
-  using Type = typename Loss::template Sums<V>;
-};
-template <class V>
-struct ThreadSums<CrossEntropy<true>, V> {
-  using Type = TargetSums<V>;
-};
+using ThreadSums = std::conditional_t<std::is_base_of_v<CrossEntropy<true>, Loss>, TargetSums<V>,
+                                      typename Loss::template Sums<V>>;
 
 // All but plain cross entropy: with a softcap, a temperature, a soft target distribution, or
 // statistics.
@@ -26,13 +25,12 @@ struct RowReader {
   // for each row: the threads' sums are merged, and the coefficients computed, in double.
   using C = std::conditional_t<general, double, A>;
   template <class X>
-  using SumsOf = typename ThreadSums<Loss, X>::Type;
+  using SumsOf = ThreadSums<Loss, X>;
   using Sums = SumsOf<C>;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kPerLoad = kPerWord16<T>;
-  // 16-byte loads that a thread has in flight. What hides the latency of an H200's memory at its
-  // full speed is some 32 KB on a multiprocessor: 512 threads with four each.
-  static constexpr int kLoadsInFlight = sizeof(T) == 8 ? 2 : 4;
+  // 16-byte words that a thread asks for, and then works on, together.
+  static constexpr int kLoads = 2;
 
   // Lanes agree on the largest top first, and then only add: each is rescaled, and rounded, once.
   struct Align {
@@ -47,11 +45,11 @@ struct RowReader {
 
   const RowArgs& args;
   const Plan& plan;
-  const bool capped = general && plan.capped;
+  const bool capped =
+      std::is_same_v<Loss, SoftcappedCrossEntropy> || (Loss::kManyTargets && plan.capped);
   const bool cooling = general && (args.temperatures || args.temperature != 1);
   const bool soft = general && (args.probs || args.label_smoothing != 0);
-  const A cap = static_cast<A>(args.softcap);
-  const InverseTemperature<A> uncap{capped ? args.softcap : 1.0};
+  const Softcap<A> cap{capped ? args.softcap : 1.0};
   const A probs_scale = args.probs ? static_cast<A>(1 - args.label_smoothing) : A(0);
   const A uniform = static_cast<A>(args.label_smoothing / static_cast<double>(args.classes));
 
@@ -78,14 +76,14 @@ struct RowReader {
     map(r, y);
     return y[0];
   }
-  // To what a softcap and a temperature make of them: all by the one, then all by the other, or
-  // each would wait for the one before.
+  // To what a softcap and a temperature make of them.
   template <int N>
   ML_FN void map(const Row& r, A (&y)[N]) const {
-    if (capped) {
-#pragma unroll
-      for (A& x : y) x = softcap(x, cap, uncap);
-    }
+    if (capped) cap.apply(y);
+    cool(r, y);
+  }
+  template <int N>
+  ML_FN void cool(const Row& r, A (&y)[N]) const {
     if (cooling) {
 #pragma unroll
       for (A& x : y) x = cooled(x, r.cool);
@@ -139,6 +137,11 @@ struct RowReader {
 
   // One look at a row
 
+  // The column of number i of what is worked on together, of which the first is in column `at`.
+  ML_FN static int column(int at, int i) {
+    return at + i % kPerLoad + i / kPerLoad * kThreads * kPerLoad;
+  }
+
   template <int N>
   ML_FN void push(const Row& r, SumsOf<A>* sums, const A (&x)[N], int at) const {
     if constexpr (Loss::kManyTargets) {
@@ -148,6 +151,7 @@ struct RowReader {
       map(r, y);
       sums->push(y);
     } else if constexpr (general) {
+      if (args.stats) sums->beaten |= beats_target(r, x, at);
       A y[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) y[i] = x[i];
@@ -156,25 +160,41 @@ struct RowReader {
       if (soft && is_uniform(r)) {
         sums->push_uniform(y);
       } else if (soft) {
+        constexpr int kWord = N < kPerLoad ? N : kPerLoad;
         const A share = uniform_in_units(args.probs, uniform);
-        A q[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) q[i] = soft_target_at(r, at + i, share);
-        sums->push_soft(y, q);
-      }
-      if (args.stats) {
-        const A peak = peak_of(A(-Limits<A>::infinity()), x);
-        sums->beaten |= peak > r.own;
+        for (int word = 0; word < N; word += kWord) {
+          A z[kWord], q[kWord];
 #pragma unroll
-        for (int i = 0; i < N; ++i) sums->beaten |= x[i] != x[i];  // also by a NaN
-        if (peak == r.own && at < r.target) {
-#pragma unroll
-          for (int i = 0; i < N; ++i) sums->beaten |= x[i] == r.own && at + i < r.target;
+          for (int i = 0; i < kWord; ++i) {
+            z[i] = y[word + i];
+            q[i] = soft_target_at(r, column(at, word + i), share);
+          }
+          sums->push_soft(z, q);
         }
       }
     } else {
       sums->push(x);
     }
+  }
+
+  // Whether one of them is larger than the target's logit, or as large and before it, or a NaN.
+  template <int N>
+  ML_FN static bool beats_target(const Row& r, const A (&x)[N], int at) {
+    bool beats = false;
+    if (at > r.target) {
+#pragma unroll
+      for (const A each : x) beats |= !(each <= r.own);
+    } else if (column(at, N - 1) < r.target) {
+#pragma unroll
+      for (const A each : x) beats |= !(each < r.own);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        beats |= !(column(at, i) < r.target ? x[i] < r.own : x[i] <= r.own);
+      }
+    }
+    return beats;
   }
 
   ML_FN Sums look(const Row& r, uint4* cache) const {
@@ -188,23 +208,25 @@ struct RowReader {
       }
     }
     const Words16<T> span(r.x, r.n);
-    const int read_again = r.dx ? plan.cached : INT_MAX;  // from here on, out of L2
+    const auto whole = [&](int i) { return i + (kLoads - 1) * kThreads < span.words; };
     SumsOf<A> sums;
-    for (int i = rank(); i < span.words; i += kLoadsInFlight * kThreads) {
-      uint4 words[kLoadsInFlight];
-#pragma unroll
-      for (int u = 0; u < kLoadsInFlight; ++u) {
-        const int k = i + u * kThreads;
-        if (k < span.words) words[u] = k < read_again ? __ldcs(span.first + k) : span.first[k];
-      }
-      for_each_word<general>(words, [&](int u, const uint4& word) {
-        const int k = i + u * kThreads;
-        if (k >= span.words) return;
-        if (k < plan.cached) cache[k] = word;
-        A x[kPerLoad];
-        unpack(word, x, T{});
-        push(r, &sums, x, span.head + k * kPerLoad);
-      });
+    uint4 words[kLoads];
+    int i = rank();
+    if (whole(i)) ask(r, span, i, cache, words);
+    while (whole(i)) {
+      const int at = i;
+      A x[kLoads * kPerLoad];
+      keep(words, at, cache, x);
+      i += kLoads * kThreads;
+      if (whole(i)) ask(r, span, i, cache, words);  // they come while these are worked on
+      push(r, &sums, x, span.head + at * kPerLoad);
+    }
+    for (; i < span.words; i += kThreads) {
+      uint4 word[1];
+      A x[kPerLoad];
+      ask(r, span, i, cache, word);
+      keep(word, i, cache, x);
+      push(r, &sums, x, span.head + i * kPerLoad);
     }
     // What is left of the row is shorter than a warp's width: at most 7 and 7 elements.
     const int single = rank() < span.head ? rank() : span.tail() + rank() - span.head;
@@ -213,6 +235,29 @@ struct RowReader {
       push(r, &sums, x, single);
     }
     return merge_team<kWarps>(Sums(sums), Align{});
+  }
+
+  // Words i, i + kThreads and so on of the row: asks for them; and keeps those that are to be found
+  // again.
+  template <int kWords>
+  ML_FN void ask(const Row& r, const Words16<T>& span, int i, const uint4* cache,
+                 uint4 (&words)[kWords]) const {
+    const int read_again = cache && r.dx ? plan.cached : INT_MAX;  // from here on, out of L2
+#pragma unroll
+    for (int u = 0; u < kWords; ++u) {
+      const int k = i + u * kThreads;
+      words[u] = k < read_again ? __ldcs(span.first + k) : span.first[k];
+    }
+  }
+  template <int kWords>
+  ML_FN void keep(const uint4 (&words)[kWords], int i, uint4* cache,
+                  A (&x)[kWords * kPerLoad]) const {
+#pragma unroll
+    for (int u = 0; u < kWords; ++u) {
+      const int k = i + u * kThreads;
+      if (cache && k < plan.cached) cache[k] = words[u];
+      unpack(words[u], x + u * kPerLoad, T{});
+    }
   }
 
   // By one thread, in double.

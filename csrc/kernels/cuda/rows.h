@@ -13,6 +13,7 @@ enum class Phase : int8_t {
   kRows,     // rows from beginning to end, or by a cluster
   kPartial,  // of every part of a row: what one look at it tells, into scratch
   kLosses,   // nothing but the losses of whole rows, and plain ones (forward.inl.cuh)
+  kValues,   // nothing but what whole rows tell, with options or of log-probabilities
   kFinish,   // from all the parts of a row to its loss, and the gradient of each part
 };
 

@@ -11,9 +11,10 @@ template <class T, class Loss, int kWarps>
 struct RowKernel : RowReader<T, Loss, kWarps> {
   using Reader = RowReader<T, Loss, kWarps>;
   using Reader::args, Reader::plan, Reader::capped, Reader::cooling, Reader::soft;
+  using Reader::cap, Reader::column, Reader::cool, Reader::general, Reader::is_uniform;
   using Reader::find_target, Reader::look, Reader::finish, Reader::mass_of, Reader::logit;
-  using Reader::general, Reader::is_uniform, Reader::map, Reader::uncap, Reader::uniform;
   using Reader::kThreads, Reader::kPerLoad, Reader::rank, Reader::row_at, Reader::soft_target_at;
+  using Reader::uniform;
   using typename Reader::A;
   using typename Reader::Align;
   using typename Reader::C;
@@ -22,7 +23,7 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
   // Elsewhere what waits for a cluster would take registers for nothing.
   static constexpr bool kInClusters = kHasClusters && !general && kWarps == kClusterWarps;
   // 16-byte loads in flight: expf wants registers, and a shifted word takes two.
-  static constexpr int kGradLoads = sizeof(T) == 4 ? 2 : Reader::kLoadsInFlight;
+  static constexpr int kGradLoads = general || sizeof(T) > 2 ? 2 : 4;
   static constexpr int kShiftedLoads = sizeof(T) == 2 ? 1 : 2;
 
   struct Partial {
@@ -62,19 +63,16 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
 
   template <int N>
   ML_FN void differentiate(const Row& r, const GradOfRow& g, int at, A (&x)[N]) const {
-    A d[N], y[N];
+    A y[N], slope[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) y[i] = x[i];
-    map(r, y);
-    if (capped) {  // what the slope is made of
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = tanh_rest(cooled(x[i], uncap));
-    }
+    if (capped) cap.apply(y, slope);
+    cool(r, y);
     const auto terms = [&](auto loss, const auto& q) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) d[i] = gradient_term<decltype(loss), A>(y[i], g.top, g, q(i));
+      for (int i = 0; i < N; ++i) x[i] = gradient_term<decltype(loss), A>(y[i], g.top, g, q(i));
     };
-    const auto share = [&](int i) { return soft_target_at(r, at + i, uniform); };
+    const auto share = [&](int i) { return soft_target_at(r, column(at, i), uniform); };
     if constexpr (Loss::kManyTargets) {
       terms(Loss(), [](int) { return A(0); });
     } else if (!soft) {
@@ -84,14 +82,20 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
     } else {
       terms(CrossEntropy<true>(), share);
     }
-    if (static_cast<unsigned>(r.target - at) < static_cast<unsigned>(N)) {
+    constexpr int kWord = N < kPerLoad ? N : kPerLoad;
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (at + i == r.target) d[i] = g.target;
+    for (int word = 0; word < N; word += kWord) {
+      const int first = column(at, word);
+      if (static_cast<unsigned>(r.target - first) >= static_cast<unsigned>(kWord)) continue;
+#pragma unroll
+      for (int i = 0; i < kWord; ++i) {
+        if (first + i == r.target) x[word + i] = g.target;
       }
     }
+    if (capped) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = capped ? d[i] * tanh_slope(x[i]) : d[i];
+      for (int i = 0; i < N; ++i) x[i] = x[i] * slope[i];
+    }
   }
 
   ML_FN void store(uint4* p, const uint4& word) const {
@@ -109,27 +113,48 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
                                  const Words16<T>& out, int begin, int end, int apart,
                                  int shift_bytes, const uint4* cache) const {
     uint4* const to = reinterpret_cast<uint4*>(r.dx + out.head);
-    const auto word = [&](int k) { return k < plan.cached ? cache[k] : __ldcs(in.first + k); };
-    for (int i = begin + rank(); i < end; i += kUnroll * kThreads) {
-      uint4 words[kUnroll];
+    // Or it would be found again at each word.
+    const uint4* const from = general ? opaque(in.first) : in.first;
+    const auto kept = [&](int k) { return k < plan.cached ? cache[k] : __ldcs(from + k); };
+    const auto load = [&](int k) {
+      const uint4 word = kept(k + apart);
+      if constexpr (!kShifted) return word;
+      return between(word, kept(k + apart + 1), shift_bytes);
+    };
+    const auto write = [&](const auto& words, int k) {  // words k, k + kThreads and so on
+      constexpr int kWords = sizeof words / sizeof *words;
+      A x[kWords * kPerLoad];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int k = i + u * kThreads;
-        if (k < end) {
-          words[u] = word(k + apart);
-          if constexpr (kShifted) {
-            words[u] = between(words[u], word(k + apart + 1), shift_bytes);
-          }
+      for (int u = 0; u < kWords; ++u) unpack(words[u], x + u * kPerLoad, T{});
+      differentiate(r, g, out.head + k * kPerLoad, x);
+#pragma unroll
+      for (int u = 0; u < kWords; ++u) store(to + k + u * kThreads, pack(x + u * kPerLoad, T{}));
+    };
+    int i = begin + rank();
+    if constexpr (general) {
+      for (; kUnroll > 1 && i + (kUnroll - 1) * kThreads < end; i += kUnroll * kThreads) {
+        uint4 words[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) words[u] = load(i + u * kThreads);
+        write(words, i);
+      }
+      for (; i < end; i += kThreads) {
+        const uint4 words[1] = {load(i)};
+        write(words, i);
+      }
+    } else {
+      for (; i < end; i += kUnroll * kThreads) {
+        uint4 words[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          if (i + u * kThreads < end) words[u] = load(i + u * kThreads);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const uint4 one[1] = {words[u]};
+          if (i + u * kThreads < end) write(one, i + u * kThreads);
         }
       }
-      for_each_word<general>(words, [&](int u, const uint4& word) {
-        const int k = i + u * kThreads;
-        if (k >= end) return;
-        A x[kPerLoad];
-        unpack(word, x, T{});
-        differentiate(r, g, out.head + k * kPerLoad, x);
-        store(to + k, pack(x, T{}));
-      });
     }
   }
 
@@ -191,6 +216,16 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
     team_barrier<kWarps>();  // the next row's states go where this one's may still be read
   }
 
+  // A row of which only the loss is wanted.
+  ML_FN void score_target(int64_t row) const {
+    Row r = row_at(row, 0);
+    if (r.weight == A(0)) return masked(r, 0);
+    find_target(&r, 0, true);
+    const Sums sums = look(r, nullptr);
+    if (rank() == 0) finish(r, sums);
+    team_barrier<kWarps>();  // the next row's states go where this one's may still be read
+  }
+
   // An id's thread writes its class after all other classes are written.
   ML_FN void differentiate_ids(int64_t row) const {
     const Row r = row_at(row, 0);
@@ -200,10 +235,10 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
     A* const derivatives = static_cast<A*>(args.scratch) + r.token.index * args.ids;
     for_each_id(r, [&](int64_t k, int64_t column) {
       if (column < 0) return;
-      const A x = A(widen(r.x[column])), rest = capped ? tanh_rest(cooled(x, uncap)) : A(1);
+      const A x = A(widen(r.x[column])), slope = slope_at(x);
       const double own = total_of(r, k) / r.token.temperature();
       const double d = Loss::target_grad(logit(r, x), top, g, own);
-      derivatives[k] = static_cast<A>(tanh_slope(rest) * d);
+      derivatives[k] = static_cast<A>(slope * d);
     });
     team_barrier<kWarps>();  // dx may be x
     grad(r, {{A(g.alpha), A(g.beta), A(0)}, top, A(0)}, nullptr);
@@ -222,6 +257,12 @@ struct RowKernel : RowReader<T, Loss, kWarps> {
       const int64_t column = id - args.first;
       f(k, id != args.ignore_index && column < args.cols ? column : -1);
     }
+  }
+
+  ML_FN A slope_at(A x) const {
+    A y[1] = {x}, slope[1] = {A(1)};
+    if (capped) cap.apply(y, slope);
+    return slope[0];
   }
 
   // All that goes to the class of id k, which may be there more than once.
@@ -296,6 +337,7 @@ constexpr int kThreadsPlanned = 896;
 constexpr int kThreadsPlanned = 1024;
 #endif
 constexpr int kThreadsInGeneral = 512;  // and for float64
+constexpr int kThreadsOfOptions = 768;  // without a gradient
 
 constexpr int threads_of(int warps) { return warps == 1 ? 4 * kWarp : warps * kWarp; }
 template <class T>
@@ -323,15 +365,26 @@ __global__ void __launch_bounds__(threads_of(kWarps), blocks_of<T>(is_general<Lo
   }
 }
 
-// The forward pass of log-probabilities: a kernel of its own, without the gradient's registers.
+template <class T, class Loss>
+constexpr int kThreadsOfValues = sizeof(T) == 8       ? kThreadsInGeneral
+                                 : Loss::kManyTargets ? kThreadsPlanned
+                                                      : kThreadsOfOptions;
+
+// The forward pass of whole rows, of log-probabilities and of cross entropy in general: a kernel of
+// its own, without the gradient's registers.
 template <class T, class Loss, int kWarps>
-__global__ void __launch_bounds__(threads_of(kWarps), blocks_of<T>(false, kWarps))
-    log_probs_kernel(const RowArgs args, const Plan plan) {
+__global__ void __launch_bounds__(threads_of(kWarps),
+                                  kThreadsOfValues<T, Loss> / threads_of(kWarps))
+    values_kernel(const RowArgs args, const Plan plan) {
   const RowKernel<T, Loss, kWarps> rows{{args, plan}};
   const int teams = static_cast<int>(blockDim.x) / (kWarps * kWarp);
   for (int64_t row = int64_t{blockIdx.x} * teams + team_of_block<kWarps>(); row < args.rows;
        row += int64_t{gridDim.x} * teams) {
-    rows.score_ids(row);
+    if constexpr (Loss::kManyTargets) {
+      rows.score_ids(row);
+    } else {
+      rows.score_target(row);
+    }
   }
 }
 
@@ -343,21 +396,26 @@ void launch_team(const RowArgs& args, const Plan& plan, Stream stream) {
   const int threads = plan.warps * plan.teams * kWarp;
   const int64_t shared = int64_t{plan.cached} * plan.teams * 16;
   auto kernel = rows_kernel<T, Loss, 4>;
-  if constexpr (Loss::kManyTargets) {
-    if (args.forward) kernel = log_probs_kernel<T, Loss, 4>;
-  }
   if constexpr (sizeof(T) < 8) {
     if (plan.warps == 1) kernel = rows_kernel<T, Loss, 1>;
-    if constexpr (Loss::kManyTargets) {
-      if (plan.warps == 1 && args.forward) kernel = log_probs_kernel<T, Loss, 1>;
-    }
     if constexpr (!Loss::kManyTargets) {
       if (plan.warps == 16) kernel = rows_kernel<T, Loss, 16>;
     }
+    if constexpr (!is_general<Loss>) {
+      if (plan.warps == 2) kernel = rows_kernel<T, Loss, 2>;
+      if (plan.warps == 8) kernel = rows_kernel<T, Loss, 8>;
+    }
   }
-  if constexpr (sizeof(T) < 8 && !is_general<Loss>) {
-    if (plan.warps == 2) kernel = rows_kernel<T, Loss, 2>;
-    if (plan.warps == 8) kernel = rows_kernel<T, Loss, 8>;
+  if constexpr (is_general<Loss>) {
+    if (plan.phase == Phase::kValues) {
+      kernel = values_kernel<T, Loss, 4>;
+      if constexpr (sizeof(T) < 8) {
+        if (plan.warps == 1) kernel = values_kernel<T, Loss, 1>;
+        if constexpr (!Loss::kManyTargets) {
+          if (plan.warps == 16) kernel = values_kernel<T, Loss, 16>;
+        }
+      }
+    }
   }
   const int cluster = plan.together ? static_cast<int>(plan.parts) : 1;
   launch(kernel, Grid{blocks, threads, shared, cluster}, stream, args, plan);
@@ -375,6 +433,7 @@ void launch_rows(const RowArgs& args, const Plan& plan, Stream stream) {
     return with_entropy ? launch_team<T, LogProbs<true>>(args, plan, stream)
                         : launch_team<T, LogProbs<false>>(args, plan, stream);
   }
-  plan.general ? launch_team<T, CrossEntropy<true>>(args, plan, stream)
-               : launch_team<T, CrossEntropy<false>>(args, plan, stream);
+  plan.capped    ? launch_team<T, SoftcappedCrossEntropy>(args, plan, stream)
+  : plan.general ? launch_team<T, CrossEntropy<true>>(args, plan, stream)
+                 : launch_team<T, CrossEntropy<false>>(args, plan, stream);
 }

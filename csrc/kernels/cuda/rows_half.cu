@@ -20,6 +20,7 @@ namespace {
 #include "kernels/math.inl.h"
 #include "kernels/losses.inl.h"
 #include "kernels/shards.inl.h"
+#include "kernels/cuda/softcap.inl.cuh"
 #include "kernels/cuda/scaled_sum.inl.cuh"
 #include "kernels/cuda/look.inl.cuh"
 #include "kernels/cuda/forward.inl.cuh"

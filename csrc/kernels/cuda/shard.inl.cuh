@@ -69,6 +69,7 @@ void launch_shard(const RowArgs& args, const Plan& plan, Stream stream) {
     return args.stats ? launch_shard_of<T, LogProbs<true>>(args, plan, stream)
                       : launch_shard_of<T, LogProbs<false>>(args, plan, stream);
   }
-  plan.general ? launch_shard_of<T, CrossEntropy<true>>(args, plan, stream)
-               : launch_shard_of<T, CrossEntropy<false>>(args, plan, stream);
+  plan.capped    ? launch_shard_of<T, SoftcappedCrossEntropy>(args, plan, stream)
+  : plan.general ? launch_shard_of<T, CrossEntropy<true>>(args, plan, stream)
+                 : launch_shard_of<T, CrossEntropy<false>>(args, plan, stream);
 }

@@ -105,23 +105,6 @@ ML_FN uint4 pack(const float* y, Float16) {
   return {bits[0], bits[1], bits[2], bits[3]};
 }
 
-// f(u, words[u]) for every u. kRolled: as a loop, for an f so long that its copies would not fit
-// the instruction cache. Registers have no index, so the words move up.
-template <bool kRolled, int N, class F>
-ML_FN void for_each_word(uint4 (&words)[N], const F& f) {
-  if constexpr (kRolled) {
-#pragma unroll 1
-    for (int u = 0; u < N; ++u) {
-      f(u, words[0]);
-#pragma unroll
-      for (int i = 0; i < N - 1; ++i) words[i] = words[i + 1];
-    }
-  } else {
-#pragma unroll
-    for (int u = 0; u < N; ++u) f(u, words[u]);
-  }
-}
-
 // 16 bytes from `bytes` (0 to 15) after the beginning of two neighbouring words.
 ML_FN uint4 between(const uint4& a, const uint4& b, int bytes) {
   uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
