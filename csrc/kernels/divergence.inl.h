@@ -12,8 +12,8 @@
 // with a score that is known class by class.
 //
 // Included after math.inl.h, where a backend has also defined min(a, b) = a < b ? a : b, abs,
-// if_less, division, log_quotient(m, larger, less) = log(m / larger) for m = larger - less, 0 where
-// both are 0, and expm1_less() of doubles.
+// if_less, ratio(a, b) = a / b, log_quotient(m, larger, less) = log(m / larger) for m = larger -
+// less, 0 where both are 0, and expm1_less() of doubles.
 
 // Below this |log(a / b)| the difference b - a + a log(a / b) would cancel.
 constexpr float kNear = 0.25f;
@@ -137,7 +137,7 @@ struct MixedPair {
   }
 
   // (p - q) / m; 0 where both are too small to be more than 0.
-  ML_FN V above(const ClassPair<V>& c) const { return c.above / max(m, V(kTiny)); }
+  ML_FN V above(const ClassPair<V>& c) const { return ratio(c.above, max(m, V(kTiny))); }
 };
 
 struct JensenShannon {

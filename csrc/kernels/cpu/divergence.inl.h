@@ -14,6 +14,11 @@ ML_FN Portable<double, kBytes> expm1_less(Portable<double, kBytes> x) {
   return x;
 }
 
+template <class V>
+ML_FN V ratio(V a, V b) {
+  return a / b;
+}
+
 // m is doubled until it is near, and there log(w) = 2 atanh(s), s = (w - 1) / (w + 1), by a minimax
 // polynomial, to 2e-8 for |s| <= 1/3.
 template <class V>

@@ -14,7 +14,7 @@ struct Block {
   int threads;
 };
 constexpr Block kBlocks[] = {{2 << 10, 32},   {16 << 10, 64},   {32 << 10, 128},
-                             {64 << 10, 256}, {192 << 10, 512}, {INT64_MAX, 1024}};
+                             {64 << 10, 256}, {232 << 10, 512}, {INT64_MAX, 1024}};
 
 // On a multiprocessor, as pairs.inl.cuh bounds their registers.
 constexpr int64_t kThreadsPlanned = 1024;

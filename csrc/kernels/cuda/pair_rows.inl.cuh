@@ -124,20 +124,21 @@ struct PairRows {
   template <class F>
   ML_FN void for_each_again(const Pair& r, const F& f) const {
     int k = rank();
-    for (; !kCapped && r.aligned && k < whole; k += threads()) {
-      f(k, Whole{}, k < kept ? kept_chunk(k) : load_whole(r, k));
-    }
+    const bool ahead = !kCapped && r.aligned;
+    for (; ahead && k < kept && k < whole; k += threads()) f(k, Whole{}, kept_chunk(k));
+    for (; ahead && k < whole; k += threads()) f(k, Whole{}, load_whole(r, k));
     for (; k < chunks; k += threads()) f(k, count_of(k), load_again(r, k));
   }
-  template <class F>
+  // kStores: f stores, so that it matters how the gradient is aligned.
+  template <bool kStores, class F>
   ML_FN void for_each_backwards(const Pair& r, const F& f) const {
     int k = rank() < chunks ? rank() + (chunks - 1 - rank()) / threads() * threads() : -1;
-    for (; k >= (!kCapped && r.aligned ? whole : 0); k -= threads()) {
-      f(k, count_of(k), load_again(r, k));
-    }
-    for (; !kCapped && k >= 0; k -= threads()) {
-      f(k, Whole{}, k < kept ? kept_chunk(k) : load_whole(r, k));
-    }
+    int odd = 0;  // the first chunk of which something must be asked
+    if (!kCapped && r.aligned) odd = whole;
+    if (!kCapped && !r.aligned && !kStores) odd = kept < whole ? kept : whole;
+    for (; k >= odd; k -= threads()) f(k, count_of(k), load_again(r, k));
+    for (; !kCapped && k >= kept; k -= threads()) f(k, Whole{}, load_whole(r, k));
+    for (; !kCapped && k >= 0; k -= threads()) f(k, Whole{}, kept_chunk(k));
   }
 
   // The gradient

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The probabilities of a pair of rows, and what divergence.inl.h makes of them.
-// Included inside a file's own namespace, after pair_sums.inl.cuh, tanh.inl.cuh and the file's own
-// Exponential.
+// Included inside a file's own namespace, after tanh.inl.cuh and the file's own Exponential.
 
 ML_FN double if_less(double a, double b, double yes, double no) { return a < b ? yes : no; }
 ML_FN double expm1_less(double x) { return ::expm1(x) - x; }
@@ -13,56 +12,94 @@ ML_FN float ratio(float a, float b) {
   const float inverse = reciprocal(b), q = a * inverse;
   return fma(fma(-q, b, a), inverse, q);
 }
-ML_FN float log_quotient(float, float larger, float less) {
-  return ::log1pf(-ratio(less, ::fmaxf(larger, kTiny)));
+ML_FN double ratio(double a, double b) { return a / b; }
+ML_FN float fast_log(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result * 0.6931471805599453f;
+#else
+  return ::logf(x);
+#endif
+}
+// Near 1 as 2 atanh(s), s = (m - larger) / (m + larger), by a minimax polynomial, to 2e-8 for
+// |s| <= 1/3; else lg2.approx is right to two roundings, and so is the reciprocal.
+ML_FN float log_quotient(float m, float larger, float less) {
+  const float s = -less * reciprocal(::fmaxf(m + larger, kTiny)), square = s * s;
+  float p = 0.2688353657722473f;
+  p = fma(p, square, 0.28231292963027954f);
+  p = fma(p, square, 0.40007781982421875f);
+  p = fma(p, square, 0.6666663885116577f);
+  p = fma(p, square, 2.0f);
+  const float far = fast_log(m * reciprocal(::fmaxf(larger, kTiny)));
+  return if_less(m, 0.5f * larger, far, p * s);
 }
 ML_FN double log_quotient(double, double larger, double less) {
   return ::log1p(-less / ::fmax(larger, double{kTiny}));
 }
+ML_FN float log1p(float x) { return ::log1pf(x); }
+ML_FN double log1p(double x) { return ::log1p(x); }
 
 #include "kernels/divergence.inl.h"
 
 // Both softmaxes, from both log-sum-exps.
 template <class A>
 struct PairSoftmax {
+  Cooling<A> own, others;
   Exponential<A> student, teacher;
-  bool from_tops;  // differences of logits are counted from the largest ones
-  SoftmaxPair<A> of;
+  // log p - log q is shift more than the difference of the logits, counted from these, each divided
+  // by its temperature.
+  Origins<A> from;
+  A shift;
+  bool from_tops;
+  // Where both count from 0 and are divided by the same: scale times their difference.
+  bool simple;
+  A scale;
+  A q, p;  // what makes probabilities of exponentials
 
   // Of sums as the table holds them, since another pass begins with these.
-  ML_FN explicit PairSoftmax(const PairSums<A>& sums)
-      : student(sums.top), teacher(sums.teacher_top) {
-    Origins<A> from = origins_of(student.top, teacher.top);
+  ML_FN PairSoftmax(const PairSums<A>& sums, const Cooling<A>& own, const Cooling<A>& others)
+      : own(own), others(others), student(sums.top, own), teacher(sums.teacher_top, others) {
+    const A top = sums.top, teacher_top = sums.teacher_top;
+    from = origins_of(top, teacher_top);
     from_tops = from.student != A(0) || from.teacher != A(0);
     if (!student.fits() || !teacher.fits()) {
       from_tops = true;
-      from = {student.top, teacher.top};
+      from = {top, teacher_top};
     }
+    simple = !from_tops && own.temperature == others.temperature;
     const A sum = static_cast<A>(sums.sum), teacher_sum = static_cast<A>(sums.teacher_sum);
-    const double tops = double(student.top - from.student) - double(teacher.top - from.teacher);
-    of.shift = static_cast<A>(log(double(sum) / double(teacher_sum)) + tops);
-    of.q = (from_tops ? A(1) : student.unit()) / sum;
-    of.p = (from_tops ? A(1) : teacher.unit()) / teacher_sum;
+    scale = own(A(1));
+    const double tops = simple ? (double(top) - double(teacher_top)) * scale
+                               : own.wide(double(top) - double(from.student)) -
+                                     others.wide(double(teacher_top) - double(from.teacher));
+    shift = static_cast<A>(log1p(ratio(sum - teacher_sum, teacher_sum)) + tops);
+    q = ratio(from_tops ? A(1) : student.unit(), sum);
+    p = ratio(from_tops ? A(1) : teacher.unit(), teacher_sum);
   }
-  // From the logits of a chunk to their differences and exponentials, in their place.
-  template <int N>
-  ML_FN void exponentials(A (&y)[N], A (&z)[N], A (&apart)[N]) const {
+  // From the logits of a chunk to their exponentials, in their place, and log p - log q.
+  template <bool kSimple, int N>
+  ML_FN void exponentials(A (&y)[N], A (&z)[N], A (&log_ratio)[N]) const {
+    if (kSimple) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) log_ratio[i] = fma(z[i] - y[i], scale, shift);
+      student.all(y);
+      teacher.all(z);
+      return;
+    }
+    A a[N], b[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) a[i] = y[i] - from.student, b[i] = z[i] - from.teacher;
+    own.all(a);
+    others.all(b);
+#pragma unroll
+    for (int i = 0; i < N; ++i) log_ratio[i] = (b[i] - a[i]) + shift;
     if (from_tops) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        y[i] = y[i] - student.top, z[i] = z[i] - teacher.top;
-        apart[i] = z[i] - y[i];
-        y[i] = exp(y[i]), z[i] = exp(z[i]);
-      }
+      for (int i = 0; i < N; ++i) y[i] = exp(a[i]), z[i] = exp(b[i]);
     } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        apart[i] = z[i] - y[i];
-        y[i] = student(y[i]), z[i] = teacher(z[i]);
-      }
+      student.all(y);
+      teacher.all(z);
     }
   }
-  // The student's probability alone.
-  ML_FN A q(A y) const { return (from_tops ? exp(y - student.top) : student(y)) * of.q; }
-  ML_FN A p(A z) const { return (from_tops ? exp(z - teacher.top) : teacher(z)) * of.p; }
 };

@@ -7,156 +7,162 @@
 // beyond that what L2 still has: the second look begins with what was read last. How a row is split
 // among its threads depends on nothing but its length and type, so that a token's result has the
 // same bits in every batch, however its rows are aligned.
-// Included inside a file's own namespace, after pair_rows.inl.cuh and pair_softmax.inl.cuh.
+// Included inside a file's own namespace, after pair_look.inl.cuh and pair_stats.inl.cuh.
 
-constexpr int kMaxThreads = 1024;
+// KL(a || b) of one class, a part of forward and of reverse KL: a (or b) is the exponential of its
+// logit, log_ratio is log(a / b), and unit b / a of what makes probabilities of exponentials. The
+// terms of divergence.inl.h in fewer instructions: no probability is made.
+template <class A>
+struct KlClass {
+  A log_ratio, rest;  // rest: e^-log_ratio - 1 + log_ratio
+
+  ML_FN explicit KlClass(A l) : log_ratio(bounded_below(l)), rest(expm1_less(-log_ratio)) {}
+  // Over a's unit.
+  ML_FN A value(A a, A b, A unit) const {
+    return if_near(log_ratio, a * rest, fma(a, log_ratio, fma(b, unit, -a)));
+  }
+  // a - b, whose units are given.
+  ML_FN A above(A a, A b, A unit, A unit_of_b) const {
+    const A of_a = a * unit;
+    return if_near(log_ratio, of_a * (log_ratio - rest), fma(-b, unit_of_b, of_a));
+  }
+};
 
 template <class Kind, class T, class U>
-struct PairKernel : PairRows<T, U> {
-  using Rows = PairRows<T, U>;
-  using Rows::args, Rows::kept, Rows::whole, Rows::chunks, Rows::count_of, Rows::column;
-  using Rows::for_each_again, Rows::for_each_backwards, Rows::kept_scores, Rows::store;
-  using Rows::kCapped, Rows::kScoreWords, Rows::N, Rows::pair_at, Rows::rank, Rows::threads;
-  using Rows::keep, Rows::keep_scores, Rows::load, Rows::load_again, Rows::load_whole;
-  using typename Rows::A;
-  using typename Rows::Chunk;
-  using typename Rows::Field;
-  using typename Rows::Pair;
-  using typename Rows::Student;
-  using typename Rows::Teacher;
-  using typename Rows::Whole;
+struct PairKernel : PairLook<T, U> {
+  using Look = PairLook<T, U>;
+  using Look::args, Look::kept, Look::chunks, Look::count_of, Look::column;
+  using Look::for_each_again, Look::keep_scores, Look::kept_scores, Look::load_again, Look::store;
+  using Look::kCapped, Look::kScoreWords, Look::N, Look::pair_at, Look::rank, Look::threads;
+  using Look::look, Look::save, Look::saved, Look::softmax_of;
+  using typename Look::A;
+  using typename Look::Chunk;
+  using typename Look::Field;
+  using typename Look::Pair;
+  using typename Look::Student;
+  using typename Look::Teacher;
   using Softmax = PairSoftmax<A>;
+  using Values = std::conditional_t<Kind::kMixed, ValueSums, ValueSum>;
+  static constexpr bool kForward = std::is_same_v<Kind, ForwardKl>;
   // A mixture's scores are dear: they are kept where their chunk of the teacher was.
   static constexpr bool kKeepsScores = Kind::kMixed;
   static constexpr int kBehindStudent =
       kKeepsScores && kScoreWords > Teacher::kWords ? kScoreWords : Teacher::kWords;
-  static constexpr int kKeptBytes = 16 * (Student::kWords + kBehindStudent);  // of a chunk
 
   const A beta = static_cast<A>(args.beta);
 
-  // Looks
-
-  template <class Sums, class Count>
-  ML_FN static void push(const Pair& r, const Chunk& chunk, Count count, Sums* student,
-                         Sums* teacher) {
-    A y[N];
-    r.student.logits(chunk.student, count, y);
-    student->push(y);
-    r.teacher.logits(chunk.teacher, count, y);
-    teacher->push(y);
-  }
-
-  ML_FN PairSums<A> look(const Pair& r) const {
-    ThreadSum<A> student, teacher;
-    int k = rank();
-    for (; k + threads() < whole; k += 2 * threads()) {
-      const int ahead = k + threads();
-      const Chunk a = r.aligned ? load_whole(r, k) : load(r, k);
-      const Chunk b = r.aligned ? load_whole(r, ahead) : load(r, ahead);
-      keep(k, a);
-      keep(ahead, b);
-      push(r, a, Whole{}, &student, &teacher);
-      push(r, b, Whole{}, &student, &teacher);
-    }
-    for (; k < chunks; k += threads()) {
-      const Chunk chunk = load(r, k);
-      keep(k, chunk);
-      push(r, chunk, count_of(k), &student, &teacher);
-    }
-    PairSums<A> sums(student.logsumexp(), teacher.logsumexp());
-    if (!student.fits() || !teacher.fits()) sums = look_exactly(r);
-    return merge_team<kMaxThreads / kWarp>(sums, AlignPair{});
-  }
-  // What no ThreadSum holds.
-  ML_FN PairSums<A> look_exactly(const Pair& r) const {
-    LogSumExp<A> student, teacher;
-#pragma unroll 1
-    for (int k = rank(); k < chunks; k += threads()) {
-      push(r, load_again(r, k), count_of(k), &student, &teacher);
-    }
-    return {student, teacher};
-  }
-
-  // kGradient: the gradient is written in passing.
+  // kGradient: forward KL's is written in passing; a mixture's scores are kept for it.
   template <bool kGradient>
-  ML_FN ValueSums value(const Pair& r, const Softmax& softmax) const {
-    const A all = kGradient ? upstream(r) : A(0);
-    A value(0), mean(0);
-    for_each_backwards(r, [&](int k, auto count, const Chunk& chunk) {
-      A y[N], z[N], apart[N], of_chunk(0);
-      [[maybe_unused]] A mean_of_chunk(0);
-      r.student.logits(chunk.student, count, y);
-      r.teacher.logits(chunk.teacher, count, z);
-      softmax.exponentials(y, z, apart);
+  ML_FN Values value(const Pair& r, const PairSums<A>& sums) const {
+    const Softmax softmax = softmax_of(r, sums);
+    const A all = kGradient && kForward ? upstream(r) : A(0);
+    return !kCapped && softmax.simple ? value_of<kGradient, true>(r, softmax, all)
+                                      : value_of<kGradient, false>(r, softmax, all);
+  }
+  template <bool kGradient, bool kSimple>
+  ML_FN Values value_of(const Pair& r, const Softmax& softmax, A all) const {
+    if constexpr (Kind::kMixed) {
+      return value_of_mixture<kGradient, kSimple>(r, softmax);
+    } else {
+      return value_of_kl < kGradient && kForward, kSimple > (r, softmax, all);
+    }
+  }
+  template <bool kGradient, bool kSimple>
+  ML_FN Values value_of_kl(const Pair& r, const Softmax& softmax, A all) const {
+    const A unit = kForward ? softmax.p : softmax.q;
+    const A other_unit = ratio(kForward ? softmax.q : softmax.p, unit);
+    [[maybe_unused]] const A up = all * softmax.p, up_of_q = all * softmax.q;
+    A value(0), worst(0);
+    this->template for_each_backwards<kGradient>(r, [&](int k, auto count, const Chunk& chunk) {
+      A y[N], z[N], l[N], of_chunk(0);
+      this->template classes<kSimple>(r, softmax, count, chunk, y, z, l);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const ClassPair<A> c = pair_of<Kind>(apart[i], y[i], z[i], softmax.of);
+        const KlClass<A> c(kForward ? l[i] : -l[i]);
+        of_chunk += kForward ? c.value(z[i], y[i], other_unit) : c.value(y[i], z[i], other_unit);
+        if constexpr (kGradient) {
+          worst = max(worst, c.log_ratio);
+          y[i] = c.above(z[i], y[i], up, up_of_q);
+        }
+      }
+      value += of_chunk;
+      if constexpr (kGradient) write(r, k, count, chunk, y);
+    });
+    // Not NaN where b excludes a class of which a is too small to be more than 0.
+    if (value != value) {
+      if (!kGradient) worst = largest_log_ratio(r, softmax);
+      if (worst > -Limits<A>::lowest()) value = worst;
+    }
+    return {double(value) * unit};
+  }
+  ML_FN A largest_log_ratio(const Pair& r, const Softmax& softmax) const {
+    A largest(0);
+#pragma unroll 1
+    for (int k = rank(); k < chunks; k += threads()) {
+      A y[N], z[N], l[N];
+      this->template classes<false>(r, softmax, count_of(k), load_again(r, k), y, z, l);
+#pragma unroll
+      for (A each : l) largest = max(largest, kForward ? each : -each);
+    }
+    return largest;
+  }
+  template <bool kKeeps, bool kSimple>
+  ML_FN Values value_of_mixture(const Pair& r, const Softmax& softmax) const {
+    const SoftmaxPair<A> of{softmax.q, softmax.p, A(0)};
+    A value(0), mean(0);
+    this->template for_each_backwards<false>(r, [&](int k, auto count, const Chunk& chunk) {
+      A y[N], z[N], l[N], of_chunk(0), mean_of_chunk(0);
+      this->template classes<kSimple>(r, softmax, count, chunk, y, z, l);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const ClassPair<A> c = pair_of<Kind>(l[i], y[i], z[i], of);
         const ClassPart<A> part = Kind::part(c, beta);
         of_chunk += part.value;
-        if constexpr (Kind::kScored) mean_of_chunk += c.q * part.score;
+        mean_of_chunk += c.q * part.score;
         y[i] = part.score;
       }
       value += of_chunk;
-      if constexpr (Kind::kScored) mean += mean_of_chunk;
-      if constexpr (kKeepsScores) keep_scores(k, y);
-      if constexpr (kGradient) write(r, k, count, chunk, all, y);
+      mean += mean_of_chunk;
+      if constexpr (kKeeps) keep_scores(k, y);
     });
-    return merge_team<kMaxThreads / kWarp>(ValueSums{value, mean});
+    // A teacher's NaN reaches the scores, which are bounded, through the sum alone.
+    return {value, mean + 0 * softmax.shift};
   }
 
-  ML_FN void stats(const Pair& r, const Softmax& softmax, const PairSums<A>& sums) const {
-    StatSums<A> all;
-    for_each_again(r, [&](int k, auto count, const Chunk& chunk) {
-      A y[N], z[N];
-      r.student.logits(chunk.student, count, y);
-      r.teacher.logits(chunk.teacher, count, z);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const int64_t j = int64_t{k} * N + i;
-        all.entropy -= softmax.q(y[i]) * bounded_below(y[i] - softmax.student.top);
-        all.teacher_entropy -= softmax.p(z[i]) * bounded_below(z[i] - softmax.teacher.top);
-        if (j < args.cols) {
-          all.largest.add({y[i], j});
-          all.teacher_largest.add({z[i], j});
-        }
-      }
-    });
-    all = merge_team<kMaxThreads / kWarp>(all);
-    if (rank() != 0) return;
-    column(Field::kEntropy, r.token) = static_cast<A>(log(sums.sum) + all.entropy);
-    column(Field::kTeacherEntropy, r.token) =
-        static_cast<A>(log(sums.teacher_sum) + all.teacher_entropy);
-    column(Field::kAgreement, r.token) = all.largest.index == all.teacher_largest.index;
+  ML_FN void gradient(const Pair& r, A mean) const {
+    const Softmax softmax = softmax_of(r, saved(r.token));
+    const A up = upstream(r) * softmax.q;
+    if (!kCapped && softmax.simple) return gradient_of<true>(r, softmax, mean, up);
+    gradient_of<false>(r, softmax, mean, up);
   }
-
-  ML_FN void gradient(const Pair& r, const Softmax& softmax, A mean) const {
-    const A all = upstream(r);
+  template <bool kSimple>
+  ML_FN void gradient_of(const Pair& r, const Softmax& softmax, A mean, A up) const {
+    [[maybe_unused]] const SoftmaxPair<A> of{softmax.q, softmax.p, A(0)};
     for_each_again(r, [&](int k, auto count, const Chunk& chunk) {
-      A y[N], d[N], apart[N];
-      r.student.logits(chunk.student, count, y);
+      A y[N], d[N], l[N];
+      this->template classes<kSimple>(r, softmax, count, chunk, y, d, l);
       if (kKeepsScores && args.forward && k < kept) {
         kept_scores(k, d);
 #pragma unroll
-        for (int i = 0; i < N; ++i) d[i] = softmax.q(y[i]) * (d[i] - mean);
+        for (int i = 0; i < N; ++i) d[i] = (y[i] * up) * (d[i] - mean);
       } else {
-        r.teacher.logits(chunk.teacher, count, d);
-        softmax.exponentials(y, d, apart);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          const ClassPair<A> c = pair_of<Kind>(apart[i], y[i], d[i], softmax.of);
-          d[i] = Kind::part(c, beta).score;
-          if constexpr (Kind::kScored) d[i] = c.q * (d[i] - mean);
+          if constexpr (!Kind::kMixed) {
+            d[i] = (y[i] * up) * (bounded_below(-l[i]) - mean);
+          } else {
+            const ClassPair<A> c = pair_of<Kind>(l[i], y[i], d[i], of);
+            d[i] = (y[i] * up) * (Kind::part(c, beta).score - mean);
+          }
         }
       }
-      write(r, k, count, chunk, all, d);
+      write(r, k, count, chunk, d);
     });
   }
 
-  // The gradient of chunk k: d, all, and the slope of a softcap. Overwrites d.
+  // The gradient of chunk k: d, and the slope of a softcap. Overwrites d.
   template <class Count>
-  ML_FN void write(const Pair& r, int k, Count count, const Chunk& chunk, A all, A (&d)[N]) const {
-#pragma unroll
-    for (A& each : d) each *= all;
+  ML_FN void write(const Pair& r, int k, Count count, const Chunk& chunk, A (&d)[N]) const {
     if (kCapped && r.student.cap != A(0)) {
       A x[N];
       Student::raw(chunk.student, x);
@@ -169,12 +175,11 @@ struct PairKernel : PairRows<T, U> {
 
   // A pair
 
-  ML_FN void masked(const Pair& r) const {
-    if (args.forward && rank() == 0) {
-      const int64_t fields = args.stats ? Field::kCount : Field::kSaved;
-      for (int64_t f = Field::kValue; f < fields; ++f) column(f, r.token) = A(0);
-    }
-    if (!r.dx) return;
+  ML_FN void save_masked(int64_t token) const {
+    if (rank() != 0) return;
+    for (int64_t f = Field::kValue; f < Field::kSaved; ++f) column(f, token) = A(0);
+  }
+  ML_FN void write_masked(const Pair& r) const {
     const A zeros[N] = {};
     for (int k = rank(); k < chunks; k += threads()) store(r, k, count_of(k), zeros);
   }
@@ -185,42 +190,50 @@ struct PairKernel : PairRows<T, U> {
     const double scale =
         group_at(args.groups, group_of(args.groups, r.token))[GroupField::kScaleLoss];
     const A g = dloss ? dloss[args.dloss_per_token ? r.token : 0] : A(1);
-    const double factor = Kind::factor(args.beta);
-    return static_cast<A>(double(g) * column(Field::kWeight, r.token) * scale * factor /
-                          r.student.temperature);
-  }
-
-  ML_FN void run(int64_t row) const {
-    const Pair r = pair_at(row);
-    if (column(Field::kWeight, r.token) == A(0)) return masked(r);
-    if (args.forward) return forward(row, look(r));
-    const LogSumExp<A> student(column(Field::kTop, r.token), column(Field::kSum, r.token));
-    const LogSumExp<A> teacher(column(Field::kTeacherTop, r.token),
-                               column(Field::kTeacherSum, r.token));
-    gradient(r, Softmax({student, teacher}), column(Field::kMeanScore, r.token));
+    const double all = double(g) * column(Field::kWeight, r.token) * scale;
+    return static_cast<A>(r.student.cooling().wide(all * Kind::factor(args.beta)));
   }
 
   // What is known of the row is found again before each look, rather than kept in registers.
-  ML_FN void forward(int64_t row, const PairSums<A>& sums) const {
-    const Softmax softmax(sums);
-    if (args.stats) stats(pair_at(opaque(row)), softmax, sums);  // dx may be the student
-    const Pair r = pair_at(opaque(row));
-    const bool together = !Kind::kScored && r.dx;
-    const ValueSums values =
-        together ? value<!Kind::kScored>(r, softmax) : value<false>(r, softmax);
-    // A teacher's NaN reaches the scores, which are bounded, through the sum alone.
-    const double nan_or_zero = 0 * softmax.of.shift;
-    const A mean = static_cast<A>(values.mean + nan_or_zero);
-    const Pair again = pair_at(opaque(row));
-    if (rank() == 0) {
-      column(Field::kValue, again.token) = static_cast<A>(values.value);
-      column(Field::kMeanScore, again.token) = mean;
-      column(Field::kTop, again.token) = sums.top;
-      column(Field::kSum, again.token) = static_cast<A>(sums.sum);
-      column(Field::kTeacherTop, again.token) = sums.teacher_top;
-      column(Field::kTeacherSum, again.token) = static_cast<A>(sums.teacher_sum);
+  ML_FN void run(int64_t row) const {
+    const Pair r = pair_at(row);
+    if (column(Field::kWeight, r.token) == A(0)) {
+      if (args.forward) save_masked(r.token);
+      if (args.dlogits) write_masked(r);
+      return;
     }
-    if (Kind::kScored && again.dx) gradient(again, softmax, mean);
+    A mean(0);
+    if (kForward || args.forward) {
+      const PairSums<A> sums = args.forward ? look(r) : saved(r.token);
+      if (args.forward) save(r.token, sums);
+      const Pair again = pair_at(opaque(row));
+      const Values own =
+          !kCapped || args.dlogits ? value<true>(again, sums) : value<false>(again, sums);
+      if (args.forward) mean = save(again.token, own);
+    } else {
+      mean = column(Field::kMeanScore, r.token);
+    }
+    if (!kForward && args.dlogits) gradient(pair_at(opaque(row)), mean);
+  }
+
+  // Nothing but the value.
+  ML_FN void run_value(int64_t row) const {
+    const Pair r = pair_at(row);
+    if (column(Field::kWeight, r.token) == A(0)) return save_masked(r.token);
+    const PairSums<A> sums = look(r);
+    save(r.token, sums);
+    save(r.token, value<false>(r, sums));
+  }
+
+  // Returns the mean score.
+  ML_FN A save(int64_t token, const Values& own) const {
+    const Values values = merge_team<kMaxThreads / kWarp>(own);
+    const A mean = static_cast<A>(values.mean());
+    if (rank() == 0) {
+      column(Field::kValue, token) = static_cast<A>(values.value);
+      column(Field::kMeanScore, token) = mean;
+    }
+    return mean;
   }
 };
 
@@ -229,34 +242,53 @@ __global__ void __launch_bounds__(kMaxThreads)
     divergence_kernel(const DivergenceArgs args, const int kept) {
   using A = typename Accumulation<T>::Type;
   if (args.unless_one && *static_cast<const A*>(args.dloss) == A(1)) return;
-  const PairKernel<Kind, T, U> pairs{{args, kept}};
+  const PairKernel<Kind, T, U> pairs{{{args, kept}}};
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) pairs.run(row);
 }
 
+// A value alone: nothing of a gradient takes registers.
+template <class Kind, class T, class U>
+__global__ void __launch_bounds__(kMaxThreads)
+    divergence_value_kernel(const DivergenceArgs args, const int kept) {
+  const PairKernel<Kind, T, U> pairs{{{args, kept}}};
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) pairs.run_value(row);
+}
+
+// words: of 16 bytes in shared memory, for a chunk that is kept.
+template <class Kernel, int kWords>
+void launch_rows(void (*kernel)(DivergenceArgs, int), const DivergenceArgs& args,
+                 const PairPlan& plan, Stream stream) {
+  constexpr int64_t kBytes = 16 * kWords;
+  const int64_t chunks = (args.cols + Kernel::N - 1) / Kernel::N;
+  // Whole warps of them, or all.
+  const int64_t kept = std::min(plan.shared / kBytes / kWarp * kWarp, chunks);
+  int64_t blocks = args.rows;
+  if (args.unless_one) blocks = std::min(blocks, plan.blocks);  // there is hardly ever work
+  launch(kernel, blocks, plan.threads, kept * kBytes, stream, args, static_cast<int>(kept));
+}
 template <class Kind, class T, class U>
 void launch_kernel(const DivergenceArgs& args, const PairPlan& plan, Stream stream) {
   using Kernel = PairKernel<Kind, T, U>;
-  const int64_t chunks = (args.cols + Kernel::N - 1) / Kernel::N;
-  // Whole warps of them, or all.
-  const int64_t kept = std::min(plan.shared / Kernel::kKeptBytes / kWarp * kWarp, chunks);
-  int64_t blocks = args.rows;
-  if (args.unless_one) blocks = std::min(blocks, plan.blocks);  // there is hardly ever work
-  launch(divergence_kernel<Kind, T, U>, blocks, plan.threads, kept * Kernel::kKeptBytes, stream,
-         args, static_cast<int>(kept));
+  constexpr int kOfRows = Kernel::Student::kWords + Kernel::Teacher::kWords;
+  if (args.stats) launch_rows<Kernel, kOfRows>(divergence_stats_kernel<T, U>, args, plan, stream);
+  if constexpr (!Kernel::kCapped) {
+    if (args.forward && !args.dlogits) {
+      return launch_rows<Kernel, kOfRows>(divergence_value_kernel<Kind, T, U>, args, plan, stream);
+    }
+  }
+  constexpr int kWords = Kernel::Student::kWords + Kernel::kBehindStudent;
+  launch_rows<Kernel, kWords>(divergence_kernel<Kind, T, U>, args, plan, stream);
 }
 
-// Two kernels for each kind and student: of its own type without softcaps, and of whatever else. Of
-// float16, which is hardly distilled any more, the second alone: a kernel takes seconds to compile.
+// For each kind and student: of its own type without softcaps, and of whatever else.
 template <class Kind, class T>
 void launch_kind(const DivergenceArgs& args, const PairPlan& plan, Stream stream) {
   if constexpr (std::is_same_v<T, double>) {
     return launch_kernel<Kind, T, T>(args, plan, stream);
   } else {
     const bool capped = args.student.softcap != 0 || args.teacher.softcap != 0;
-    if constexpr (!std::is_same_v<T, Float16>) {
-      if (args.student.dtype == args.teacher.dtype && !capped) {
-        return launch_kernel<Kind, T, T>(args, plan, stream);
-      }
+    if (args.student.dtype == args.teacher.dtype && !capped) {
+      return launch_kernel<Kind, T, T>(args, plan, stream);
     }
     launch_kernel<Kind, T, AnyType>(args, plan, stream);
   }

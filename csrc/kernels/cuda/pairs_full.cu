@@ -21,28 +21,21 @@ ML_FN float exp2(float x) { return ::exp2f(x); }
 #include "kernels/cuda/tanh.inl.cuh"
 #include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
+#include "kernels/cuda/side.inl.cuh"
+#include "kernels/cuda/pair_sums.inl.cuh"
+#include "kernels/cuda/pair_full.inl.cuh"
 // clang-format on
 
-// What pairs_half.cu has faster.
 template <class A>
-struct ThreadSum : LogSumExp<A> {
-  ML_FN bool fits() const { return true; }
-  ML_FN LogSumExp<A> logsumexp() const { return *this; }
-};
-template <class A>
-struct Exponential {
-  A top;
-  ML_FN explicit Exponential(A top) : top(top) {}
-  ML_FN bool fits() const { return true; }
-  ML_FN A operator()(A y) const { return exp(y - top); }
-  ML_FN A unit() const { return A(1); }
-};
+using Exponential = FullExp<A>;
+template <class A, class T>
+using ThreadSum = FullSum<A>;
 
 // clang-format off
-#include "kernels/cuda/pair_sums.inl.cuh"
 #include "kernels/cuda/pair_softmax.inl.cuh"
-#include "kernels/cuda/side.inl.cuh"
 #include "kernels/cuda/pair_rows.inl.cuh"
+#include "kernels/cuda/pair_look.inl.cuh"
+#include "kernels/cuda/pair_stats.inl.cuh"
 #include "kernels/cuda/pairs.inl.cuh"
 // clang-format on
 

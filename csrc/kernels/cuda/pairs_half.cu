@@ -18,19 +18,21 @@ namespace {
 #include "kernels/cuda/tanh.inl.cuh"
 #include "kernels/groups.inl.h"
 #include "kernels/math.inl.h"
-#include "kernels/cuda/scaled_sum.inl.cuh"
+#include "kernels/cuda/side.inl.cuh"
+#include "kernels/cuda/pair_sums.inl.cuh"
+#include "kernels/cuda/pair_half.inl.cuh"
 // clang-format on
 
 template <class A>
-using Exponential = ScaledExp;
-template <class A>
-using ThreadSum = ScaledSum;
+using Exponential = HalfExp;
+template <class A, class T>
+using ThreadSum = HalfSum<T>;
 
 // clang-format off
-#include "kernels/cuda/pair_sums.inl.cuh"
 #include "kernels/cuda/pair_softmax.inl.cuh"
-#include "kernels/cuda/side.inl.cuh"
 #include "kernels/cuda/pair_rows.inl.cuh"
+#include "kernels/cuda/pair_look.inl.cuh"
+#include "kernels/cuda/pair_stats.inl.cuh"
 #include "kernels/cuda/pairs.inl.cuh"
 // clang-format on
 

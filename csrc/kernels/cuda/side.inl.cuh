@@ -15,6 +15,40 @@ struct KeptAs<AnyType> {
   using Type = float;
 };
 
+// As InverseTemperature computes it in double, which has few units on most chips.
+ML_FN InverseTemperature<float> inverse_of(float temperature) {
+  InverseTemperature<float> inverse{1.0};
+  const float rounded = reciprocal(temperature);
+  inverse.high = rounded - 2 * Limits<float>::epsilon() * rounded;
+  inverse.low = fma(-inverse.high, temperature, 1.0f) * rounded;
+  return inverse;
+}
+ML_FN InverseTemperature<double> inverse_of(double temperature) {
+  return InverseTemperature<double>(temperature);
+}
+
+// Division by a temperature.
+template <class A>
+struct Cooling {
+  A temperature;
+  bool on;
+  InverseTemperature<A> inverse{1.0};
+
+  ML_FN explicit Cooling(A temperature) : temperature(temperature), on(temperature != A(1)) {
+    if (on) inverse = inverse_of(temperature);
+  }
+  ML_FN A operator()(A x) const { return on ? cooled(x, inverse) : x; }
+  ML_FN double wide(double x) const {
+    return on ? x * (double(inverse.high) + double(inverse.low)) : x;
+  }
+  template <int N>
+  ML_FN void all(A (&x)[N]) const {
+    if (!on) return;
+#pragma unroll
+    for (A& each : x) each = cooled(each, inverse);
+  }
+};
+
 // kCapped: there may be a softcap, which takes so many registers that kernels without one would
 // spill.
 template <class T, class A, int N, bool kCapped>
@@ -28,8 +62,6 @@ struct Side {
   const char* x;
   DType dtype;
   A cap, temperature;
-  bool cooling;
-  InverseTemperature<A> cool;
 
   ML_FN Side(const LogitRows& rows, int64_t batch, int64_t step, int64_t token)
       : x(static_cast<const char*>(rows.logits) +
@@ -37,10 +69,9 @@ struct Side {
         dtype(rows.dtype),
         cap(static_cast<A>(rows.softcap)),
         temperature(rows.temperatures ? static_cast<const A*>(rows.temperatures)[token]
-                                      : static_cast<A>(rows.temperature)),
-        cooling(temperature != A(1)),
-        cool(cooling ? static_cast<double>(temperature) : 1.0) {}
+                                      : static_cast<A>(rows.temperature)) {}
 
+  ML_FN Cooling<A> cooling() const { return Cooling<A>(temperature); }
   ML_FN bool is_aligned() const { return reinterpret_cast<uintptr_t>(x) % 16 == 0; }
 
   // Chunk k, all N classes of it. kShifted: of a row that is not aligned, from words that begin
@@ -72,25 +103,23 @@ struct Side {
     });
   }
 
-  // Of any row, class by class; beyond `count` of them, anything.
+  // Of any row, class by class, last one first; beyond `count` of them, what no softmax shows. In a
+  // loop, since this is for a row's ends: registers have no index, so the classes move up.
   ML_FN Chunk part(int k, int count) const {
     return with_type([&](auto type) {
       using S = decltype(type);
       const S* const from = reinterpret_cast<const S*>(x) + int64_t{k} * N;
-      Kept y[N];
+      Chunk chunk;
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        y[i] = Kept{};
-        if (i < count) {
-          if constexpr (std::is_same_v<S, Kept>) {
-            y[i] = from[i];
-          } else {
-            y[i] = widen(from[i]);
-          }
+      for (uint4& word : chunk.words) word = minus_infinities<Kept>();
+#pragma unroll 1
+      for (int i = count - 1; i >= 0; --i) {
+        if constexpr (std::is_same_v<S, Kept>) {
+          push_front(from[i], chunk.words);
+        } else {
+          push_front(widen(from[i]), chunk.words);
         }
       }
-      Chunk chunk;
-      memcpy(&chunk, y, sizeof chunk);
       return chunk;
     });
   }
@@ -112,16 +141,12 @@ struct Side {
     memcpy(y, each, sizeof each);
   }
 
-  // After softcap and temperature. What is beyond `count` no softmax shows.
+  // After softcap, before temperature.
   template <class Count>
   ML_FN void logits(const Chunk& chunk, Count count, A (&y)[N]) const {
     raw(chunk, y);
-    if (kCapped && cap != A(0)) one_by_one(y, [&](A each) { return softcap(each, cap); });
-    if (cooling) {
-#pragma unroll
-      for (A& each : y) each = cooled(each, cool);
-    }
-    if (count < N) {
+    if (kCapped && cap != A(0)) {
+      one_by_one(y, [&](A each) { return softcap(each, cap); });
 #pragma unroll
       for (int i = 0; i < N; ++i) y[i] = i < count ? y[i] : -Limits<A>::infinity();
     }
