@@ -427,7 +427,7 @@ def test_checkpointing() -> None:
         torch.zeros(3, 2, 4, 5).transpose(0, 1),
         torch.randn(3, 4)[:, ::2],
         torch.randn(10)[::2],
-        torch.zeros(5).expand(2, 5),
+        torch.zeros(1, 3, 5).expand(2, 3, 5),
         torch.zeros(13).as_strided((3, 5), (4, 1)),
     ],
     ids=[

@@ -65,6 +65,15 @@ def test_rows_of_many_segments(classes: int, layout: str, dtype: torch.dtype, de
         )
 
 
+def test_logits_far_below_zero_that_fill_their_segments(device: str) -> None:
+    """Behind the last segment there is no other, of which a top of 0 would leave nothing."""
+    logits = torch.randn(2, 32768, device=device) - 1000
+    target = torch.tensor([0, 32767], device=device)
+    loss = masked_cross_entropy(logits, target, reduction="none")
+    expected = torch.nn.functional.cross_entropy(logits + 1000, target, reduction="none")
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("classes", [9, 1000, 40000])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1000.0])
 def test_scale_of_the_logits(scale: float, classes: int, dtype: torch.dtype, device: str) -> None:
