@@ -17,7 +17,7 @@ import timing
 from timing import markdown, milliseconds
 
 OURS, PRODUCTS = "ours", "three products"
-ROW_KERNELS = r"(rows|forward|log_probs|divergence)\w*_kernel"
+ROW_KERNELS = r"(rows|forward|values|divergence)\w*_kernel"
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]

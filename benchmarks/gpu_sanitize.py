@@ -51,6 +51,7 @@ def other_losses(device: str, dtype: torch.dtype, classes: int) -> None:
     teacher = torch.randn(tokens, classes, device=device, dtype=dtype)
     for kind in ("forward_kl", "reverse_kl", "jsd"):
         masked_divergence(logits, teacher, kind=kind).backward()
+        masked_divergence(logits.detach(), teacher, kind=kind)
     if classes < 5000:  # other types, options, and memory
         mask = torch.tensor(MASK, device=device)
         masked_divergence(logits, teacher, mask, softcap=10.0).backward()
@@ -63,6 +64,7 @@ def other_losses(device: str, dtype: torch.dtype, classes: int) -> None:
     log_probs, entropy = token_log_probs(logits, ids, return_entropy=True, temperature=0.7)
     (log_probs.sum() + entropy.sum()).backward()
     token_log_probs(logits, target).sum().backward()
+    masked_cross_entropy(logits.detach(), target, label_smoothing=0.1, return_stats=True)
     one_shard = Shards("", [0, classes])
     masked_cross_entropy(logits, target, vocab=one_shard).backward()
     token_log_probs(logits, ids, vocab=one_shard).sum().backward()
