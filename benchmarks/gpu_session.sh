@@ -103,7 +103,7 @@ fast() {
   # The checkout may hold an earlier run's.
   find benchmarks/results -name "gpu.*" -newer "$site/begun" -exec cp -f {} "$out"/ \; 2>/dev/null
   if command -v ncu >/dev/null; then
-    step counters 110 ncu --clock-control none --set full --csv --page raw --log-file "$out/ncu.csv" \
+    step counters 160 ncu --clock-control none --set full --csv --page raw --log-file "$out/ncu.csv" \
       -k "regex:(rows|forward|values|divergence|weigh|reduce|scale)\w*_kernel" python3 benchmarks/gpu_shapes.py
     step "what they say" 10 python3 benchmarks/gpu_counters.py "$out/ncu.csv"
   fi
