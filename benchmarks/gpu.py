@@ -349,7 +349,7 @@ def main() -> int:
         if whole:
             timing.save("gpu", results())
         if arguments.json:
-            arguments.json.write_text(json.dumps(results()))
+            arguments.json.write_text(json.dumps(results(), indent=1) + "\n")
 
     compiled_for: tuple[Any, ...] = ()
     for peers in (False,) if arguments.alone else (False, True):
