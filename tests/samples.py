@@ -94,8 +94,9 @@ MASKS: dict[str, torch.dtype | None] = {
 
 LAYOUTS = ["contiguous", "padded", "odd", "time_first", "expanded", "every_other"]
 
-# Around every vector width from 4 to 64 lanes, and around the segments of 16384 columns.
-WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 127, 128, 129]
+# Around every vector width from 4 to 64 lanes, with every tail of up to 16 lanes, and around the
+# segments of 16384 columns.
+WIDTHS = [*range(1, 18), 23, 31, 32, 33, 47, 63, 64, 65, 127, 128, 129]
 WIDTHS += [255, 256, 257, 511, 513, 1000, 1023, 1025, 4097]
 LONG_WIDTHS = [16383, 16384, 16385, 32768, 32769, 40000]
 

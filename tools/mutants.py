@@ -19,13 +19,14 @@ ROWS = ["tests/losses/test_semantics.py", "tests/losses/test_token_log_probs.py"
         "tests/losses/test_cross_entropy.py", "tests/losses/test_dropin.py",
         "tests/losses/test_sharded.py", "tests/losses/test_packed.py",
         "tests/kernels/test_determinism.py", "tests/losses/test_masked_reduce.py",
-        "tests/losses/test_layouts.py", "tests/kernels/test_memory.py",
+        "tests/losses/test_errors.py", "tests/losses/test_layouts.py",
+        "tests/kernels/test_memory.py",
         "tests/kernels/test_rounding.py"]  # fmt: skip
 VECTORS = ["tests/kernels/test_rounding.py", *ROWS[:-1]]
 SHARDS = ["tests/losses/test_sharded.py"]
 AUTOGRAD = [f"tests/autograd/test_{story}.py" for story in ("gradients", "differences", "vmap")]
 ERRORS = ["tests/losses/test_errors.py"]
-OPERATOR = [*AUTOGRAD, *SHARDS, *ERRORS, *(file for file in ROWS if file not in SHARDS)]
+OPERATOR = [*AUTOGRAD, *ROWS]
 DIVERGENCE = ["tests/losses/test_divergence.py"]
 LINEAR = [
     "tests/losses/test_semantics.py",

@@ -346,9 +346,11 @@ def test_active_nan_comes_out(reduction: str, width: int, dtype: torch.dtype, de
         assert gradient[0].isfinite().all()
 
 
-def test_nan_weight_comes_out() -> None:
+def test_nan_weight_comes_out(dtype: torch.dtype) -> None:
     logits, target = problem(2)
-    assert masked_cross_entropy(logits, target, torch.tensor([1.0, NAN])).isnan()
+    mask = torch.tensor([1.0, NAN], dtype=dtype)
+    for reduction in ("sum", "mean"):
+        assert masked_cross_entropy(logits, target, mask, reduction=reduction).isnan()
 
 
 @pytest.mark.parametrize("width", [2, 17, 20000])
