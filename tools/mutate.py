@@ -191,7 +191,12 @@ def groups_of(left: list[Mutant]) -> Iterator[list[Mutant]]:
 
 
 def run_together(group: list[Mutant]) -> list[Verdict]:
-    return found_in(group, tests.of(group[0].file))
+    """Once more where some were noticed: they may have made good what others did."""
+    verdicts = found_in(group, tests.of(group[0].file))
+    left = [v.mutant for v in verdicts if not v.run.verdict]
+    if not left or len(left) == len(group):
+        return verdicts
+    return [v for v in verdicts if v.run.verdict] + run_together(left)
 
 
 def found_in(group: list[Mutant], of: list[pytest.Item]) -> list[Verdict]:
