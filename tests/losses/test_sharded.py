@@ -194,9 +194,10 @@ def test_opcheck_of_log_probs() -> None:
     torch.library.opcheck(OPS.sharded_token_log_probs_forward.default, inputs, WHOLE | how)
     *_, tokens = OPS.sharded_token_log_probs_forward(*inputs, **WHOLE, **how)
     local, place = torch.randn(2, 3, 4), {"first": 2, "classes": 9}
-    part = (local, target, tokens, None, True)
     tell = OPS.token_log_probs_partial.default
-    torch.library.opcheck(tell, part, place | how, test_utils=TESTS)
+    for ids in (target, target[..., 0]):
+        part = (local, ids, tokens, None, True)
+        torch.library.opcheck(tell, part, place | how, test_utils=TESTS)
     merge = OPS.token_log_probs_merge.default
     args = (torch.rand(2, 5, 6), target, tokens, torch.tensor([0, 2, 9]), True)
     torch.library.opcheck(merge, args, how, test_utils=TESTS)
