@@ -255,15 +255,19 @@ def main() -> None:
 
 
 def summarize(found: list[Verdict], equal: dict[Mutant, str]) -> None:
+    survivors = {(m.file, m.changed(m.text)) for m, run in found if not run.verdict}
     counts: dict[str, Counter[str]] = {}
     wrong = False
     for m, run in found:
         why = equal.get(m, "")
         verdict = run.verdict or ("equal" if why else "SURVIVED")
         counts.setdefault(m.file, Counter())[verdict] += 1
-        if bool(run.verdict) == bool(why):
+        if verdict == "SURVIVED":
             wrong = True
-            print(f"{run.verdict}, though {why}: {m}" if why else f"SURVIVED: {m.number} {m}")
+            print(f"SURVIVED: {m.number} {m}")
+        elif run.verdict and why and (m.file, m.changed(m.text)) not in survivors:
+            wrong = True  # no other line with this text is meant
+            print(f"{run.verdict}, though {why}: {m}")
     for file, of_file in counts.items():
         print(f"{file}: {dict(of_file)}")
     if wrong:
