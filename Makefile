@@ -30,7 +30,7 @@ demo: $(stamps)/demo $(library)  ## train a small language model with a loss mas
 	$(python) examples/train_minimind.py $(DEMO_ARGS)
 
 # As many workers as cores, of one thread each; the tests of threads ask for more themselves.
-pytest := OMP_NUM_THREADS=1 $(python) -m pytest -q -n auto --dist loadfile
+pytest := OMP_NUM_THREADS=1 $(python) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(stamps)/test $(library) cpp-test  ## all tests: Python, docstrings, documents, kernels
 	$(pytest) $(PYTEST_ARGS)

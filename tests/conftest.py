@@ -17,8 +17,12 @@ def pytest_report_header() -> str:
     )
 
 
-# A worker of pytest-xdist takes whole files (their fixtures may be a build): the longest go first.
-LONGEST = ["test_cuda_teams", "test_cuda_rows", "test_build", "test_compile", "test_emulator_watch"]
+# A worker of pytest-xdist takes whole files (their fixtures may be a build), as they come with
+# --no-loadscope-reorder: the longest go first.
+LONGEST = [
+    "test_emulator_watch", "test_build", "test_instructions", "test_linear_chunks", "test_cpu_isa",
+    "test_compile", "test_dtensor", "test_demo", "test_cuda_teams", "test_cuda_rows",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -64,7 +64,7 @@ struct PairKernel : PairLook<T, U> {
     if constexpr (Kind::kMixed) {
       return value_of_mixture<kGradient, kSimple>(r, softmax);
     } else {
-      return value_of_kl < kGradient && kForward, kSimple > (r, softmax, all);
+      return value_of_kl<(kGradient && kForward), kSimple>(r, softmax, all);
     }
   }
   template <bool kGradient, bool kSimple>
