@@ -24,7 +24,9 @@ ROWS = ["tests/losses/test_semantics.py", "tests/losses/test_token_log_probs.py"
         "tests/kernels/test_rounding.py"]  # fmt: skip
 VECTORS = ["tests/kernels/test_rounding.py", *ROWS[:-1]]
 SHARDS = ["tests/losses/test_sharded.py"]
-AUTOGRAD = [f"tests/autograd/test_{story}.py" for story in ("gradients", "differences", "vmap")]
+AUTOGRAD = [
+    f"tests/autograd/test_{story}.py" for story in ("gradients", "differences", "vmap", "compile")
+]
 ERRORS = ["tests/losses/test_errors.py"]
 OPERATOR = [*AUTOGRAD, *ROWS]
 DIVERGENCE = ["tests/losses/test_divergence.py"]
@@ -63,6 +65,8 @@ TARGETS = {
 }
 # What only CUDA's kernels call of the formulas that all share.
 OF_CUDA = (
+    "A value(A a, A b, A unit)",
+    "A above(A a, A b, A unit,",
     "void push(const A (",
     "void push_soft(",
     "void push_uniform(",

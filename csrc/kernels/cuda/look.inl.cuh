@@ -3,6 +3,20 @@
 // decides how much of the memory's speed it gets, so whole iterations ask for no bounds.
 // Included inside a file's own namespace, after scaled_sum.inl.cuh.
 
+struct HalfRowSum : ScaledSum {
+  ML_FN HalfRowSum() : ScaledSum(-2e38f, kLog2E) {}
+  template <class T>
+  ML_FN void push(const uint4 (&words)[4], T) {
+    raise(max(largest(words, T{}), e.top));
+#pragma unroll
+    for (const uint4& word : words) {
+      float y[8];
+      unpack(word, y, T{});
+      add(y);
+    }
+  }
+};
+
 struct FloatSum {
   LogSumExp<float> lse;
 
@@ -17,7 +31,7 @@ struct FloatSum {
 // A lane's share of a row of n logits at x, for a team of kThreads.
 template <class T, int kThreads>
 struct Look {
-  using Sum = std::conditional_t<sizeof(T) == 2, ScaledSum, FloatSum>;
+  using Sum = std::conditional_t<sizeof(T) == 2, HalfRowSum, FloatSum>;
   static constexpr int kLoads = 4, kStep = kLoads * kThreads;
 
   const T* x;

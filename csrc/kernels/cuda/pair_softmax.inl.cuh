@@ -80,26 +80,24 @@ struct PairSoftmax {
   // From the logits of a chunk to their exponentials, in their place, and log p - log q.
   template <bool kSimple, int N>
   ML_FN void exponentials(A (&y)[N], A (&z)[N], A (&log_ratio)[N]) const {
-    if (kSimple) {
+    if constexpr (kSimple) {
 #pragma unroll
       for (int i = 0; i < N; ++i) log_ratio[i] = fma(z[i] - y[i], scale, shift);
-      student.all(y);
-      teacher.all(z);
-      return;
-    }
-    A a[N], b[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) a[i] = y[i] - from.student, b[i] = z[i] - from.teacher;
-    own.all(a);
-    others.all(b);
-#pragma unroll
-    for (int i = 0; i < N; ++i) log_ratio[i] = (b[i] - a[i]) + shift;
-    if (from_tops) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = exp(a[i]), z[i] = exp(b[i]);
     } else {
-      student.all(y);
-      teacher.all(z);
+      A a[N], b[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) a[i] = y[i] - from.student, b[i] = z[i] - from.teacher;
+      own.all(a);
+      others.all(b);
+#pragma unroll
+      for (int i = 0; i < N; ++i) log_ratio[i] = (b[i] - a[i]) + shift;
+      if (from_tops) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) y[i] = exp(a[i]), z[i] = exp(b[i]);
+        return;
+      }
     }
+    student.all(y);
+    teacher.all(z);
   }
 };

@@ -9,25 +9,6 @@
 // same bits in every batch, however its rows are aligned.
 // Included inside a file's own namespace, after pair_look.inl.cuh and pair_stats.inl.cuh.
 
-// KL(a || b) of one class, a part of forward and of reverse KL: a (or b) is the exponential of its
-// logit, log_ratio is log(a / b), and unit b / a of what makes probabilities of exponentials. The
-// terms of divergence.inl.h in fewer instructions: no probability is made.
-template <class A>
-struct KlClass {
-  A log_ratio, rest;  // rest: e^-log_ratio - 1 + log_ratio
-
-  ML_FN explicit KlClass(A l) : log_ratio(bounded_below(l)), rest(expm1_less(-log_ratio)) {}
-  // Over a's unit.
-  ML_FN A value(A a, A b, A unit) const {
-    return if_near(log_ratio, a * rest, fma(a, log_ratio, fma(b, unit, -a)));
-  }
-  // a - b, whose units are given.
-  ML_FN A above(A a, A b, A unit, A unit_of_b) const {
-    const A of_a = a * unit;
-    return if_near(log_ratio, of_a * (log_ratio - rest), fma(-b, unit_of_b, of_a));
-  }
-};
-
 template <class Kind, class T, class U>
 struct PairKernel : PairLook<T, U> {
   using Look = PairLook<T, U>;

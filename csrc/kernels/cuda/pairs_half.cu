@@ -20,6 +20,7 @@ namespace {
 #include "kernels/math.inl.h"
 #include "kernels/cuda/side.inl.cuh"
 #include "kernels/cuda/pair_sums.inl.cuh"
+#include "kernels/cuda/scaled_sum.inl.cuh"
 #include "kernels/cuda/pair_half.inl.cuh"
 // clang-format on
 
