@@ -70,7 +70,7 @@ found = gpu_check.check("cpu", tokens=16); print(*found, sep="\n"); sys.exit(boo
   fi
   local files=(tests/losses tests/autograd/test_gradients.py
     tests/kernels/test_{cuda,determinism,large,rounding}.py)
-  with_gpu || files=(tests/losses/test_semantics.py)
+  with_gpu || files=(tests/losses/test_{semantics,special_numbers,statistics}.py)
   sanitize &
   tests "every test of a device" 330 --maxfail=100 -k "$device" "${files[@]}"
   wait

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
 from devices import has_cuda
@@ -40,6 +43,13 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
+
+
+@pytest.fixture
+def on_the_device(device: str) -> Iterator[None]:
+    """What a test makes without naming a device lies on this one."""
+    with nullcontext() if device == "cpu" else torch.device(device):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -320,3 +320,9 @@ def predictions() -> Iterator[tuple[Tensor, int, int]]:
             row = torch.cat([torch.full((others,), -5.0), last])
             for target in range(others, others + 3):
                 yield row, target, int(not row.isnan().any() and row.argmax() == target)
+
+
+def problem(*shape: int, classes: int = 5) -> tuple[Tensor, Tensor]:
+    """Logits and targets of a few tokens, as small as a check by hand wants them."""
+    logits = torch.randn(*shape, classes, dtype=torch.float64, requires_grad=True)
+    return logits, torch.randint(classes, shape)

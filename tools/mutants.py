@@ -15,7 +15,8 @@ TOOLS = Path(__file__).parent
 ROOT = TOOLS.parent
 
 # The quickest first.
-ROWS = ["tests/losses/test_semantics.py", "tests/losses/test_token_log_probs.py",
+ROWS = ["tests/losses/test_semantics.py", "tests/losses/test_special_numbers.py",
+        "tests/losses/test_statistics.py", "tests/losses/test_token_log_probs.py",
         "tests/losses/test_cross_entropy.py", "tests/losses/test_dropin.py",
         "tests/losses/test_sharded.py", "tests/losses/test_packed.py",
         "tests/kernels/test_determinism.py", "tests/losses/test_masked_reduce.py",
@@ -29,7 +30,7 @@ AUTOGRAD = [
 ]
 ERRORS = ["tests/losses/test_errors.py"]
 OPERATOR = [*AUTOGRAD, *ROWS]
-DIVERGENCE = ["tests/losses/test_divergence.py"]
+DIVERGENCE = ["tests/losses/test_divergence.py", "tests/losses/test_divergence_op.py"]
 LINEAR = [
     "tests/losses/test_semantics.py",
     *(f"tests/losses/test_{story}.py" for story in (

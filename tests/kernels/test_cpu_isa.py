@@ -57,8 +57,10 @@ def test_kernels(isa: str) -> None:
     """
     output = run(
         "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-q", "-v",
-        str(LOSSES / "test_cross_entropy.py"), str(LOSSES / "test_masked_reduce.py"),
-        str(LOSSES / "test_semantics.py"), str(Path(__file__).with_name("test_rounding.py")),
+        *(str(LOSSES / f"test_{story}.py") for story in (
+            "cross_entropy", "masked_reduce", "semantics", "special_numbers", "statistics",
+        )),
+        str(Path(__file__).with_name("test_rounding.py")),
         "-k", "not number_of_rows",
         capability=isa,
     )  # fmt: skip
