@@ -243,7 +243,7 @@ class LazyLogits(Placed, Tensor):
             parts = noted(self._parts, func, args, kwargs)
         if parts is None:
             return None
-        self._require_unchanged(self._snapshot.counts_a_write())
+        self._require_unchanged(self._snapshot.counts_a_write)
         repeat: Any = _REPLAY.get(func, func)
         with self._creation_grad_mode():
             made = LazyLogits._make(parts, self, lambda logits: repeat(logits, *args, **kwargs))
@@ -263,7 +263,7 @@ class LazyLogits(Placed, Tensor):
         loss = fused_loss(self._parts, func, args, kwargs)
         if loss is None:
             return None
-        self._require_unchanged(self._snapshot.differs())
+        self._require_unchanged(self._snapshot.differs)
         for logits in self._ancestors():
             logits._fused = True
         with self._creation_grad_mode():
@@ -313,17 +313,17 @@ class LazyLogits(Placed, Tensor):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._requires_grad()):
             yield
 
-    def _require_unchanged(self, changed: bool) -> None:
-        for tensor in self._parts[1:3]:
-            if tensor is not None and tensor.numel() and not tensor.untyped_storage().nbytes():
-                raise RuntimeError(
-                    f"{WHO}: the head's weight was freed before its logits were used. FSDP frees "
-                    "it after the forward of the module that it wraps: compute the loss in there, "
-                    "or unfuse(model). With FSDP1, do not wrap the head by itself: leave it out of "
-                    "auto_wrap_policy, so that it stays with the outermost module. With FSDP2 "
-                    "(fully_shard), use reshard_after_forward=False for the module that holds it"
-                )
-        if changed:
+    def _require_unchanged(self, has_changed: Callable[[], bool]) -> None:
+        if self._snapshot.is_freed():  # first: there is nothing to be compared
+            raise RuntimeError(
+                f"{WHO}: the head's weight, or its hidden states, were freed before the logits "
+                "were used. FSDP frees a weight after the forward of the module that it wraps: "
+                "compute the loss in there, "
+                "or unfuse(model). With FSDP1, do not wrap the head by itself: leave it out of "
+                "auto_wrap_policy, so that it stays with the outermost module. With FSDP2 "
+                "(fully_shard), use reshard_after_forward=False for the module that holds it"
+            )
+        if has_changed():
             raise RuntimeError(
                 f"{WHO}: hidden states or head have changed in place since these logits were "
                 "returned (optimizer.step(), or weights swapped?), so they cannot be computed any "
@@ -374,7 +374,7 @@ class LazyLogits(Placed, Tensor):
         return self._dense
 
     def _value(self, reason: str) -> Tensor:
-        self._require_unchanged(self._snapshot.differs())
+        self._require_unchanged(self._snapshot.differs)
         self._uses.reason = self._uses.reason or reason
         return self._parts.compute()
 
@@ -437,7 +437,7 @@ def _concatenated(pieces: Any, dim: int = 0) -> LazyLogits | None:
     if not alike or first.class_dim != -1 or any(p.offset is not None for p in parts):
         return None
     for piece in pieces:
-        piece._require_unchanged(piece._snapshot.differs())
+        piece._require_unchanged(piece._snapshot.differs)
     with torch.no_grad():
         return LazyLogits._make(first._replace(hidden=torch.cat([p.hidden for p in parts], at)))
 

@@ -31,6 +31,10 @@ class Snapshot:
         self.versions = [_version(x) for x in self.tensors]
         self.samples = None if self._is_captured() else [_sample(x).clone() for x in self.tensors]
 
+    def is_freed(self) -> bool:
+        """Whether the memory of one was given back, as FSDP does: to read it would be a crash."""
+        return any(x.numel() and not x.untyped_storage().nbytes() for x in self.tensors)
+
     def counts_a_write(self) -> bool:
         """What costs nothing to ask: whether PyTorch has counted a write."""
         return self.versions != [_version(x) for x in self.tensors]

@@ -158,3 +158,32 @@ def test_unchanged_weights_are_never_taken_for_changed(dtype: torch.dtype) -> No
         logits = model.lm_head(torch.randn(150, D, dtype=dtype))
         F.cross_entropy(logits, torch.randint(211, (150,))).backward()
         assert logits.isnan().any()
+
+
+def below_torch_functions(logits: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return logits * 1
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda logits: logits.argmax(-1),
+        lambda logits: F.cross_entropy(logits, torch.zeros(150, dtype=torch.long)),
+        below_torch_functions,
+    ],
+    ids=["values", "loss", "below torch functions"],
+)
+@pytest.mark.parametrize("what", ["weight", "hidden", "bias"])
+@pytest.mark.parametrize("size", CLASSES)
+def test_freed_memory_is_not_read(size: str, what: str, ask: Callable[[Tensor], Tensor]) -> None:
+    """As FSDP frees it, which no version counts. Seen here: a segmentation fault."""
+    model = nn.Module()
+    model.lm_head = nn.Linear(D, CLASSES[size])
+    masked_loss.fuse_linear_loss(model)
+    hidden = torch.randn(150, D)
+    logits = model.lm_head(hidden)
+    freed = hidden if what == "hidden" else getattr(model.lm_head, what)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="were freed before the logits"):
+        ask(logits)
