@@ -155,14 +155,14 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
     pair = Pair(student, Head(*of_teacher), own, others)
     given = {**dict(zip(INPUTS, inputs, strict=True)), "reduction": how.reduction}
     _check(SimpleNamespace(**given, **how.divergence._asdict(), **how.chunking._asdict()))
-    like = hidden[..., :1]
     tokens, groups = ops.divergence_weigh.default(
-        like, mask, normalizer, cu_seqlens, how.reduction, how.divergence.shift, how.stats
+        hidden, mask, normalizer, cu_seqlens, how.reduction, how.divergence.shift, how.stats
     )
     tables.clear_results(tokens)
     unit = unit_of(hidden, tokens, groups, None) if any(how.needs) else None
     gradients = _run(pair, tokens, groups, unit, how, forward=True)
-    loss, _ = ops.reduce.default(tokens, groups, like[..., 0], False, how.reduction)
+    like = tables.weights(tokens).view(hidden.shape[:-1])
+    loss, _ = ops.reduce.default(tokens, groups, like, False, how.reduction)
     unit = tokens.new_ones(()) if unit is None else unit
     return loss, statistics_of(tokens, how.stats), tokens, groups, unit, *gradients
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from samples import REDUCTIONS
 from torch import Tensor
 
@@ -106,7 +107,76 @@ def test_linear_cross_entropy(reduction: str, dims: int) -> None:
             torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (0, 3, 5), (2, 0, 4, 5), (2, 3, 0, 5)])
+EMPTY = [(0, 5), (2, 0, 5), (0, 3, 5), (2, 0, 4, 5), (2, 3, 0, 5)]
+
+
+@pytest.mark.parametrize("shape", EMPTY)
+def test_empty_of_every_other_function(shape: tuple[int, ...]) -> None:
+    """Log-probabilities, divergences, moments: nothing, or 0, and gradients of 0."""
+    tokens = shape[:-1]
+    target, mask = torch.zeros(tokens, dtype=torch.long), torch.ones(tokens)
+    for order in permutations(range(len(shape))):
+        lies = [shape[d] for d in order]
+        x = torch.randn(lies).permute(*(order.index(d) for d in range(len(shape)))).requires_grad_()
+        head = torch.randn(3, 5, requires_grad=True)
+        results = [
+            *masked_loss.token_log_probs(x, target, mask, return_entropy=True),
+            masked_loss.token_log_probs(x, target[..., None].expand(*tokens, 2)),
+            *masked_loss.linear_token_log_probs(x, head, target, mask, return_entropy=True),
+            *masked_loss.masked_moments(x),
+            masked_loss.masked_whiten(x),
+            masked_reduce(x[..., 0], mask, reduction="sum", dim=-1),
+            masked_loss.global_normalizer(target, mask),
+        ]
+        for reduction in REDUCTIONS:
+            y = x.detach()
+            results += [
+                masked_loss.masked_divergence(x, y, mask, reduction=reduction),
+                masked_loss.linear_divergence(x, head, y, head.detach(), mask, reduction=reduction),
+                masked_loss.topk_divergence(x, y, mask, reduction=reduction),
+            ]
+        assert not any(result.any() for result in results)
+        total = torch.stack([result.sum() for result in results]).sum()
+        of_x, of_head = torch.autograd.grad(total, (x, head))
+        assert of_x.shape == shape
+        assert not of_head.any()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_heads_without_width(reduction: str) -> None:
+    """Their logits are the bias: a product over nothing is 0."""
+    hidden, weight = torch.randn(2, 3, 0, requires_grad=True), torch.randn(5, 0, requires_grad=True)
+    bias, teacher = (torch.randn(5, requires_grad=True) for _ in range(2))
+    target, mask = torch.arange(6).view(2, 3) % 5, half_masked(torch.Size((2, 3)))
+    of_teacher = {"teacher_hidden": hidden.detach(), "teacher_weight": weight.detach()}
+    logits = F.linear(hidden, weight, bias)
+    dense = F.linear(hidden, weight, teacher).detach()
+    for ours, theirs in (
+        (
+            linear_cross_entropy(hidden, weight, target, mask, bias=bias, reduction=reduction),
+            masked_cross_entropy(logits, target, mask, reduction=reduction),
+        ),
+        (
+            masked_loss.linear_divergence(
+                hidden, weight, **of_teacher, mask=mask, bias=bias, teacher_bias=teacher.detach(),
+                reduction=reduction,
+            ),
+            masked_loss.masked_divergence(logits, dense, mask, reduction=reduction),
+        ),
+        (
+            masked_loss.linear_token_log_probs(hidden, weight, target, mask, bias=bias),
+            masked_loss.token_log_probs(logits, target, mask),
+        ),
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, theirs)
+        inputs = (hidden, weight, bias)
+        of_ours, of_theirs = (
+            torch.autograd.grad(x.sum(), inputs, retain_graph=True) for x in (ours, theirs)
+        )
+        torch.testing.assert_close(of_ours, of_theirs)
+
+
+@pytest.mark.parametrize("shape", EMPTY)
 def test_empty_in_every_other_form(shape: tuple[int, ...]) -> None:
     """Modules, statistics, in-place gradients, means, compiled graphs, operators."""
     tokens = shape[:-1]
