@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from masked_loss._op import jagged
-from masked_loss._op.arguments import is_distributed, require_mask, require_tensors
+from masked_loss._op.arguments import (
+    is_distributed,
+    name_of,
+    require_bool,
+    require_mask,
+    require_tensors,
+)
+from masked_loss._op.checks import INTEGERS, UNSIGNED
 from masked_loss.reduce import reduced
 
 __all__ = ["global_normalizer"]
 
 _WHO = "global_normalizer"
+_NAMES = {"values": "target"}
 
 
 def global_normalizer(
@@ -67,7 +75,7 @@ def global_normalizer(
         A 0-dim float64 tensor on the device of target; a replicated DTensor if target is one.
 
     Raises:
-        TypeError: target or mask is not a tensor, or mask is complex.
+        TypeError: target or mask is not a tensor, or has a dtype that is not offered.
         ValueError: shapes that do not fit; an unknown count; a group that this rank is not in.
 
     Source: https://github.com/masked-loss/masked_loss/blob/main/masked_loss/distributed.py
@@ -83,7 +91,11 @@ def global_normalizer(
     """
     if count not in ("tokens", "sequences"):
         raise ValueError(f'{_WHO}: count must be "tokens" or "sequences", got {count!r}')
-    targets = [target] if isinstance(target, Tensor) else list(target)
+    require_bool(_WHO, shift=shift)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        name = type(ignore_index).__name__
+        raise TypeError(f"{_WHO}: ignore_index must be int, got {name}")
+    targets = _list("target", target)
     masks, bounds = (
         _each(what, x, targets) for what, x in (("mask", mask), ("cu_seqlens", cu_seqlens))
     )
@@ -115,13 +127,22 @@ def _each(
     """One for each micro-batch."""
     if x is None:
         return [None] * len(targets)
-    each: list[Tensor | None] = [x] if isinstance(x, Tensor) else list(x)
+    each = _list(what, x)
     if len(each) != len(targets):
         raise ValueError(
             f"{_WHO}: target and {what} must be sequences of one length, "
             f"got {len(targets)} and {len(each)}"
         )
     return each
+
+
+def _list(what: str, x: Any) -> list[Any]:
+    if isinstance(x, Tensor):
+        return [x]
+    if not isinstance(x, Iterable):
+        name = type(x).__name__
+        raise TypeError(f"{_WHO}: {what} must be a tensor or a sequence of them, got {name}")
+    return list(x)
 
 
 @torch.no_grad()
@@ -138,6 +159,8 @@ def _count(
     if is_distributed(target) or is_distributed(mask):
         return _count_whole(locals())
     require_tensors(_WHO, {"target": target}, {"mask": mask, "cu_seqlens": cu_seqlens})
+    if target.dtype not in (*INTEGERS, *UNSIGNED):
+        raise TypeError(f"{_WHO}: target must be integer class indices, got {name_of(target)}")
     require_mask(_WHO, mask, target.shape, target)
     if target.dim() == 0 and (shift or count == "sequences"):
         what = "shift" if shift else 'count="sequences"'
@@ -146,7 +169,7 @@ def _count(
     # where, not a product: the mask of an ignored token may be anything
     weight = active.double() if mask is None else torch.where(active, mask, 0).double()
     if cu_seqlens is not None:  # behind the last sequence there is no weight
-        weight = reduced(_WHO, weight, None, "none", None, None, cu_seqlens)
+        weight = reduced(_WHO, weight, None, "none", None, None, cu_seqlens, _NAMES)
     if shift:
         weight[..., :1] = 0
     if shift and cu_seqlens is not None:  # one place more, for sequences that are empty at the end
@@ -158,7 +181,7 @@ def _count(
     active = weight != 0
     if cu_seqlens is None:
         return active.any(dim=-1).sum().double()
-    each = reduced(_WHO, active.double(), None, "sum", None, -1, cu_seqlens)
+    each = reduced(_WHO, active.double(), None, "sum", None, -1, cu_seqlens, _NAMES)
     return (each > 0).sum().double()
 
 

@@ -16,6 +16,7 @@ from masked_loss._op.arguments import (
     require_constant,
     require_tensor,
     require_tensors,
+    reshape_hint,
     temperatures_of,
 )
 from masked_loss._op.cross_entropy import cross_entropy as _plain
@@ -262,7 +263,7 @@ def cross_entropy(
         if input.dim() == 0 or list(target.shape) != expected:
             raise ValueError(
                 f"{who}: target must have shape {expected} for input {list(input.shape)}, "
-                f"got {list(target.shape)}{_dropin_hint(input, target)}"
+                f"got {list(target.shape)}{_dropin_hint(input, target, expected)}"
             )
         if target.dtype == torch.uint8:  # PyTorch takes these too
             target = target.long()
@@ -273,7 +274,7 @@ def cross_entropy(
     return loss
 
 
-def _dropin_hint(input: Tensor, target: Tensor) -> str:
+def _dropin_hint(input: Tensor, target: Tensor, expected: list[int]) -> str:
     if target.shape == input.shape:
         return ": of one-hot targets the class indices are target.argmax(1)"
     if input.dim() > 2 and target.shape == input.shape[:-1]:
@@ -281,4 +282,4 @@ def _dropin_hint(input: Tensor, target: Tensor) -> str:
             ": the classes are dimension 1 of input, as in PyTorch; masked_cross_entropy takes "
             "logits [..., V] as they are"
         )
-    return ""
+    return reshape_hint("target", target, expected)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from masked_loss._op.arguments import require_constant
+from masked_loss._op.arguments import require_bool, require_constant, require_number
 from masked_loss._op.overrides import is_overridden, override
 from masked_loss.reduce import reduced, rounded, weighed
 
@@ -145,7 +145,9 @@ def masked_whiten(
         return override(masked_whiten, locals())
     who = "masked_whiten"
     require_constant(who, "cu_seqlens", cu_seqlens)
+    require_bool(who, shift_mean=shift_mean)
     x, weight = weighed(who, values, mask, cu_seqlens)
+    require_number(who, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{who}: eps must be at least 0, got {eps}")
     # detach(), and not no_grad(): that would leave them their tangents in forward mode.
@@ -164,6 +166,7 @@ def _moments(
     group: Group,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    require_number(who, "correction", correction)
     if not correction >= 0:
         raise ValueError(f"{who}: correction must be at least 0, got {correction}")
     if cu_seqlens is None:

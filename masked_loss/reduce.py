@@ -9,10 +9,12 @@ from torch import Tensor
 from masked_loss._op.arguments import (
     divisor_of,
     require_constant,
+    require_device,
     require_floating,
     require_mask,
     require_tensors,
 )
+from masked_loss._op.checks import Names
 from masked_loss._op.overrides import is_overridden, override
 from masked_loss._op.reduce import masked_reduce as _masked_reduce
 from masked_loss.errors import ReducedLossError
@@ -101,7 +103,9 @@ def reduced(
     normalizer: float | Tensor | None,
     dim: int | tuple[int, ...] | None = None,
     cu_seqlens: Tensor | None = None,
+    names: Names | None = None,
 ) -> Tensor:
+    """``names``: what the function ``who`` calls the arguments."""
     require_tensors(who, {"values": values}, {"mask": mask})
     if mask is not None and values.dim() == 0 and mask.dim() > 0:
         raise ReducedLossError(
@@ -116,7 +120,7 @@ def reduced(
     if dim not in (None, -1):
         raise ValueError(f"{who}: dim must be -1 with cu_seqlens, got {dim}")
     inputs, meaning = (values, mask, divisor, cu_seqlens), Meaning(reduction)
-    return _masked_reduce(who, inputs, meaning, {}, per_sequence=dim is not None)[0]
+    return _masked_reduce(who, inputs, meaning, names or {}, per_sequence=dim is not None)[0]
 
 
 def _along(
@@ -133,6 +137,10 @@ def _along(
     x, weight = weighed(who, values, mask)
     total = (weight * x).sum(dim)
     if normalizer is not None:
+        if normalizer.dim():
+            wanted = "normalizer must be a number or a 0-dim tensor"
+            raise ValueError(f"{who}: {wanted}, got shape {list(normalizer.shape)}")
+        require_device(who, "normalizer", normalizer, values)
         denominator = normalizer.double()
     else:
         denominator = weight.sum(dim) if reduction == "mean" else torch.ones_like(total)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from masked_loss._op.arguments import (
+    require_bool,
     require_constant,
+    require_device,
     require_floating,
     require_kind,
     require_mask,
@@ -95,10 +97,13 @@ def topk_divergence(
             f"{who}: log_probs and teacher_log_probs must have the same shape [..., K], "
             f"got {list(log_probs.shape)} and {list(teacher_log_probs.shape)}"
         )
+    require_device(who, "teacher_log_probs", teacher_log_probs, log_probs)
     require_mask(who, mask, log_probs.shape[:-1], log_probs)
+    require_bool(who, tail=tail)
     require_kind(who, kind, beta)
     values = _values(log_probs, teacher_log_probs, mask, kind, beta, tail)
-    loss = reduced(who, values, mask, reduction, normalizer, None, cu_seqlens)
+    names = {"values": "log_probs"}
+    loss = reduced(who, values, mask, reduction, normalizer, None, cu_seqlens, names)
     return rounded(loss, log_probs)
 
 

@@ -67,6 +67,12 @@ BAD_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("temperature", torch.ones(3), ValueError, "temperature must be a number or broadcast to"),
     (
         "temperature",
+        torch.ones((), dtype=torch.complex64),
+        TypeError,
+        "temperature must be real, got complex64",
+    ),
+    (
+        "temperature",
         torch.ones((), requires_grad=True),
         ValueError,
         "temperature is not differentiable, got one that requires grad",

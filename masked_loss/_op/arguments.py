@@ -11,6 +11,7 @@ import builtins
 import math
 import numbers
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,22 +47,35 @@ def typed_error(
 def _hint(text: str, tensors: dict[str, Tensor | None]) -> str:
     """What to do about a shape that a known mistake explains."""
     target, mask = tensors.get("target"), tensors.get("mask")
-    values = tensors.get("logits", tensors.get("values"))
+    values, logits = tensors.get("values"), tensors.get("logits")
     hidden, weight = tensors.get("hidden"), tensors.get("weight")
-    if hidden is not None and weight is not None:  # their logits' shape
-        values = hidden.new_empty((), device="meta").expand(*hidden.shape[:-1], weight.shape[0])
+    tokens, classes = torch.Size(), torch.Size()
+    if logits is not None:
+        tokens, classes = logits.shape[:-1], logits.shape[-1:]
+    elif hidden is not None and weight is not None:
+        tokens, classes = hidden.shape[:-1], weight.shape[:1]
+    elif values is not None:
+        tokens = values.shape
     if text.startswith("mask must have shape") and mask is not None:
-        like = target if target is not None else values
-        if like is not None and mask.shape == (*like.shape, 1):
-            return ": the weight of each token, without a dimension for classes: mask.squeeze(-1)"
-        if like is not None and mask.numel() == like.numel():
-            return f": flattened as the rest is: mask.reshape({list(like.shape)})"
-    if text.startswith("target must have shape") and target is not None and values is not None:
-        if target.shape == values.shape:
+        return mask_hint(mask, tokens)
+    if text.startswith("target must have shape") and target is not None:
+        if target.shape == (*tokens, *classes):
             return ": of one-hot rows the class indices are target.argmax(-1)"
-        if target.numel() == values.shape[:-1].numel():
-            return f": flattened as the rest is: target.reshape({list(values.shape[:-1])})"
+        return reshape_hint("target", target, tokens)
     return ""
+
+
+def mask_hint(mask: Tensor, tokens: torch.Size) -> str:
+    if mask.shape == (*tokens, 1):
+        return ": the weight of each token, without a dimension for classes: mask.squeeze(-1)"
+    return reshape_hint("mask", mask, tokens)
+
+
+def reshape_hint(what: str, x: Tensor, tokens: Sequence[int]) -> str:
+    """Not of as many dimensions: those of a transposed one are in another order."""
+    if x.dim() == len(tokens) or x.numel() != math.prod(tokens):
+        return ""
+    return f": flattened as the rest is: {what}.reshape({list(tokens)})"
 
 
 def require_local(who: str, **tensors: Any) -> None:
@@ -108,9 +122,14 @@ def require_mask(who: str, mask: Tensor | None, shape: torch.Size, like: Tensor)
     if mask.is_complex():
         raise TypeError(f"{who}: mask must be bool, integer or floating, got {name_of(mask)}")
     if mask.shape != shape:
-        raise ValueError(f"{who}: mask must have shape {list(shape)}, got {list(mask.shape)}")
-    if mask.device != like.device:
-        raise ValueError(f"{who}: mask must be on the device {like.device}, got {mask.device}")
+        text = f"mask must have shape {list(shape)}, got {list(mask.shape)}"
+        raise ValueError(f"{who}: {text}{mask_hint(mask, shape)}")
+    require_device(who, "mask", mask, like)
+
+
+def require_device(who: str, what: str, value: Tensor, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{who}: {what} must be on the device {like.device}, got {value.device}")
 
 
 def require_kind(who: str, kind: str, beta: float) -> None:
@@ -134,6 +153,11 @@ def require_bool(who: str, **values: Any) -> None:
     for what, value in values.items():
         if value is not True and value is not False:
             raise TypeError(f"{who}: {what} must be True or False, got {value!r}")
+
+
+def require_number(who: str, what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{who}: {what} must be a number, got {type(value).__name__}")
 
 
 def require_dtype(who: str, what: str, value: Any) -> None:
@@ -164,16 +188,16 @@ def temperatures_of(
         return value, None
     if isinstance(value, Tensor):
         require_constant(who, what, value)
-        try:
-            fits = torch.broadcast_shapes(value.shape, tokens) == tokens
-        except RuntimeError:
-            fits = False
-        if not fits:
+        if value.is_complex():
+            raise TypeError(f"{who}: {what} must be real, got {name_of(value)}")
+        pairs = zip(reversed(value.shape), reversed(tokens), strict=False)
+        if value.dim() > len(tokens) or any(n not in (1, size) for n, size in pairs):
             raise ValueError(
                 f"{who}: {what} must be a number or broadcast to {list(tokens)}, "
                 f"got {list(value.shape)}"
             )
-        return 1.0, value.to(like.device, loss_dtype(like)).expand(tokens)
+        require_device(who, what, value, like)
+        return 1.0, value.to(loss_dtype(like)).expand(tokens)
     number: object = value
     if not isinstance(number, numbers.Real):  # numpy's too
         raise TypeError(f"{who}: {what} must be a number or a tensor, got {type(number).__name__}")

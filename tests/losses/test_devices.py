@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -136,24 +137,71 @@ def test_every_tensor_of_every_operator(name: str) -> None:
             assert rest in got, (key, got)
 
 
+# What the functions take, by their own names.
+ARGUMENTS = TENSORS | {
+    "temperature": TENSORS["temperatures"],
+    "teacher_temperature": TENSORS["temperatures"],
+    "log_probs": TENSORS["logits"].log_softmax(-1),
+    "teacher_log_probs": TENSORS["teacher_logits"].log_softmax(-1),
+    "input": TENSORS["logits"].movedim(-1, 1),
+}
+FUNCTIONS = {
+    "masked_cross_entropy": ("logits", "target", "class_weight", "normalizer", "temperature"),
+    "linear_cross_entropy": (
+        "hidden", "weight", "bias", "target", "class_weight", "normalizer", "temperature",
+    ),
+    "token_log_probs": ("logits", "target", "temperature"),
+    "linear_token_log_probs": ("hidden", "weight", "bias", "target", "temperature"),
+    "masked_divergence": (
+        "logits", "teacher_logits", "normalizer", "temperature", "teacher_temperature",
+    ),
+    "linear_divergence": (
+        "hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias",
+        "normalizer", "temperature", "teacher_temperature",
+    ),
+    "topk_divergence": ("log_probs", "teacher_log_probs", "normalizer"),
+    "masked_reduce": ("values", "normalizer"),
+    "masked_moments": ("values",),
+    "masked_whiten": ("values",),
+    "global_normalizer": ("target",),
+}  # fmt: skip
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
+    name: (
+        getattr(masked_loss, name),
+        {key: ARGUMENTS[key] for key in (*keys, "mask", "cu_seqlens")},
+    )
+    for name, keys in FUNCTIONS.items()
+}
+CALLS["masked_mean"] = (masked_loss.masked_mean, {k: TENSORS[k] for k in ("values", "mask")})
+CALLS["masked_reduce, dim"] = (
+    partial(masked_loss.masked_reduce, dim=-1),
+    {key: TENSORS[key] for key in ("values", "mask", "normalizer")},
+)
+CALLS["cross_entropy"] = (
+    masked_loss.cross_entropy,
+    {key: ARGUMENTS[key] for key in ("input", "target", "mask")}
+    | {"weight": TENSORS["class_weight"]},
+)
+
+
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("key", ["target", "mask", "normalizer", "class_weight"])
-def test_what_a_user_sees(key: str, requires_grad: bool) -> None:
-    x = {key: TENSORS[key] for key in ("logits", "target", "mask", "normalizer", "class_weight")}
-    x["logits"] = x["logits"].clone().requires_grad_(requires_grad)
-    for device, call in (("meta", x | {key: x[key].to("meta")}), ("cpu", on_meta_but(x, key))):
-        with pytest.raises(ValueError, match=f"masked_cross_entropy: {key} .* logits, .* {device}"):
-            masked_loss.masked_cross_entropy(**call)
-
-
-def on_meta_but(x: dict[str, Tensor], key: str) -> dict[str, Tensor]:
-    return {name: t if name == key else t.to("meta") for name, t in x.items()}
-
-
-@pytest.mark.parametrize("key", ["weight", "bias", "target", "mask", "normalizer", "class_weight"])
-def test_what_a_user_of_the_linear_form_sees(key: str) -> None:
-    keys = ("hidden", "weight", "bias", "target", "mask", "normalizer", "class_weight")
-    x = {key: TENSORS[key] for key in keys}
-    for device, call in (("meta", x | {key: x[key].to("meta")}), ("cpu", on_meta_but(x, key))):
-        with pytest.raises(ValueError, match=f"linear_cross_entropy: {key} .* hidden, .* {device}"):
-            masked_loss.linear_cross_entropy(**call)
+@pytest.mark.parametrize("name", CALLS)
+def test_every_tensor_of_every_function(name: str, requires_grad: bool) -> None:
+    """In words of the function's own."""
+    function, given = CALLS[name]
+    first = next(iter(given))
+    if requires_grad and given[first].is_floating_point():
+        given = given | {first: given[first].clone().requires_grad_()}
+    function(**given)
+    on_meta = {key: x.detach().to("meta") for key, x in given.items()}
+    function(**on_meta)
+    for key in given:
+        for call in (given | {key: on_meta[key]}, on_meta | {key: given[key]}):
+            with pytest.raises(ValueError, match="must be on the device") as error:
+                function(**call)
+            who, text = str(error.value).split(": ")
+            said, _, _ = text.partition(" ")
+            assert who == name.partition(",")[0]
+            assert said in given, (key, text)
+            assert key == first or said == key, (key, text)
+            assert all(device in text for device in ("cpu", "meta")), (key, text)

@@ -355,6 +355,12 @@ def test_errors_say_what_was_expected() -> None:
         global_normalizer(target, torch.ones(2, 3, device="meta"))
     with pytest.raises(TypeError, match=r"global_normalizer: mask must be a tensor, got int"):
         global_normalizer(target, [1])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="mask must be a tensor or a sequence of them, got int"):
+        global_normalizer(target, 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="target must be integer class indices, got float32"):
+        global_normalizer(target.float())  # probabilities, whose count would be another one
+    with pytest.raises(TypeError, match="ignore_index must be int, got float"):
+        global_normalizer(target, ignore_index=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sequences of one length"):
         global_normalizer([target], [None, None])
     with pytest.raises(ValueError, match="dimension for time"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -119,15 +120,44 @@ def test_the_slope_of_a_softcap_has_all_its_digits(loss: str, dtype: torch.dtype
     assert ((gradient - truth).abs() <= roundings * truth.abs() + smallest).all()
 
 
+GOOD: dict[Callable[..., Any], tuple[Tensor, ...]] = {
+    masked_cross_entropy: (LOGITS, TARGET),
+    linear_cross_entropy: (HIDDEN, WEIGHT, TARGET),
+    masked_loss.token_log_probs: (LOGITS, TARGET),
+    masked_loss.linear_token_log_probs: (HIDDEN, WEIGHT, TARGET),
+    masked_loss.masked_divergence: (LOGITS, LOGITS),
+    masked_loss.linear_divergence: (HIDDEN, WEIGHT, HIDDEN, WEIGHT),
+    masked_loss.topk_divergence: (LOGITS - 2, LOGITS - 2),
+    masked_loss.masked_whiten: (LOGITS,),
+    masked_loss.global_normalizer: (TARGET,),
+}
+SWITCHES = [
+    (function, name)
+    for function in GOOD
+    for name, parameter in inspect.signature(function).parameters.items()
+    if isinstance(parameter.default, bool)
+]
+
+
+def test_every_switch_is_known() -> None:
+    public = (getattr(masked_loss, name) for name in masked_loss.__all__)
+    functions = [x for x in public if inspect.isfunction(x)]
+    switched = {
+        x
+        for x in functions
+        if any(isinstance(p.default, bool) for p in inspect.signature(x).parameters.values())
+    }
+    assert switched == set(GOOD)
+
+
 @pytest.mark.parametrize("value", [2, 1, 0, "yes", None])
-@pytest.mark.parametrize("name", ["shift", "inplace_backward", "return_stats"])
-def test_a_bool_is_a_bool(name: str, value: Any) -> None:
-    calls: list[Callable[..., Any]] = [lambda **k: masked_cross_entropy(LOGITS, TARGET, **k)]
-    if name != "inplace_backward":
-        calls.append(lambda **k: linear_cross_entropy(HIDDEN, WEIGHT, TARGET, **k))
-    for call in calls:
-        with pytest.raises(TypeError, match=f"{name} must be True or False, got {value!r}"):
-            call(**{name: value})
+@pytest.mark.parametrize(
+    ("function", "name"), SWITCHES, ids=[f"{f.__name__}-{name}" for f, name in SWITCHES]
+)
+def test_a_bool_is_a_bool(function: Callable[..., Any], name: str, value: Any) -> None:
+    text = f"{function.__name__}: {name} must be True or False, got {value!r}"
+    with pytest.raises(TypeError, match=text):
+        function(*GOOD[function], **{name: value})
 
 
 HINTS: list[tuple[Callable[[], Any], str]] = [
@@ -151,6 +181,19 @@ HINTS: list[tuple[Callable[[], Any], str]] = [
         lambda: linear_cross_entropy(HIDDEN, WEIGHT, TARGET, torch.ones(2, 3, 1)),
         r"mask\.squeeze\(-1\)",
     ),
+    (lambda: cross_entropy(LOGITS.view(-1, 5), TARGET), r"target\.reshape\(\[6\]\)"),
+    (
+        lambda: linear_cross_entropy(HIDDEN, WEIGHT, TARGET.new_zeros(2, 3, 5)),
+        r"target\.argmax\(-1\)",
+    ),
+]
+# By whom it is checked: operators, and functions that have none.
+MASKED: list[tuple[Callable[..., Any], tuple[Tensor, ...], dict[str, Any]]] = [
+    *((function, args, {}) for function, args in GOOD.items()),
+    (masked_reduce, (LOGITS[..., 0],), {}),
+    (masked_reduce, (LOGITS[..., 0],), {"dim": -1}),
+    (masked_loss.masked_mean, (LOGITS[..., 0],), {}),
+    (masked_loss.masked_moments, (LOGITS[..., 0],), {}),
 ]
 
 
@@ -158,6 +201,39 @@ HINTS: list[tuple[Callable[[], Any], str]] = [
 def test_known_mistakes_get_a_hint(call: Callable[[], Any], hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
         call()
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "options"), MASKED, ids=[f"{f.__name__}-{o}" for f, _, o in MASKED]
+)
+def test_masks_get_a_hint_from_every_function(
+    function: Callable[..., Any], args: tuple[Tensor, ...], options: dict[str, Any]
+) -> None:
+    tokens = (2, 3, 5) if function is masked_loss.masked_whiten else (2, 3)
+    for mask, hint in (
+        (torch.ones(*tokens, 1), r": the weight of each token, .*: mask\.squeeze\(-1\)$"),
+        (
+            torch.ones(tokens).flatten(),
+            rf": flattened .*: mask\.reshape\(\[{str(tokens)[1:-1]}\]\)$",
+        ),
+        # Of a transposed one to reshape it would be the wrong advice.
+        (torch.ones(tokens[::-1]), rf"got \[{str(tokens[::-1])[1:-1]}\]$"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^{function.__name__}: mask must have shape .*{hint}"
+        ):
+            function(*args, mask=mask, **options)
+
+
+def test_a_head_that_is_no_matrix_is_told_so() -> None:
+    """And not by an index that is out of range, from the search for a hint."""
+    for function, *args in (
+        (linear_cross_entropy, TARGET),
+        (masked_loss.linear_token_log_probs, TARGET),
+        (masked_loss.linear_divergence, HIDDEN, WEIGHT),
+    ):
+        with pytest.raises(ValueError, match=r"weight must have shape \[V, 4\], got \[\]"):
+            function(HIDDEN, torch.tensor(1.0), *args)
 
 
 def test_errors_name_what_was_passed() -> None:
@@ -168,6 +244,11 @@ def test_errors_name_what_was_passed() -> None:
         cross_entropy(input, target, weight=torch.ones(4))
     with pytest.raises(TypeError, match=r"accumulation_dtype must be a torch.dtype, got 'float32'"):
         linear_cross_entropy(HIDDEN, WEIGHT, TARGET, accumulation_dtype="float32")  # type: ignore[call-overload]
+    bounds = torch.zeros(0, dtype=torch.long)
+    with pytest.raises(ValueError, match="normalizer must be on the device of log_probs"):
+        masked_loss.topk_divergence(input - 2, input - 2, normalizer=torch.ones((), device="meta"))
+    with pytest.raises(ValueError, match="cu_seqlens must be on the device of target"):
+        masked_loss.global_normalizer(target, cu_seqlens=bounds.to("meta"))
 
 
 X, T, H, W = torch.zeros(4, 5), torch.zeros(4).long(), torch.zeros(4, 3), torch.zeros(5, 3)
@@ -182,6 +263,7 @@ IN_A_GRAPH: list[tuple[Callable[[], Any], str]] = [
     (lambda: linear_cross_entropy(H, W, T, BAD), "linear_cross_entropy: mask must"),
     (lambda: linear_cross_entropy(H, X, T), "linear_cross_entropy: weight must"),
     (lambda: masked_loss.token_log_probs(X, T, BAD), "token_log_probs: mask must"),
+    (lambda: masked_cross_entropy(X, T, temperature=X[0]), "masked_cross_entropy: temperature mu"),
     (lambda: masked_loss.linear_token_log_probs(H, W, T, BAD), "linear_token_log_probs: mask must"),
     (lambda: masked_loss.masked_divergence(X, X, BAD), "masked_divergence: mask must"),
     (lambda: masked_loss.linear_divergence(H, W, H, W, BAD), "linear_divergence: mask must"),

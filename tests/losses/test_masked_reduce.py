@@ -174,6 +174,8 @@ def test_dimensions_of_a_reduction_that_has_none() -> None:
     for reduction in ("none", "sequence_mean"):
         with pytest.raises(ValueError, match=r"masked_reduce: dim needs reduction .*, got"):
             masked_reduce(values, reduction=reduction, dim=-1)
+    with pytest.raises(ValueError, match=r"masked_reduce: normalizer must .* got shape \[2\]"):
+        masked_reduce(values, normalizer=torch.ones(2), dim=-1)
     with pytest.raises(IndexError, match="Dimension out of range"):
         masked_reduce(values, dim=2)
     with pytest.raises(ValueError, match=r"masked_reduce: mask must have shape \[2, 3\]"):

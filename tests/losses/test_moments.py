@@ -151,6 +151,9 @@ def test_errors(function) -> None:
         function(values, values[0])
     with pytest.raises(ValueError, match=f"{who}: correction must be at least 0, got -1"):
         function(values, correction=-1)
+    for option in ("correction", "eps"):
+        with pytest.raises(TypeError, match=f"masked_whiten: {option} must be a number, got str"):
+            masked_whiten(values, **{option: "1"})
     with pytest.raises(ValueError, match="masked_whiten: eps must be at least 0, got -1"):
         masked_whiten(values, eps=-1)
     with pytest.raises(IndexError, match="Dimension out of range"):
