@@ -108,9 +108,11 @@ def cuda_to_build_with() -> Path | None:
 
 def arch_flags() -> list[str]:
     """-gencode for each architecture of a list such as "8.0 9.0a 12.0+PTX"."""
-    release = os.environ.get("MASKED_LOSS_CUDA_RELEASE", "0") == "1"
+    release = os.environ.get("MASKED_LOSS_CUDA_RELEASE", "0")
+    if release not in ("0", "1"):
+        raise SystemExit(f"setup.py: MASKED_LOSS_CUDA_RELEASE must be 1 or 0, got {release!r}")
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    archs = archs or (RELEASE_ARCHS if release else DEFAULT_ARCHS)
+    archs = archs or (RELEASE_ARCHS if release == "1" else DEFAULT_ARCHS)
     flags = []
     for arch in re.findall(r"[^\s;,]+", archs):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)

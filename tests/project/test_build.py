@@ -124,6 +124,12 @@ def test_architectures_of_a_release(setup_py, monkeypatch):
     assert found == [*(f"sm_{arch}" for arch in archs), "compute_120"]
 
 
+def test_a_release_is_wanted_or_not(setup_py, monkeypatch):
+    monkeypatch.setenv("MASKED_LOSS_CUDA_RELEASE", "true")
+    with pytest.raises(SystemExit, match="MASKED_LOSS_CUDA_RELEASE must be 1 or 0, got 'true'"):
+        setup_py["arch_flags"]()
+
+
 @pytest.mark.parametrize("archs", ["Hopper", "8.0 90", "8.0+ptx"])
 def test_architectures_that_are_no_numbers(archs, setup_py, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
