@@ -5,10 +5,18 @@
 // (masked_loss/_op/) are made. ML_PYTHON_OPERATORS have their kernels there too.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
+#include <stdexcept>
 #include <utility>
 
 #include "ops/check.h"
 #include "ops/ops.h"
+
+#if !defined(_WIN32)
+// PyTorch has it from 2.13 on. Bound weakly, it lets the same library load into an older one.
+extern "C" const char* torch_exception_get_what_without_backtrace();
+#pragma weak torch_exception_get_what_without_backtrace
+#endif
 
 #define ML_PUBLIC \
   "(Tensor logits, " ML_PUBLIC_INPUTS ", bool inplace_backward=False, " ML_OPTIONS ") -> "
@@ -191,14 +199,30 @@ const Tensor* tensor_of(const Number&) {
   return nullptr;
 }
 
+// The error that is being handled, in PyTorch's words if it is one of PyTorch's: its C functions
+// tell only that a call has failed. Where memory runs out, batch-size finders look for the words.
+[[noreturn]] void throw_in_words_of_torch([[maybe_unused]] const std::exception& error) {
+#if !defined(_WIN32)
+  const bool of_torch = std::strstr(error.what(), "API call failed") != nullptr;
+  if (of_torch && torch_exception_get_what_without_backtrace != nullptr) {
+    throw std::runtime_error(torch_exception_get_what_without_backtrace());
+  }
+#endif
+  throw;
+}
+
 // An operator as the dispatcher calls it, after the check that every operator has.
 template <auto function, class Schema>
 struct Checked;
 template <class Result, class... Args, Result (*function)(Args...), class Schema>
 struct Checked<function, Schema> {
   static Result call(Args... args) {
-    check::devices(Schema::text, {tensor_of(args)...});
-    return function(std::move(args)...);
+    try {
+      check::devices(Schema::text, {tensor_of(args)...});
+      return function(std::move(args)...);
+    } catch (const std::exception& error) {
+      throw_in_words_of_torch(error);
+    }
   }
 };
 template <auto function, class Schema>

@@ -37,6 +37,8 @@ def typed_error(
     if found := _SCHEMA.search(str(error)):
         name = names.get(found[2], found[2])
         return TypeError(f"{who}: {name} must be {found[1]}, got {found[3]}")
+    if "CUDA out of memory" in str(error):  # of what C++ allocates: as PyTorch raises it
+        return torch.OutOfMemoryError(str(error))
     try:
         require_local(who, **{names.get(name, name): x for name, x in tensors.items()})
     except ValueError as better:  # than "mixed torch.Tensor and DTensor", "no sharding strategy"

@@ -18,6 +18,7 @@ from torch import Tensor
 import masked_loss
 from masked_loss import cross_entropy, linear_cross_entropy, masked_cross_entropy, masked_reduce
 from masked_loss._op import memory
+from masked_loss._op.arguments import typed_error
 
 LOGITS, TARGET = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 HIDDEN, WEIGHT = torch.zeros(2, 3, 4), torch.zeros(5, 4)
@@ -326,6 +327,39 @@ def test_out_of_memory_is_pytorchs_error() -> None:
     pool = memory.Pool(1, keeps=True)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         pool.empty((1 << 46,), torch.zeros(1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
+def test_out_of_memory_of_an_operator_is_pytorchs_error() -> None:
+    """What C++ allocates: copies of logits without rows, tables of tokens. Seen here: "API call
+    failed at", and a line of PyTorch's."""
+    code = f"""
+import resource, torch, masked_loss
+x = torch.zeros(1, 2).expand(1 << 40, 2)
+resource.setrlimit(resource.RLIMIT_AS, ({8 << 30},) * 2)
+y = torch.zeros((), dtype=torch.int64).expand(1 << 40)
+for call in (
+    lambda: masked_loss.masked_cross_entropy(x[:, ::2], y),
+    lambda: torch.ops.masked_loss.cross_entropy(x, y),
+    lambda: masked_loss.token_log_probs(x, y),
+    lambda: masked_loss.masked_reduce(x[:, 0]),
+    lambda: masked_loss.masked_divergence(x, x),
+):
+    try:
+        call()
+    except RuntimeError as error:
+        assert "DefaultCPUAllocator: can't allocate memory" in str(error), error
+    else:
+        raise AssertionError("there was room")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_out_of_memory_on_cuda_keeps_its_type() -> None:
+    said = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    error = typed_error("masked_cross_entropy", said, {}, {})
+    assert type(error) is torch.OutOfMemoryError
+    assert error.args == said.args
 
 
 def test_kept_memory_can_be_given_back() -> None:
