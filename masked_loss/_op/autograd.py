@@ -53,12 +53,18 @@ def are_plain(*tensors: Tensor | None) -> bool:
 
 def is_traced(*tensors: Tensor | None) -> bool:
     """Whether a call is to be one node, of a graph or of a transform; not under modes that look on,
-    as torch.distributed's CommDebugMode does."""
+    as torch.distributed's CommDebugMode does.
+
+    So is one on meta, which has nothing to exchange, or on several devices: the operator says that.
+    """
     if torch.compiler.is_compiling() or transforms_are_active():
         return True
     if any(torch._C._get_dispatch_mode(key) is not None for key in _INFRA_MODES):
         return True
-    return any(x is not None and type(x) not in _PLAIN_TYPES for x in tensors)
+    given = [x for x in tensors if x is not None]
+    return any(
+        type(x) not in _PLAIN_TYPES or x.is_meta or x.device != given[0].device for x in given
+    )
 
 
 def keeps_graph() -> bool:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import masked_loss
 from masked_loss import VocabShard
 from masked_loss.vocab import require_vocab
 
@@ -47,9 +48,19 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     ((0, 4, 8), ValueError, "bounds of vocab must be 4, one more than its group has ranks, got 3"),
     ((1, 4, 8, 9), ValueError, r"bounds of vocab must ascend from 0, got \[1, 4, 8, 9\]"),
     ((0, 4, 3, 9), ValueError, r"bounds of vocab must ascend from 0, got \[0, 4, 3, 9\]"),
+    ((0, 4.0, 8, 9), TypeError, "every bound of vocab must be an int, got float"),
     ((0, 0, 0, 0), ValueError, "bounds of vocab must have at least one class"),
     ((0, 4, 8, 9), ValueError, r"logits must have 4 classes on rank 1 .* \[0, 4, 8, 9\]; got 5"),
 ]
+
+
+def test_numbers_are_integers(ranks: int) -> None:
+    for call in (
+        lambda: VocabShard.even(5.0),  # type: ignore[arg-type]
+        lambda: VocabShard.gather("5"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=r"VocabShard.\w+: \w+ must be an int, got"):
+            call()
 
 
 @pytest.mark.parametrize(("bounds", "error", "text"), BAD, ids=lambda x: str(x)[:20])
@@ -71,3 +82,37 @@ def test_errors_of_what_is_no_shard(ranks: int) -> None:
     others = dist.new_group([0, 2])
     with pytest.raises(ValueError, match="even: group must be one that this rank is in; rank 1"):
         VocabShard.even(5, others)
+
+
+Case = tuple[Callable[..., Any], dict[str, torch.Tensor]]
+TOKENS = {
+    "target": torch.zeros(2, 3, dtype=torch.long),
+    "mask": torch.ones(2, 3),
+    "temperature": torch.ones(2, 3),
+    "cu_seqlens": torch.tensor([0, 2, 6]),
+}
+HEAD = {"hidden": torch.randn(2, 3, 4), "weight": torch.randn(2, 4), "bias": torch.randn(2)}
+OF_A_LOSS = {"class_weight": torch.ones(6), "normalizer": torch.tensor(2.0)}
+CASES: list[Case] = [
+    (masked_loss.masked_cross_entropy, {"logits": torch.randn(2, 3, 2)} | TOKENS | OF_A_LOSS),
+    (masked_loss.token_log_probs, {"logits": torch.randn(2, 3, 2)} | TOKENS),
+    (masked_loss.linear_cross_entropy, HEAD | TOKENS | OF_A_LOSS),
+    (masked_loss.linear_token_log_probs, HEAD | TOKENS),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].__name__)
+def test_a_shard_on_meta_is_checked_and_exchanges_nothing(case: Case, ranks: int) -> None:
+    """Seen here: an error of CUDA's that was not there, and a mask of another shape taken."""
+    function, given = case
+    shard = VocabShard.even(6)
+    on_meta = {name: x.to("meta") for name, x in given.items()}
+    assert function(**on_meta, vocab=shard).is_meta
+    with pytest.raises(ValueError, match="mask must have shape"):
+        function(**on_meta | {"mask": on_meta["mask"][:, :2]}, vocab=shard)
+    first = next(iter(given))
+    for name in given:
+        for call in (given | {name: on_meta[name]}, on_meta | {name: given[name]}):
+            with pytest.raises(ValueError, match="must be on the device") as error:
+                function(**call, vocab=shard)
+            assert name == first or f"{function.__name__}: {name} must" in str(error.value)
