@@ -145,7 +145,7 @@ def token_log_probs(
         who,
         (logits, target, mask, cu_seqlens, per_token),
         Scoring(number, ignore_index, softcap, shift),
-        {"temperatures": "temperature"},
+        {},
         inplace_backward=inplace_backward,
         **shards,
     )

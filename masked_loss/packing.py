@@ -9,6 +9,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from masked_loss._op.arguments import require_local
+
 _WHO = "cu_seqlens"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -96,6 +98,7 @@ def _as_tensor(lengths: object) -> object:
 def _integers(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{_WHO}: {name} must be a tensor, got {type(x).__name__}")
+    require_local(_WHO, **{name: x})
     if x.is_nested:
         raise TypeError(
             f"{_WHO}: {name} must not be nested: the offsets() of a jagged tensor are its bounds"

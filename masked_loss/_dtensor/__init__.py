@@ -25,6 +25,7 @@ from masked_loss._dtensor.denominators import (
     weights,
 )
 from masked_loss._dtensor.layout import Arguments, Layout, added_up, localized, names, reduced_dims
+from masked_loss._op.arguments import speaking_for
 
 _MOMENTS = {"masked_moments", "masked_whiten"}
 _EACH_TOKEN = {"token_log_probs", "linear_token_log_probs", "masked_whiten"}
@@ -73,11 +74,13 @@ def _drop_in(a: Arguments) -> Tensor:
     input = a["input"]
     if a["target"].is_floating_point():
         raise ValueError("cross_entropy: class probabilities are not taken with DTensors, got them")
-    return masked_cross_entropy(
-        input.movedim(1, -1) if input.dim() > 2 else input, a["target"], a["mask"],
-        reduction=a["reduction"], ignore_index=a["ignore_index"], class_weight=a["weight"],
-        label_smoothing=a["label_smoothing"],
-    )  # fmt: skip
+    names_of = {"logits": "input", "class_weight": "weight"}
+    with speaking_for("cross_entropy", "masked_cross_entropy", names_of):
+        return masked_cross_entropy(
+            input.movedim(1, -1) if input.dim() > 2 else input, a["target"], a["mask"],
+            reduction=a["reduction"], ignore_index=a["ignore_index"], class_weight=a["weight"],
+            label_smoothing=a["label_smoothing"],
+        )  # fmt: skip
 
 
 def _distributed(results: Any, layout: Layout, dims: list[int], over: list[int]) -> Any:

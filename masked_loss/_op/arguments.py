@@ -11,7 +11,8 @@ import builtins
 import math
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ def typed_error(
     except ValueError as better:  # than "mixed torch.Tensor and DTensor", "no sharding strategy"
         return better
     return error
+
+
+@contextmanager
+def speaking_for(who: str, function: str, names: Names) -> Iterator[None]:
+    """Errors of ``function``, which ``who`` calls with its own arguments, in words of ``who``."""
+    try:
+        yield
+    except (IndexError, TypeError, ValueError) as error:
+        raise type(error)(renamed(str(error), {function: who, **names})) from None
 
 
 def _hint(text: str, tensors: dict[str, Tensor | None]) -> str:

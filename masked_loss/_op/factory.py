@@ -45,6 +45,10 @@ _CONSTANT = frozenset((
 """Inputs that have no gradient; a mask has one, or selects."""
 
 
+_NAMES = {"temperatures": "temperature", "teacher_temperatures": "teacher_temperature"}
+"""What every function calls these."""
+
+
 class Signature:
     """An operator's arguments by name."""
 
@@ -145,14 +149,14 @@ class Operator:
         if torch.compiler.is_compiling():
             named = dict(zip(self._inputs, inputs, strict=True))
             options = {name: getattr(meaning, name) for name in self._options}
-            speak_for(who, names)
+            speak_for(who, _NAMES | names)
             result = self._overload(**named, **options, **more)
             return result if isinstance(result, tuple) else (result,)
         try:
             return self._checked(inputs, meaning, **more)
         except RuntimeError as error:
             tensors = dict(zip(self._inputs, inputs, strict=True))
-            raise typed_error(who, error, names, tensors) from None
+            raise typed_error(who, error, _NAMES | names, tensors) from None
 
     def _checked(self, inputs: Inputs, meaning: Meaning, **more: Any) -> tuple[Tensor, ...]:
         if is_transformed():

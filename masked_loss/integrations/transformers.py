@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from masked_loss._op.arguments import speaking_for
 from masked_loss.functional import masked_cross_entropy
 from masked_loss.packing import cu_seqlens
 
@@ -121,15 +122,18 @@ def causal_lm_loss(
         logits, target, mask = _in_rows(logits, target, mask, options)
     if "cu_seqlens" not in options and (shift or options.get("reduction") == "sequence_mean"):
         options["cu_seqlens"] = _documents(target, kwargs)
-    loss: Tensor = masked_cross_entropy(
-        logits,
-        target,
-        mask if mask is None else mask.to(logits.device),
-        normalizer=normalizer,
-        ignore_index=ignore_index,
-        shift=shift,
-        **options,
-    )
+    names = {"target": "labels" if shift_labels is None else "shift_labels"}
+    names |= {known: name for name, known in _RENAMED.items() if name in kwargs}
+    with speaking_for(_WHO, "masked_cross_entropy", names):
+        loss: Tensor = masked_cross_entropy(
+            logits,
+            target,
+            mask if mask is None else mask.to(logits.device),
+            normalizer=normalizer,
+            ignore_index=ignore_index,
+            shift=shift,
+            **options,
+        )
     return loss
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from masked_loss._op.arguments import speaking_for
 from masked_loss.divergence import masked_divergence
 from masked_loss.linear_log_probs import linear_token_log_probs
 from masked_loss.log_probs import token_log_probs
@@ -20,6 +21,7 @@ __all__ = [
     "selective_log_softmax_and_entropy",
 ]
 
+_NAMES = {"target": "index", "mask": "row_mask"}
 _IGNORED = torch.iinfo(torch.int64).min
 """An index that nobody means: TRL knows none that is ignored, and -100 is out of range."""
 
@@ -56,7 +58,8 @@ def selective_log_softmax(
     mask = row_mask
     if mask is not None and mask.dim() == logits.dim():  # one value for each of K indices
         index, mask = torch.where(mask != 0, index.long(), _IGNORED), None
-    return token_log_probs(logits, index, mask, temperature=temperature, ignore_index=_IGNORED)
+    with speaking_for("selective_log_softmax", "token_log_probs", _NAMES):
+        return token_log_probs(logits, index, mask, temperature=temperature, ignore_index=_IGNORED)
 
 
 def selective_log_softmax_and_entropy(
@@ -88,9 +91,11 @@ def selective_log_softmax_and_entropy(
     >>> selective_log_softmax_and_entropy(torch.zeros(1, 8), torch.tensor([3]))
     (tensor([-2.0794]), tensor([2.0794]))
     """
-    log_probs, entropy = token_log_probs(
-        logits, index, row_mask, temperature=temperature, ignore_index=_IGNORED, return_entropy=True
-    )
+    options: dict[str, Any] = {"temperature": temperature, "ignore_index": _IGNORED}
+    with speaking_for("selective_log_softmax_and_entropy", "token_log_probs", _NAMES):
+        log_probs, entropy = token_log_probs(
+            logits, index, row_mask, **options, return_entropy=True
+        )
     return log_probs, entropy if entropy_requires_grad else entropy.detach()
 
 
@@ -172,9 +177,11 @@ def generalized_jsd_loss(
     elif reduction == "batchmean" and labels is None:
         options["normalizer"] = max(student_logits.shape[0], 1)
     mask = None if labels is None else labels != -100
-    loss: Tensor = masked_divergence(
-        student_logits, teacher_logits, mask, temperature=temperature, **options
-    )
+    names = {"logits": "student_logits", "mask": "labels", "normalizer": "num_items_in_batch"}
+    with speaking_for("generalized_jsd_loss", "masked_divergence", names):
+        loss: Tensor = masked_divergence(
+            student_logits, teacher_logits, mask, temperature=temperature, **options
+        )
     mean_of_classes = reduction == "mean" and num_items_in_batch is None
     return loss / student_logits.shape[-1] if mean_of_classes else loss
 

@@ -409,6 +409,15 @@ def mistakes(mesh: DeviceMesh) -> list[tuple[Callable[[], Any], str]]:
         (lambda: masked_divergence(*classes), "logits must have every class on every rank"),
         (lambda: masked_cross_entropy(split_otherwise, p.target), "logits must have [67] classes"),
         (lambda: cross_entropy(x, x), "class probabilities are not taken"),
+        (
+            lambda: cross_entropy(p.logits[0], t),
+            "cross_entropy: target must be a local tensor, as input is",
+        ),
+        (lambda: masked_loss.cu_seqlens(position_ids=t), "position_ids must be a local tensor"),
+        (
+            lambda: masked_cross_entropy(p.logits, p.target, temperature=t.double()),
+            "masked_cross_entropy: temperature must be a local tensor",
+        ),
         (lambda: cross_entropy(x, t, reduction="sequence_mean"), 'reduction must be "none", "sum"'),
         (lambda: global_normalizer(t, group=world), "group must be None"),
         (lambda: masked_moments(t.double(), group=world), "group must be None"),

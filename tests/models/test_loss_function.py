@@ -97,6 +97,18 @@ def test_keywords_that_contradict_each_other() -> None:
             causal_lm_loss(LOGITS, LABELS, V, **options)
 
 
+def test_errors_name_what_was_passed() -> None:
+    for arguments, text in (
+        ({"weight": WEIGHT[:-1]}, "weight must have shape"),
+        ({"class_weight": WEIGHT[:-1]}, "class_weight must have shape"),
+        ({"labels": LABELS[0]}, "labels must have shape"),
+        ({"shift_labels": LABELS[:, 1:]}, "shift_labels must have shape"),
+        ({"labels": LABELS + V}, r"labels\[0, 1\] is"),
+    ):
+        with pytest.raises((IndexError, ValueError), match=f"^causal_lm_loss: {text}"):
+            causal_lm_loss(LOGITS, vocab_size=V, **{"labels": LABELS} | arguments)
+
+
 @pytest.mark.parametrize("name", sorted(FROM_MODELS - {"cu_seq_lens_q"}))
 def test_what_models_hand_over_changes_nothing(name: str) -> None:
     value: Tensor = torch.arange(6).expand(2, 6)

@@ -247,7 +247,7 @@ def test_no_index_is_ignored() -> None:
         lambda: ours.selective_log_softmax_and_entropy(logits, index),
         lambda: ours.ChunkedLogProbs.apply(hidden, *head, index, 1.0, 64),
     ):
-        with pytest.raises(IndexError, match=r"target\[1.*\] is -100"):
+        with pytest.raises(IndexError, match=r"(index|target)\[1.*\] is -100"):
             call()
 
 
@@ -288,6 +288,20 @@ def test_generalized_jsd(reduction: str, labels: bool, beta: float) -> None:
     torch.testing.assert_close(grad, want)
     with pytest.raises(ValueError, match=r"generalized_jsd_loss: reduction must be .* got 'none'"):
         ours.generalized_jsd_loss(student, teacher, reduction="none")
+
+
+def test_errors_name_what_was_passed() -> None:
+    logits, index = torch.randn(*SHAPE, V), torch.randint(V, SHAPE)
+    for call, text in (
+        (lambda: ours.selective_log_softmax(logits, index[:1]), "selective_log_softmax: index"),
+        (
+            lambda: ours.selective_log_softmax_and_entropy(logits, index, row_mask=index[:1]),
+            "selective_log_softmax_and_entropy: row_mask",
+        ),
+        (lambda: ours.generalized_jsd_loss(logits, logits, index[:1]), "generalized_jsd_loss: lab"),
+    ):
+        with pytest.raises(ValueError, match=f"^{text}.* must have shape"):
+            call()
 
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
