@@ -105,7 +105,10 @@ def _require_jagged(who: str, name: str, x: Any) -> None:
 def _require_offsets(who: str, first: str, expected: Tensor, name: str, got: Tensor) -> None:
     if got is expected:
         return
-    if expected.shape == got.shape and expected.device == got.device:
+    if got.device != expected.device:
+        text = f"{name} must be on the device of {first}, {expected.device}, got {got.device}"
+        raise ValueError(f"{who}: {text}")
+    if expected.shape == got.shape:
         if torch.compiler.is_compiling() or not got.is_cpu:  # which is not waited for
             same = (got == expected).all()
             torch._assert_async(same, f"{who}: {name} must have the offsets of {first}")

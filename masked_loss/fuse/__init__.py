@@ -127,6 +127,7 @@ def unfuse(model: _Model) -> _Model:
 
     Raises:
         ValueError: no output head was found.
+        TypeError: model is not a module.
 
     Source: docs/recipes.md.
 
@@ -136,7 +137,8 @@ def unfuse(model: _Model) -> _Model:
     >>> type(masked_loss.unfuse(masked_loss.fuse_linear_loss(model)).lm_head).__name__
     'Linear'
     """
-    for head in heads_of(model):
+    _require_module("unfuse", model)
+    for head in heads_of(model, "unfuse"):
         if type(head) is FusedLinear:
             for name in ("fuse", "uses"):
                 vars(head).pop(name, None)
@@ -216,7 +218,7 @@ def is_fused(model: nn.Module) -> Fusion:
     Fusion(fused=False, head='FusedLinear', losses=0, logits='relu')
     """
     _require_module("is_fused", model)
-    found = heads_of(model)
+    found = heads_of(model, "is_fused")
     # Of PEFT's copies, the one that the last forward went through.
     head = next((h for h in found if getattr(h, "uses", None) is not None), found[-1])
     uses = getattr(head, "uses", None) or Uses()

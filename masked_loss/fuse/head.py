@@ -129,7 +129,7 @@ def say_once(message: str) -> None:
         warnings.warn(message, UserWarning, stacklevel=3)
 
 
-def _head_of(model: nn.Module) -> nn.Module:
+def _head_of(who: str, model: nn.Module) -> nn.Module:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     if isinstance(head, nn.Module):
@@ -141,17 +141,17 @@ def _head_of(model: nn.Module) -> nn.Module:
     for name in _WRAPPERS:
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):
-            return _head_of(inner)
+            return _head_of(who, inner)
     raise ValueError(
-        f"{WHO}: model must have get_output_embeddings() or an output head named "
+        f"{who}: model must have get_output_embeddings() or an output head named "
         f"{', '.join(_HEADS)}, got {type(model).__name__} with "
         f"{', '.join(name for name, _ in model.named_children()) or 'no modules'}"
     )
 
 
-def heads_of(model: nn.Module) -> list[nn.Module]:
+def heads_of(model: nn.Module, who: str = WHO) -> list[nn.Module]:
     """The head, or those that PEFT keeps in its place (``modules_to_save``)."""
-    head = _head_of(model)
+    head = _head_of(who, model)
     saved, original = getattr(head, "modules_to_save", None), getattr(head, "original_module", None)
     if isinstance(saved, nn.ModuleDict) and isinstance(original, nn.Module):
         return [original, *saved.values()]

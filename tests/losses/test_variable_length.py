@@ -310,6 +310,10 @@ BAD: dict[str, tuple[Tensor, Tensor | None, dict[str, Any], str]] = {
         nested(2, 3), nested(3, 2), {},
         r"mask must have the offsets of values, \[0, 2, 5\], got \[0, 3, 5\]",
     ),
+    "a device": (
+        nested(2, 3), nested(2, 3).to("meta"), {},
+        "mask must be on the device of values, cpu, got meta",
+    ),
     "sequences": (
         nested(2, 3), nested(2, 3, 1), {}, r"offsets of values, \[0, 2, 5\], got \[0, 2, 5, 6\]",
     ),

@@ -64,11 +64,13 @@ def test_heads_are_found_by_name_and_by_method(name: str) -> None:
     assert (type(model.decoder), type(model.lm_head)) == (FusedLinear, nn.Linear)
 
 
-def test_models_without_a_head_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"fuse_linear_loss: .*output head named lm_head.*got Seq"):
-        masked_loss.fuse_linear_loss(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got int"):
-        masked_loss.fuse_linear_loss(3)  # type: ignore[type-var]
+@pytest.mark.parametrize("function", ["fuse_linear_loss", "is_fused", "unfuse"])
+def test_models_without_a_head_are_an_error(function: str) -> None:
+    call = getattr(masked_loss, function)
+    with pytest.raises(ValueError, match=rf"{function}: .*output head named lm_head.*got Seq"):
+        call(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(TypeError, match=rf"{function}: .* must be a torch\.nn\.Module, got int"):
+        call(3)
 
 
 class Adapted(nn.Module):
