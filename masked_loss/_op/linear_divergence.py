@@ -170,7 +170,8 @@ def _run_forward(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
 def _run(
     pair: Pair, tokens: Tensor, groups: Tensor, dloss: Tensor | None, how: How, forward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    student, teacher, own, others = pair
+    student, teacher, *temperatures = pair
+    own, others = (x if x is None else x.reshape(-1) for x in temperatures)
     weights, both = tables.weights(tokens), TokenTables(tokens, groups)
     divergence = how.divergence._replace(shift=False)  # which the sources see to
     wide, gradient = tables.loss_dtype(student.hidden), any(how.needs)
@@ -179,7 +180,7 @@ def _run(
     )
 
     def at_tokens(x: Tensor | None, at: Places) -> Tensor | None:
-        return x if x is None or x.dim() == 0 else take(x.reshape(-1), at)
+        return x if x is None or x.dim() == 0 else take(x, at)
 
     def rows(y: Tensor, at: Places, chunk: slice) -> Tensor:
         _, z = theirs.logits(chunk)

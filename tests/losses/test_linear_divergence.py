@@ -121,6 +121,19 @@ def test_every_token_masked(reduction: str) -> None:
     assert (hidden.grad == 0).all()
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_one_token_without_dimensions(reduction: str) -> None:
+    """It has a temperature of its own like any other, a tensor without dimensions."""
+    heads = [torch.randn(*shape).double() for shape in ((D,), (V, D), (E,), (V, E))]
+    more = {"temperature": torch.tensor(1.7), "teacher_temperature": torch.tensor(0.6)}
+    hidden, mask = heads[0].requires_grad_(), torch.tensor(0.5)
+    loss = linear_divergence(*heads, mask, reduction=reduction, **more)
+    truth = of_logits(heads, mask, "forward_kl", {"reduction": reduction, **more})
+    torch.testing.assert_close(loss, truth)
+    found, true = (torch.autograd.grad(x, hidden)[0] for x in (loss, truth))
+    torch.testing.assert_close(found, true)
+
+
 @pytest.mark.parametrize("stats", [False, True])
 def test_statistics_and_no_grad(stats: bool) -> None:
     heads, mask, _ = problem(torch.float32)
