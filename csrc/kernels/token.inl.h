@@ -299,6 +299,10 @@ ML_FN void reduce_token(const ReduceArgs& args, int64_t i, LossSums* sums) {
   write_token_loss<A>(args, i, loss + z);
 }
 
+// Where nothing is divided by weights there is no mean: 0 times an infinite sum would be a NaN in
+// the gradient of every weight.
+ML_FN double mean_of(double sum, double inverse) { return inverse != 0 ? sum * inverse : 0; }
+
 // A group's share in the loss; its means go to the group table, and its loss where each has one.
 // Without an active token all of its factors are 0.
 template <class A>
@@ -307,10 +311,8 @@ ML_FN double group_loss(const ReduceArgs& args, const LossSums& sums, int64_t in
   const double loss = sums.v[LossField::kLoss], z = sums.v[LossField::kZ];
   double share = loss * group[GroupField::kScaleLoss];
   if (args.z_loss != 0) share += z * group[GroupField::kScaleZ];
-  const double mean_loss = loss * group[GroupField::kInverseLoss];
-  const double mean_z = z * group[GroupField::kInverseZ];
-  group[GroupField::kMeanLoss] = mean_loss;
-  group[GroupField::kMeanZ] = mean_z;
+  group[GroupField::kMeanLoss] = mean_of(loss, group[GroupField::kInverseLoss]);
+  group[GroupField::kMeanZ] = mean_of(z, group[GroupField::kInverseZ]);
   const bool behind = args.groups.bounds && index == args.groups.count - 1;
   if (args.per_group && !behind) static_cast<A*>(args.loss)[index] = static_cast<A>(share);
   return share;

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from samples import REDUCTIONS, problem
 from torch import Tensor
 
-from masked_loss import masked_cross_entropy
+import masked_loss
+from masked_loss import masked_cross_entropy, reference
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 INF, NAN = float("inf"), float("nan")
@@ -162,6 +163,33 @@ def test_target_of_minus_infinity() -> None:
     (gradient,) = torch.autograd.grad(loss, logits)
     (expected,) = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([1])), logits)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*({"reduction": x} for x in REDUCTIONS), {"normalizer": 2.0}],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_an_infinite_loss_is_its_own_tokens(options: dict[str, Any]) -> None:
+    """The weights of the others keep their gradients, unless a mean divides by the sum of all."""
+    logits, target = problem(2, 3)
+    logits = logits.detach()
+    logits[0, 1, 2], target[0, 1] = -INF, 2
+    values = torch.tensor([[1.0, INF, 2.0], [3.0, 4.0, 5.0]], dtype=torch.float64)
+    teacher = torch.randn(2, 3, 5, dtype=torch.float64)
+    for name, args in (
+        ("masked_cross_entropy", (logits, target)),
+        ("masked_divergence", (logits, teacher)),
+        ("masked_reduce", (values,)),
+    ):
+        gradients = []
+        for module in (masked_loss, reference):
+            mask = torch.full((2, 3), 0.5, dtype=torch.float64, requires_grad=True)
+            loss = getattr(module, name)(*args, mask, **options)
+            assert not loss.isfinite().all()
+            gradients += torch.autograd.grad(loss, mask, torch.ones_like(loss))
+        torch.testing.assert_close(*gradients, equal_nan=True)
+        assert gradients[0][1].isfinite().all() == (options != {"reduction": "mean"})
 
 
 @pytest.mark.parametrize("width", [1, 3, 20000])
