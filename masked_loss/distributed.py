@@ -15,6 +15,7 @@ from masked_loss._op.arguments import (
     is_distributed,
     name_of,
     require_bool,
+    require_int,
     require_mask,
     require_tensors,
 )
@@ -92,9 +93,7 @@ def global_normalizer(
     if count not in ("tokens", "sequences"):
         raise ValueError(f'{_WHO}: count must be "tokens" or "sequences", got {count!r}')
     require_bool(_WHO, shift=shift)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        name = type(ignore_index).__name__
-        raise TypeError(f"{_WHO}: ignore_index must be int, got {name}")
+    require_int(_WHO, "ignore_index", ignore_index)
     targets = _list("target", target)
     masks, bounds = (
         _each(what, x, targets) for what, x in (("mask", mask), ("cu_seqlens", cu_seqlens))

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from masked_loss._op.arguments import require_local
+from masked_loss._op.arguments import require_int, require_local
 
 _WHO = "cu_seqlens"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -71,9 +71,7 @@ def cu_seqlens(
         got = " and ".join(given) or "none of them"
         raise ValueError(f"{_WHO}: give position_ids, segment_ids or lengths, got {got}")
     if max_sequences is not None:
-        if isinstance(max_sequences, bool) or not isinstance(max_sequences, int):
-            name = type(max_sequences).__name__
-            raise TypeError(f"{_WHO}: max_sequences must be an int, got {name}")
+        require_int(_WHO, "max_sequences", max_sequences)
         if max_sequences < 0:
             raise ValueError(f"{_WHO}: max_sequences must be at least 0, got {max_sequences}")
     ((name, x),) = given.items()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
+from masked_loss._op.arguments import require_int
 from masked_loss.options import Shards
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class VocabShard(NamedTuple):
         """As :class:`torch.distributed.tensor.DTensor` and :func:`torch.chunk` split: every rank
         ``ceil(classes / R)`` of them, as long as there are some. None: all ranks."""
         group = _member("VocabShard.even", group)
-        _require_int("VocabShard.even", "classes", classes)
+        require_int("VocabShard.even", "classes", classes)
         if classes < 1:
             raise ValueError(f"VocabShard.even: classes must be at least 1, got {classes}")
         ranks = dist.get_world_size(group)
@@ -72,7 +73,7 @@ class VocabShard(NamedTuple):
         One exchange of a number, to be made once and not at every step. None: all ranks.
         """
         group = _member("VocabShard.gather", group)
-        _require_int("VocabShard.gather", "columns", columns)
+        require_int("VocabShard.gather", "columns", columns)
         if columns < 0:
             raise ValueError(f"VocabShard.gather: columns must be at least 0, got {columns}")
         each: list[Any] = [None] * dist.get_world_size(group)
@@ -109,11 +110,6 @@ def _member(who: str, group: ProcessGroup | None) -> ProcessGroup:
     return group
 
 
-def _require_int(who: str, what: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{who}: {what} must be an int, got {type(value).__name__}")
-
-
 def shards_of(who: str, vocab: Any, what: str, columns: int) -> Shards:
     """As the operators take it, of ``what`` with so many columns."""
     if isinstance(vocab, Shards):
@@ -138,7 +134,7 @@ def require_vocab(who: str, vocab: Any, what: str, columns: int) -> None:
             f"got {len(bounds)}"
         )
     for bound in bounds:
-        _require_int(who, "every bound of vocab", bound)
+        require_int(who, "every bound of vocab", bound)
     if bounds[0] != 0 or any(end < begin for begin, end in pairwise(bounds)):
         raise ValueError(f"{who}: the bounds of vocab must ascend from 0, got {list(bounds)}")
     if bounds[-1] < 1:

@@ -167,6 +167,11 @@ def require_bool(who: str, **values: Any) -> None:
             raise TypeError(f"{who}: {what} must be True or False, got {value!r}")
 
 
+def require_int(who: str, what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # numpy's too
+        raise TypeError(f"{who}: {what} must be int, got {type(value).__name__}")
+
+
 def require_number(who: str, what: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{who}: {what} must be a number, got {type(value).__name__}")

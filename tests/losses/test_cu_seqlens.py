@@ -119,8 +119,8 @@ IDS = torch.zeros(2, 3, dtype=torch.int64)
         ({"lengths": [2, -1]}, ValueError, "lengths must be at least 0, got -1"),
         ({"lengths": [2, 1], "max_sequences": 1}, ValueError, "number of sequences, 2, got 1"),
         ({"lengths": [2], "max_sequences": -1}, ValueError, "at least 0, got -1"),
-        ({"lengths": [2], "max_sequences": 2.0}, TypeError, "must be an int, got float"),
-        ({"lengths": [2], "max_sequences": True}, TypeError, "must be an int, got bool"),
+        ({"lengths": [2], "max_sequences": 2.0}, TypeError, "must be int, got float"),
+        ({"lengths": [2], "max_sequences": True}, TypeError, "must be int, got bool"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], error: type[Exception], text: str) -> None:

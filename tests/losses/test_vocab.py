@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     ((0, 4, 8), ValueError, "bounds of vocab must be 4, one more than its group has ranks, got 3"),
     ((1, 4, 8, 9), ValueError, r"bounds of vocab must ascend from 0, got \[1, 4, 8, 9\]"),
     ((0, 4, 3, 9), ValueError, r"bounds of vocab must ascend from 0, got \[0, 4, 3, 9\]"),
-    ((0, 4.0, 8, 9), TypeError, "every bound of vocab must be an int, got float"),
+    ((0, 4.0, 8, 9), TypeError, "every bound of vocab must be int, got float"),
     ((0, 0, 0, 0), ValueError, "bounds of vocab must have at least one class"),
     ((0, 4, 8, 9), ValueError, r"logits must have 4 classes on rank 1 .* \[0, 4, 8, 9\]; got 5"),
 ]
@@ -59,8 +60,9 @@ def test_numbers_are_integers(ranks: int) -> None:
         lambda: VocabShard.even(5.0),  # type: ignore[arg-type]
         lambda: VocabShard.gather("5"),  # type: ignore[arg-type]
     ):
-        with pytest.raises(TypeError, match=r"VocabShard.\w+: \w+ must be an int, got"):
+        with pytest.raises(TypeError, match=r"VocabShard.\w+: \w+ must be int, got"):
             call()
+    assert VocabShard.even(np.int64(5)) == VocabShard.even(5)
 
 
 @pytest.mark.parametrize(("bounds", "error", "text"), BAD, ids=lambda x: str(x)[:20])
