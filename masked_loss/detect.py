@@ -22,14 +22,9 @@ __all__ = ["detect_reduced_loss"]
 
 _HERE = os.path.dirname(__file__) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-# Losses announce themselves to __torch_function__ under these modules.
-_LOSSES = (
-    "torch.nn.functional",
-    "masked_loss.functional",
-    "masked_loss.linear",
-    "masked_loss.reduce",
-)
-_OPERATORS = frozenset({"cross_entropy", "cross_entropy_stats", "masked_reduce"})
+# Losses announce themselves to __torch_function__ under these modules, or from our operators.
+_LOSSES = ("torch.nn.functional", "masked_loss.")
+_OPERATORS = "torch._ops.masked_loss"
 _MULTIPLY = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
 _CONTRACT = frozenset(
     {"einsum", "dot", "vdot", "inner", "outer", "ger", "mv", "matmul", "__matmul__", "__rmatmul__"}
@@ -266,16 +261,24 @@ def _reduction_of(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     """The reduction that a call of a loss asks for, None for any other function."""
-    if getattr(func, "__module__", None) == "torch._ops.masked_loss":
-        return str(kwargs.get("reduction", "mean")) if _name(func) in _OPERATORS else None
+    if getattr(func, "__module__", None) == _OPERATORS:
+        return str(kwargs.get("reduction", "mean")) if _takes_reduction(func) else None
     signature = _loss_signature(func)
     return None if signature is None else _reduction(signature, args, kwargs)
 
 
 @functools.lru_cache(maxsize=1024)
+def _takes_reduction(func: Any) -> bool:
+    """Of torch.ops.masked_loss.cross_entropy, or of an overload of it: by name only, if at all."""
+    schema = getattr(func, "default", func)._schema
+    return any(argument.name == "reduction" for argument in schema.arguments)
+
+
+@functools.lru_cache(maxsize=1024)
 def _loss_signature(func: Callable[..., Any]) -> inspect.Signature | None:
     """The signature of a loss of PyTorch or masked_loss, None for any other function."""
-    if getattr(func, "__module__", None) not in _LOSSES or not inspect.isfunction(func):
+    module = getattr(func, "__module__", None) or ""
+    if not module.startswith(_LOSSES) or not inspect.isfunction(func):
         return None
     signature = inspect.signature(func)
     return signature if "reduction" in signature.parameters else None

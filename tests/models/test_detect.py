@@ -24,6 +24,7 @@ import masked_loss
 from masked_loss import detect
 from masked_loss.detect import detect_reduced_loss
 from masked_loss.errors import ReducedLossError
+from masked_loss.integrations.trl import generalized_jsd_loss
 
 TOKENS, CLASSES = 6, 5
 MASK = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
@@ -156,6 +157,13 @@ def test_every_function_with_a_reduction_is_known() -> None:
     assert all(detect._loss_signature(f) is not None for f in losses)
     assert detect._loss_signature(F.softmax) is None
 
+    ours = [getattr(masked_loss, name) for name in masked_loss.__all__]
+    functions = [f for f in ours if inspect.isfunction(f)]
+    reducing = [f for f in functions if "reduction" in inspect.signature(f).parameters]
+    assert len(reducing) >= 7
+    assert all(detect._loss_signature(f) is not None for f in reducing)
+    assert detect._loss_signature(masked_loss.token_log_probs) is None
+
 
 def test_the_message_shows_both_lines(logits: Tensor, target: Tensor) -> None:
     with detect_reduced_loss():
@@ -216,6 +224,12 @@ OURS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "with stats": lambda x, t: masked_loss.masked_cross_entropy(x, t, return_stats=True)[0],
     "cross_entropy": lambda x, t: masked_loss.cross_entropy(x, t, reduction="sum"),
     "linear_cross_entropy": lambda x, t: masked_loss.linear_cross_entropy(x, torch.eye(5), t),
+    "masked_divergence": lambda x, t: masked_loss.masked_divergence(x, x.detach(), MASK),
+    "linear_divergence": lambda x, t: masked_loss.linear_divergence(
+        x, torch.eye(5), x.detach(), torch.eye(5), reduction="sum"
+    ),
+    "topk_divergence": lambda x, t: masked_loss.topk_divergence(x, x.detach(), MASK),
+    "of TRL": lambda x, t: generalized_jsd_loss(x, x.detach(), reduction="mean"),
     "masked_reduce": lambda x, t: masked_loss.masked_reduce(x[:, 0], MASK, reduction="sum"),
     "masked_mean": lambda x, t: masked_loss.masked_mean(x[:, 0], MASK),
     "module": lambda x, t: masked_loss.MaskedCrossEntropyLoss()(x, t, MASK),
@@ -223,6 +237,8 @@ OURS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "overload": lambda x, t: torch.ops.masked_loss.cross_entropy.default(x, t, reduction="sum"),
     "operator with stats": lambda x, t: torch.ops.masked_loss.cross_entropy_stats(x, t)[0],
     "reduce operator": lambda x, t: torch.ops.masked_loss.masked_reduce(x[:, 0]),
+    "linear operator": lambda x, t: torch.ops.masked_loss.linear_cross_entropy(x, torch.eye(5), t),
+    "operator of a divergence": lambda x, t: torch.ops.masked_loss.masked_divergence(x, x.detach()),
 }
 
 
