@@ -86,7 +86,11 @@ def _specs(table: str, functions: str, *modules: str) -> dict[str, LossSpec]:
 
 SPECS = _specs(_TORCH, "torch.nn.functional", "torch.nn", "torch.nn.modules.loss")
 SPECS |= _specs(_OURS, "masked_loss", "masked_loss")
-for _name, _function in (("cross_entropy", "masked_cross_entropy"), ("masked_reduce",) * 2):
+for _name in (
+    "cross_entropy", "masked_reduce", "masked_divergence", "linear_cross_entropy",
+    "linear_divergence",
+):  # fmt: skip
+    _function = "masked_cross_entropy" if _name == "cross_entropy" else _name
     _path = f"torch.ops.masked_loss.{_name}"
     _spec = SPECS[f"masked_loss.{_function}"]
     SPECS[_path] = _spec._replace(path=_path, forward=_path, name=_name, function=_name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -49,6 +50,15 @@ def test_every_loss_of_masked_loss_is_there() -> None:
         if "reduction" in inspect.signature(owner).parameters
     }
     assert losses <= {path.rsplit(".", 1)[1] for path in OURS}
+
+
+def test_every_operator_of_a_loss_is_there() -> None:
+    for path in OURS:
+        packet = getattr(torch.ops.masked_loss, SPECS[path].name, None)
+        if packet is None or path == "masked_loss.cross_entropy":  # another one's name there
+            continue
+        positional = [a.name for a in packet.default._schema.arguments if not a.kwarg_only]
+        assert SPECS[f"torch.ops.{path}"].parameters[: len(positional)] == tuple(positional)
 
 
 @pytest.mark.filterwarnings("ignore")
