@@ -124,6 +124,8 @@ def causal_lm_loss(
         options["cu_seqlens"] = _documents(target, kwargs)
     names = {"target": "labels" if shift_labels is None else "shift_labels"}
     names |= {known: name for name, known in _RENAMED.items() if name in kwargs}
+    if num_items_in_batch is not None:
+        names["normalizer"] = "num_items_in_batch"
     with speaking_for(_WHO, "masked_cross_entropy", names):
         loss: Tensor = masked_cross_entropy(
             logits,
@@ -216,8 +218,13 @@ def _normalizer_of(
         )
     if not isinstance(items, Tensor):
         return items
+    return one_element(_WHO, items).to(device, torch.float64)
+
+
+def one_element(who: str, items: Tensor) -> Tensor:
+    """num_items_in_batch, which trainers hold in any shape, without dimensions."""
     if items.numel() != 1:
         raise ValueError(
-            f"{_WHO}: num_items_in_batch must have one element, got {list(items.shape)}"
+            f"{who}: num_items_in_batch must have one element, got {list(items.shape)}"
         )
-    return items.reshape(()).to(device, torch.float64)
+    return items.reshape(())

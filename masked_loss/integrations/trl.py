@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_loss._op.arguments import speaking_for
+from masked_loss._op.arguments import require_tensor, require_tensors, speaking_for
 from masked_loss.divergence import masked_divergence
+from masked_loss.integrations.transformers import one_element
 from masked_loss.linear_log_probs import linear_token_log_probs
 from masked_loss.log_probs import token_log_probs
 
@@ -55,11 +56,24 @@ def selective_log_softmax(
     >>> selective_log_softmax(torch.zeros(2, 8), torch.tensor([3, 5]))
     tensor([-2.0794, -2.0794])
     """
-    mask = row_mask
-    if mask is not None and mask.dim() == logits.dim():  # one value for each of K indices
-        index, mask = torch.where(mask != 0, index.long(), _IGNORED), None
-    with speaking_for("selective_log_softmax", "token_log_probs", _NAMES):
+    who, mask = "selective_log_softmax", row_mask
+    require_tensors(who, {"logits": logits, "index": index}, {"row_mask": mask})
+    if mask is not None and mask.dim() == index.dim() == logits.dim():  # each of K indices has one
+        index, mask = _unmasked(who, index, mask), None
+    with speaking_for(who, "token_log_probs", _NAMES):
         return token_log_probs(logits, index, mask, temperature=temperature, ignore_index=_IGNORED)
+
+
+def _unmasked(who: str, index: Tensor, row_mask: Tensor) -> Tensor:
+    """``index`` [..., K], ignored where row_mask is 0."""
+    try:
+        row_mask = row_mask.expand(index.shape)
+    except RuntimeError:
+        text = f"row_mask must have shape {list(index.shape)}, got {list(row_mask.shape)}"
+        raise ValueError(f"{who}: {text}") from None
+    if index.dtype not in (torch.int64, torch.int32):  # an error in any case
+        return index
+    return index.long().masked_fill(row_mask == 0, _IGNORED)
 
 
 def selective_log_softmax_and_entropy(
@@ -116,8 +130,11 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     >>> entropy_from_logits(torch.tensor([[0.0, 0.0, float("-inf")]]))
     tensor([0.6931])
     """
+    who = "entropy_from_logits"
+    require_tensor(who, "logits", logits)
     index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    return selective_log_softmax_and_entropy(logits, index)[1]
+    with speaking_for(who, "selective_log_softmax_and_entropy", {}):
+        return selective_log_softmax_and_entropy(logits, index)[1]
 
 
 def generalized_jsd_loss(
@@ -160,10 +177,12 @@ def generalized_jsd_loss(
     >>> generalized_jsd_loss(x, x, torch.tensor([[1, 2, -100], [4, -100, -100]]))
     tensor(0.)
     """
+    who = "generalized_jsd_loss"
+    both = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    require_tensors(who, both, {"labels": labels})
     if reduction not in ("batchmean", "sum", "mean"):
         raise ValueError(
-            "generalized_jsd_loss: reduction must be 'batchmean', 'sum' or 'mean', "
-            f"got {reduction!r}"
+            f"{who}: reduction must be 'batchmean', 'sum' or 'mean', got {reduction!r}"
         )
     options: dict[str, Any] = {"kind": "jsd", "beta": beta}
     if beta in (0, 1):
@@ -171,14 +190,14 @@ def generalized_jsd_loss(
     if num_items_in_batch is not None:
         options["normalizer"] = num_items_in_batch
         if isinstance(num_items_in_batch, Tensor):
-            options["normalizer"] = num_items_in_batch.reshape(()).to(student_logits.device)
+            options["normalizer"] = one_element(who, num_items_in_batch).to(student_logits.device)
     elif reduction == "sum":
         options["reduction"] = "sum"
     elif reduction == "batchmean" and labels is None:
         options["normalizer"] = max(student_logits.shape[0], 1)
     mask = None if labels is None else labels != -100
     names = {"logits": "student_logits", "mask": "labels", "normalizer": "num_items_in_batch"}
-    with speaking_for("generalized_jsd_loss", "masked_divergence", names):
+    with speaking_for(who, "masked_divergence", names):
         loss: Tensor = masked_divergence(
             student_logits, teacher_logits, mask, temperature=temperature, **options
         )

@@ -107,6 +107,8 @@ def test_errors_name_what_was_passed() -> None:
     ):
         with pytest.raises((IndexError, ValueError), match=f"^causal_lm_loss: {text}"):
             causal_lm_loss(LOGITS, vocab_size=V, **{"labels": LABELS} | arguments)
+    with pytest.raises(TypeError, match=r"^causal_lm_loss: num_items_in_batch must"):
+        causal_lm_loss(LOGITS, LABELS, V, num_items_in_batch=[6])
 
 
 @pytest.mark.parametrize("name", sorted(FROM_MODELS - {"cu_seq_lens_q"}))

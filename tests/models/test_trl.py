@@ -290,8 +290,12 @@ def test_generalized_jsd(reduction: str, labels: bool, beta: float) -> None:
         ours.generalized_jsd_loss(student, teacher, reduction="none")
 
 
+SELECTIVE_MASK = "selective_log_softmax: row_mask"
+
+
 def test_errors_name_what_was_passed() -> None:
     logits, index = torch.randn(*SHAPE, V), torch.randint(V, SHAPE)
+    several, row = torch.randint(V, (*SHAPE, 2)), torch.ones(1, SHAPE[1], 1)
     for call, text in (
         (lambda: ours.selective_log_softmax(logits, index[:1]), "selective_log_softmax: index"),
         (
@@ -299,8 +303,22 @@ def test_errors_name_what_was_passed() -> None:
             "selective_log_softmax_and_entropy: row_mask",
         ),
         (lambda: ours.generalized_jsd_loss(logits, logits, index[:1]), "generalized_jsd_loss: lab"),
+        (lambda: ours.selective_log_softmax(logits, several, row_mask=logits), SELECTIVE_MASK),
+        # It broadcasts: to as many ids as the row has tokens.
+        (lambda: ours.selective_log_softmax(logits[:1], index[:1], row_mask=row), SELECTIVE_MASK),
+        (lambda: ours.entropy_from_logits(torch.tensor(1.0)), "entropy_from_logits: logits"),
     ):
         with pytest.raises(ValueError, match=f"^{text}.* must have shape"):
+            call()
+    with pytest.raises(ValueError, match=r"^generalized_jsd_loss: num_items_in_batch must have"):
+        ours.generalized_jsd_loss(logits, logits, num_items_in_batch=torch.ones(2))
+    for call, text in (
+        (lambda: ours.selective_log_softmax(logits, index, row_mask=[1]), SELECTIVE_MASK),
+        (lambda: ours.selective_log_softmax(logits, several / 2, row_mask=several), "sel.*: index"),
+        (lambda: ours.entropy_from_logits([1.0]), "entropy_from_logits: logits"),
+        (lambda: ours.generalized_jsd_loss(logits, logits, [1]), "generalized_jsd_loss: labels"),
+    ):
+        with pytest.raises(TypeError, match=f"^{text} must be"):
             call()
 
 
