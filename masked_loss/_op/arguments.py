@@ -131,7 +131,7 @@ def require_mask(who: str, mask: Tensor | None, shape: torch.Size, like: Tensor)
     if mask is None:
         return
     require_tensor(who, "mask", mask)
-    if mask.is_complex():
+    if mask.dtype not in checks.MASKS:
         raise TypeError(f"{who}: mask must be bool, integer or floating, got {name_of(mask)}")
     if mask.shape != shape:
         text = f"mask must have shape {list(shape)}, got {list(mask.shape)}"
@@ -144,8 +144,12 @@ def require_device(who: str, what: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(f"{who}: {what} must be on the device {like.device}, got {value.device}")
 
 
-def require_kind(who: str, kind: str, beta: float) -> None:
+def require_kind(who: str, kind: str, beta: Any) -> None:
     """Of a divergence, for what has no kernel."""
+    if isinstance(beta, Tensor):
+        require_constant(who, "beta", beta)
+    else:
+        require_number(who, "beta", beta)
     try:
         checks.kind(who, kind, beta)
     except RuntimeError as error:
@@ -188,6 +192,8 @@ def divisor_of(who: str, normalizer: float | Tensor | None, like: Tensor) -> Ten
         return None
     if isinstance(normalizer, Tensor):
         require_constant(who, "normalizer", normalizer)
+        if normalizer.is_complex():
+            raise TypeError(f"{who}: normalizer must be real, got {name_of(normalizer)}")
         return normalizer.to(torch.float64, copy=True)  # the caller's may count on before backward
     number: object = normalizer
     if not isinstance(number, numbers.Real):  # numpy's too

@@ -24,6 +24,7 @@ from masked_loss.reference import DIVERGENCES
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+MASKS = (torch.bool, *INTEGERS, *UNSIGNED, *FLOATING)
 REDUCTIONS = ("none", "sum", "mean", "sequence_mean")
 
 
@@ -304,7 +305,7 @@ def class_indices(who: str, target: Tensor) -> None:
 
 
 def mask_of(who: str, mask: Tensor, expected: torch.Size) -> None:
-    if mask.dtype not in (torch.bool, *INTEGERS, *UNSIGNED, *FLOATING):
+    if mask.dtype not in MASKS:
         fail(TypeError, who, f"mask must be bool, integer or floating, got {_name(mask)}")
     shape(who, "mask", mask, expected)
 

@@ -146,6 +146,9 @@ class Operator:
         self, who: str, inputs: Inputs, meaning: Any, names: Names, **more: Any
     ) -> tuple[Tensor, ...]:
         """The results; or what was wrong, in the words of the function ``who``."""
+        for option, value in zip(self._record._fields, meaning, strict=True):
+            if isinstance(value, Tensor):  # the operator takes its number, and no gradient
+                require_constant(who, option, value)
         if torch.compiler.is_compiling():
             named = dict(zip(self._inputs, inputs, strict=True))
             options = {name: getattr(meaning, name) for name in self._options}

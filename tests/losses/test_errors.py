@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -406,6 +407,30 @@ def test_operators_take_no_constant_that_requires_grad(name: str) -> None:
         torch.func.grad(loss)(constant.detach())
 
 
+NUMBERS: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...], str]] = [
+    (masked_cross_entropy, (LOGITS, TARGET), "softcap"),
+    (masked_cross_entropy, (LOGITS, TARGET), "z_loss"),
+    (cross_entropy, (LOGITS.mT, TARGET), "label_smoothing"),
+    (linear_cross_entropy, (LOGITS, torch.eye(10), TARGET), "softcap"),
+    (masked_loss.token_log_probs, (LOGITS, TARGET), "softcap"),
+    (masked_loss.masked_divergence, (LOGITS, LOGITS), "teacher_softcap"),
+    (masked_loss.topk_divergence, (LOGITS, LOGITS), "beta"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "tensors", "name"), NUMBERS, ids=[f"{f.__name__}-{n}" for f, _, n in NUMBERS]
+)
+def test_numbers_are_constants(
+    function: Callable[..., Any], tensors: tuple[torch.Tensor, ...], name: str
+) -> None:
+    """One that is learned would get no gradient, and nobody would tell."""
+    number = torch.nn.Parameter(torch.tensor(0.5))
+    assert torch.equal(function(*tensors, **{name: number.data}), function(*tensors, **{name: 0.5}))
+    with complain(ValueError, f"{function.__name__}: {name} is not differentiable"):
+        function(*tensors, **{name: number})
+
+
 def test_operators_take_no_teacher_that_requires_grad() -> None:
     for name in ("masked_divergence", "masked_divergence_stats"):
         with complain(ValueError, f"{name}: teacher_logits is not differentiable"):
@@ -468,6 +493,8 @@ def test_bad_arguments_of_the_dropin(
         ({"mask": torch.ones(())}, ValueError, ["mask must have shape [4, 7], got []"]),
         ({"mask": MASK.to(torch.complex64)}, TypeError, ["mask must be", "complex64"]),
         ({"mask": [1.0]}, TypeError, ["mask must be a tensor, got list"]),
+        ({"mask": MASK.to(torch.float8_e5m2), "dim": -1}, TypeError, ["mask must be", "float8"]),
+        ({"normalizer": torch.tensor(1j)}, TypeError, ["normalizer must be real", "complex64"]),
         ({"values": MASK.long()}, TypeError, ["values must be", "int64"]),
         ({"values": 1.0}, TypeError, ["values must be a tensor, got float"]),
         ({"reduction": "average"}, ValueError, ["reduction must be", "average"]),

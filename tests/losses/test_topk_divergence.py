@@ -186,6 +186,8 @@ def test_errors() -> None:
             topk_divergence(x, x, kind="jsd", beta=beta)
     with pytest.raises(ValueError, match='beta must be at least 0 and below 1 for "skew_forward'):
         topk_divergence(x, x, kind="skew_forward_kl", beta=1)
+    with pytest.raises(TypeError, match=f"{who}: beta must be a number, got str"):
+        topk_divergence(x, x, kind="jsd", beta="half")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="teacher_log_probs is not differentiable"):
         topk_divergence(x, x.clone().requires_grad_())
     with pytest.raises(ValueError, match=f"{who}: reduction must be .*, got .?avg"):
