@@ -29,10 +29,9 @@ AUTOGRAD = [
     f"tests/autograd/test_{story}.py" for story in ("gradients", "differences", "vmap", "compile")
 ]
 ERRORS = ["tests/losses/test_errors.py"]
-OPERATOR = [*AUTOGRAD, *ROWS]
+OPERATOR = list(dict.fromkeys([AUTOGRAD[0], *SHARDS, *ERRORS, *AUTOGRAD, *ROWS]))
 DIVERGENCE = ["tests/losses/test_divergence.py", "tests/losses/test_divergence_op.py"]
 LINEAR = [
-    "tests/losses/test_semantics.py",
     *(f"tests/losses/test_{story}.py" for story in (
         "linear", "linear_autograd", "linear_chunks", "linear_log_probs", "linear_divergence",
         "sharded_linear",
@@ -58,8 +57,8 @@ TARGETS = {
     "csrc/kernels/cpu/vec_avx2.inl.h": VECTORS,
     "csrc/kernels/cpu/vec_portable.inl.h": VECTORS,
     "masked_loss/_op/cross_entropy.py": OPERATOR,
-    "masked_loss/_op/log_probs.py": OPERATOR,
-    "masked_loss/_op/reduce.py": OPERATOR,
+    "masked_loss/_op/log_probs.py": ["tests/losses/test_token_log_probs.py", *AUTOGRAD, *SHARDS],
+    "masked_loss/_op/reduce.py": ["tests/losses/test_masked_reduce.py", *OPERATOR],
     "masked_loss/_op/divergence.py": DIVERGENCE + AUTOGRAD + ERRORS,
     "masked_loss/_op/linear.py": LINEAR,
     "masked_loss/_op/linear_chunks.py": LINEAR,

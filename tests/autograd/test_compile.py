@@ -262,11 +262,12 @@ def test_opcheck_of_forward_and_gradient_in_one(case: Case) -> None:
 )
 def test_opcheck_of_the_halves_of_masked_reduce(reduction: str, split: bool) -> None:
     values, mask = torch.rand(3, 5), torch.rand(3, 5)
-    inputs = (values, mask, None, torch.tensor([0, 1, 15]), split, reduction)
-    torch.library.opcheck(ops.masked_reduce_forward.default, inputs)
-    loss, tokens, groups = ops.masked_reduce_forward(*inputs)
-    backward = (torch.ones_like(loss), values, tokens, groups, split)
-    torch.library.opcheck(ops.masked_reduce_backward.default, backward)
+    for bounds in (torch.tensor([0, 1, 15]), None):
+        inputs = (values, mask, None, bounds, split, reduction)
+        torch.library.opcheck(ops.masked_reduce_forward.default, inputs)
+        loss, tokens, groups = ops.masked_reduce_forward(*inputs)
+        backward = (torch.ones_like(loss), values, tokens, groups, split)
+        torch.library.opcheck(ops.masked_reduce_backward.default, backward)
 
 
 def test_opcheck_is_of_every_operator() -> None:

@@ -151,6 +151,7 @@ def test_divergences(kind: str) -> None:
             lambda x, m, o=options: masked_divergence(x, teacher, m, kind=kind, beta=0.3, **o),
             normal(2, 3, CLASSES), mask,
         )  # fmt: skip
+    check(lambda x: masked_divergence(x, teacher, mask.detach(), kind=kind), normal(2, 3, CLASSES))
     check(
         lambda h, w, b, m: linear_divergence(
             h, w, hidden, head, m, bias=b, kind=kind, **DIVERGENCE[0]

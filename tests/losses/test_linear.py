@@ -96,6 +96,10 @@ def test_meta_device(reduction: str, dtype: torch.dtype) -> None:
     got = evaluate(linear_cross_entropy, on_meta, reduction=reduction)
     for name, x in expected.items():
         assert (got[name].shape, got[name].dtype, got[name].is_meta) == (x.shape, x.dtype, True)
+    constant = {name: x.detach() for name, x in on_meta.items()}
+    got = evaluate(linear_cross_entropy, constant, reduction=reduction, return_stats=True)
+    assert all(x.is_meta and x.dtype == torch.float64 for x in list(got.values())[1:])
+    assert got["loss"].shape == expected["loss"].shape
 
 
 def sample_layout(layout: str) -> Tensor:

@@ -179,11 +179,25 @@ def test_without_packing(
     # As under graph capture on CUDA.
     monkeypatch.setattr(masked_loss._op.linear_chunks, "_may_wait", lambda x, pack: False)
     monkeypatch.setattr(torch.Tensor, "nonzero", None)
-    result = evaluate(linear_cross_entropy, tensors, **options)
     eps = torch.finfo(dtype).eps
-    for name in packed:
-        scale = max(1.0, packed[name].abs().max().item())
-        torch.testing.assert_close(result[name], packed[name], rtol=8 * eps, atol=8 * eps * scale)
+    rows = tensors["hidden"].detach()
+    for hidden in (rows, rows.transpose(0, 1).contiguous().transpose(0, 1)):  # with and without
+        result = evaluate(
+            linear_cross_entropy, {**tensors, "hidden": hidden.requires_grad_()}, **options
+        )
+        for name in packed:
+            bound = 8 * eps * max(1.0, packed[name].abs().max().item())
+            torch.testing.assert_close(result[name], packed[name], rtol=8 * eps, atol=bound)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3])
+def test_tokens_know_their_sequence(sequences: int) -> None:
+    """Whose share of the mean is in the table of groups: that of all, or a row for each token."""
+
+    def make() -> dict[str, Tensor]:
+        return problem(sequences, 5)
+
+    assert_accurate(make, reduction="sequence_mean", chunk_tokens=2)
 
 
 @pytest.mark.cuda

@@ -64,6 +64,20 @@ def test_every_option(options: str, several: bool, entropy: bool, dtype: torch.d
         assert off <= coarse, f"{name}: {off:.1e}"
 
 
+def test_float16_gradients_do_not_underflow() -> None:
+    """Upstream gradients of a mean over many tokens are below the smallest float16."""
+    hidden, weight, target, mask, _ = problem(torch.float16, False, "plain")
+    found = []
+    for h, w in ((hidden, weight), (hidden.detach().double(), weight.detach().double())):
+        leaves = [h.requires_grad_(), w.requires_grad_()]
+        log_probs, entropy = linear_token_log_probs(*leaves, target, mask, return_entropy=True)
+        upstream = [torch.full_like(x, 2.0**-22) for x in (log_probs, entropy)]
+        found.append(torch.autograd.grad((log_probs, entropy), leaves, upstream))
+    for mine, exact in zip(*found, strict=True):
+        bound = 4e-3 * exact.abs().max() + 2**-24  # the last is what float16 can hold
+        assert (mine.double() - exact).abs().max() <= bound
+
+
 def test_masked_hidden_states_are_never_read() -> None:
     hidden, weight, target, mask, _ = problem(torch.float32, False, "plain")
     found = []
