@@ -53,6 +53,10 @@ def fuse_linear_loss(model: _Model) -> _Model:
     it does if the head is more than a linear module (LoRA on the head, a quantised head), about
     which a warning tells.
 
+    A model that is compiled in parts, with a graph break between its head and its loss, fails in
+    AOTAutograd, which takes no such subclass of Tensor into a graph ("Multiple dispatch failed"):
+    call :func:`unfuse`, or compile head and loss together.
+
     Of a head that ``parallelize_module`` has shared out by ``ColwiseParallel``, each rank computes
     the loss from its rows, whether this is called before or after: a plan that gathers the logits
     (``output_layouts=Replicate()``) does not gather them any more.
