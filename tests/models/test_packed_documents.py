@@ -159,7 +159,7 @@ def test_flattened_logits_or_labels_keep_their_rows() -> None:
         assert torch.equal(flat, expected)
     with pytest.raises(ValueError, match=r"same rows .* got \[2, 6, 19\] and \[3, 4\]"):
         call(logits, shift_labels=labels.view(3, 4))
-    with pytest.raises(ValueError, match="target must have shape"):
+    with pytest.raises(ValueError, match=r"shift_labels must have shape \[2, 6\], got \[2, 5\]"):
         call(logits, shift_labels=labels[:, 1:])
 
 
