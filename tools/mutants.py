@@ -29,7 +29,7 @@ AUTOGRAD = [
     f"tests/autograd/test_{story}.py" for story in ("gradients", "differences", "vmap", "compile")
 ]
 ERRORS = ["tests/losses/test_errors.py"]
-OPERATOR = list(dict.fromkeys([AUTOGRAD[0], *SHARDS, *ERRORS, *AUTOGRAD, *ROWS]))
+OPERATOR = [AUTOGRAD[0], *SHARDS, *ERRORS, *AUTOGRAD, *ROWS]
 DIVERGENCE = ["tests/losses/test_divergence.py", "tests/losses/test_divergence_op.py"]
 LINEAR = [
     *(f"tests/losses/test_{story}.py" for story in (

@@ -60,8 +60,9 @@ class Tests:
         return True
 
     def of(self, file: str) -> list[pytest.Item]:
-        """Those that must notice a change of this file, in the order of TARGETS."""
-        order = {str(TREE / name): i for i, name in enumerate(TARGETS[file])}
+        """Those that must notice a change of this file, where TARGETS has them first."""
+        files = dict.fromkeys(TARGETS[file])
+        order = {str(TREE / name): i for i, name in enumerate(files)}
         found = [item for item in self.session.items if str(item.path) in order]
         return sorted(found, key=lambda item: order[str(item.path)])
 
